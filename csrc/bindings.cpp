@@ -1,0 +1,152 @@
+// The only file that knows Python. A native op is bound with one line: its name, its place in the kernel
+// table, and the function that checks its tensors.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <utility>
+#include <vector>
+
+#include "common/call.h"
+#include "common/dlpack_abi.h"
+#include "common/isa.h"
+#include "common/parallel.h"
+#include "ops.h"
+
+namespace py = pybind11;
+using fastllm::Tensor;
+
+namespace fastllm {
+namespace {
+
+DType element_type(const dlpack::View& view) {
+  if (view.lanes == 1) {
+    switch (view.code << 8 | view.bits) {
+      case dlpack::kFloat << 8 | 32: return DType::f32;
+      case dlpack::kFloat << 8 | 64: return DType::f64;
+      case dlpack::kFloat << 8 | 16: return DType::f16;
+      case dlpack::kBfloat << 8 | 16: return DType::bf16;
+      case dlpack::kInt << 8 | 8: return DType::i8;
+      case dlpack::kUInt << 8 | 8: return DType::u8;
+      case dlpack::kInt << 8 | 32: return DType::i32;
+      case dlpack::kInt << 8 | 64: return DType::i64;
+      case dlpack::kBool << 8 | 8: return DType::boolean;
+    }
+  }
+  throw py::type_error("this tensor dtype has no native kernel");
+}
+
+const dlpack::ExchangeApi& exchange_api(py::handle object) {
+  // One pointer per Python type; torch.Tensor and its subclasses share one.
+  static PyTypeObject* known_type = nullptr;
+  static const dlpack::ExchangeApi* known_api = nullptr;
+  PyTypeObject* type = Py_TYPE(object.ptr());
+  if (type == known_type) return *known_api;
+  py::object capsule = py::getattr(py::handle(reinterpret_cast<PyObject*>(type)),
+                                   "__dlpack_c_exchange_api__", py::none());
+  if (capsule.is_none()) throw py::type_error("native ops take torch tensors (torch 2.11 or newer)");
+  const auto* api = static_cast<const dlpack::ExchangeApi*>(
+      PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  if (!api) throw py::error_already_set();
+  if (api->major != 1) throw py::type_error("unknown version of the DLPack exchange API");
+  known_api = api;
+  known_type = type;
+  return *api;
+}
+
+Tensor tensor_view(py::handle object, int device_type) {
+  if (object.is_none()) return {};
+  dlpack::View view;
+  if (exchange_api(object).view_from_object(object.ptr(), &view) != 0) throw py::error_already_set();
+  if (view.device_type != device_type) throw py::value_error("a tensor is on another device");
+  if (view.ndim > Tensor::kMaxDims) throw py::value_error("a tensor has too many dimensions");
+  Tensor t;
+  t.data = static_cast<char*>(view.data) + view.byte_offset;
+  t.dtype = element_type(view);
+  t.ndim = view.ndim;
+  int64_t expect = 1;
+  for (int i = view.ndim - 1; i >= 0; --i) {
+    t.shape[i] = view.shape[i];
+    t.stride[i] = view.strides ? view.strides[i] : expect;
+    expect *= view.shape[i];
+  }
+  return t;
+}
+
+template <class T>
+T argument(py::handle object) {
+  if constexpr (std::is_same_v<T, Tensor>)
+    return tensor_view(object, dlpack::kCpu);
+  else
+    return object.cast<T>();
+}
+
+// The native calls of a decode step and the tensors they point to.
+class Graph {
+ public:
+  void record(const Call& call, py::object owners) {
+    calls_.push_back(call);
+    owners_.push_back(std::move(owners));
+    counters_.resize(calls_.size() * kCountersPerCall);
+  }
+  void replay() { run_calls(calls_.data(), calls_.size(), counters_.data()); }
+  std::vector<std::string> names() const {
+    std::vector<std::string> out;
+    for (const Call& call : calls_) out.emplace_back(call.name());
+    return out;
+  }
+
+ private:
+  std::vector<Call> calls_;
+  std::vector<py::object> owners_;
+  std::vector<TaskCounter> counters_;
+};
+
+thread_local Graph* recording = nullptr;
+
+// Binds an op: Python calls it with the arguments of its *_args function.
+template <class Args, class... In, size_t... I>
+void bind(py::module_& m, const char* name, Kernel<Args>* Kernels::* kernel, Args (*make)(In...),
+          std::index_sequence<I...>) {
+  m.def(name, [name, kernel, make](const py::args& args) {
+    if (args.size() != sizeof...(In))
+      throw py::type_error(std::string(name) + ": expected " + std::to_string(sizeof...(In)) +
+                           " arguments");
+    const Call call(name, active_kernels().*kernel, make(argument<In>(args[I])...));
+    if (recording) recording->record(call, args);
+    py::gil_scoped_release released;
+    run_call(call);
+  });
+}
+template <class Args, class... In>
+void op(py::module_& m, const char* name, Kernel<Args>* Kernels::* kernel, Args (*make)(In...)) {
+  bind(m, name, kernel, make, std::index_sequence_for<In...>{});
+}
+
+}  // namespace
+}  // namespace fastllm
+
+PYBIND11_MODULE(_C, m) {
+  using namespace fastllm;
+  m.doc() = "fastllm's native kernels; called by fastllm.ops only";
+
+  op(m, "rms_norm", &Kernels::rms_norm, rms_norm_args);
+
+  m.def("isa", active_isa, "the active instruction-set level");
+  m.def("isas", supported_isas, "the levels that this processor runs, ascending");
+  m.def("set_isa", set_isa);
+  m.def("cpu_features", cpu_features);
+  m.def("num_threads", num_threads);
+  m.def("set_own_threads", set_own_threads);
+  m.def("thread_runtime", thread_runtime);
+
+  py::class_<Graph>(m, "Graph")
+      .def(py::init<>())
+      .def("replay", &Graph::replay, py::call_guard<py::gil_scoped_release>())
+      .def("names", &Graph::names)
+      .def("begin", [](Graph& graph) {
+        if (recording) throw std::runtime_error("a graph is already being captured on this thread");
+        recording = &graph;
+      })
+      .def("end", [](Graph&) { recording = nullptr; });
+  m.def("recording", [] { return recording != nullptr; });
+}

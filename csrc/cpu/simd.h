@@ -1,0 +1,178 @@
+// One vocabulary of float vectors for every ISA level: vf holds VL floats. Everything has internal
+// linkage, so that no object compiled with high flags can lend a weak symbol to the rest of the program.
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "common/tensor.h"
+
+#define FASTLLM_INLINE static inline __attribute__((always_inline, unused))
+
+namespace fastllm::FASTLLM_ISA {
+
+#if defined(__AVX512F__)
+constexpr int VL = 16;
+#elif defined(__AVX2__)
+constexpr int VL = 8;
+#else
+constexpr int VL = 4;
+#endif
+
+// GCC's own vector types: + - * / and comparisons are operators, and arrays of them stay in registers
+// where arrays of __m512 have been seen to be kept on the stack.
+typedef float vf __attribute__((vector_size(VL * 4)));
+typedef int32_t vi __attribute__((vector_size(VL * 4)));
+
+FASTLLM_INLINE vf vset(float x) { return x - vf{}; }
+FASTLLM_INLINE vi vseti(int32_t x) { return x - vi{}; }
+FASTLLM_INLINE vf vbits(vi x) { return reinterpret_cast<vf>(x); }
+FASTLLM_INLINE vi vbits(vf x) { return reinterpret_cast<vi>(x); }
+
+FASTLLM_INLINE vf vload(const float* p) {
+  vf v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+FASTLLM_INLINE void vstore(float* p, vf v) { __builtin_memcpy(p, &v, sizeof v); }
+
+// a * b + c in one rounding; two roundings at the generic level, which has no FMA.
+FASTLLM_INLINE vf vfma(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+// The scalar twin of vfma, for tails that must equal the vector path bit for bit.
+FASTLLM_INLINE float sfma(float a, float b, float c) {
+#if defined(__FMA__)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+FASTLLM_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
+FASTLLM_INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
+FASTLLM_INLINE vf vabs(vf a) { return vbits(vbits(a) & vseti(0x7fffffff)); }
+
+// bf16 <-> f32. Rounding is to nearest even in integers at every level (vcvtneps2bf16 would flush
+// denormals), NaN stays NaN.
+FASTLLM_INLINE float bf16_to_f32(uint16_t x) {
+  return __builtin_bit_cast(float, static_cast<uint32_t>(x) << 16);
+}
+FASTLLM_INLINE uint16_t f32_to_bf16(float x) {
+  const uint32_t bits = __builtin_bit_cast(uint32_t, x);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+FASTLLM_INLINE float round_bf16(float x) { return bf16_to_f32(f32_to_bf16(x)); }
+
+FASTLLM_INLINE vf vload_bf16(const uint16_t* p) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif defined(__AVX2__)
+  return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#else
+  const __m128i half = _mm_loadl_epi64((const __m128i*)p);
+  return (vf)_mm_slli_epi32(_mm_cvtepu16_epi32(half), 16);
+#endif
+}
+// The bf16 bits of each lane, rounded to nearest even, in the low half of the lane.
+FASTLLM_INLINE vi vround_bf16_bits(vf x) {
+  const vi bits = vbits(x);
+  const vi odd = (bits >> 16) & 1;
+  const vi rounded = ((bits + (odd + 0x7fff)) >> 16) & 0xffff;
+  const vi nan = ((bits >> 16) & 0xffff) | 0x40;
+  return (x != x) ? nan : rounded;
+}
+FASTLLM_INLINE vf vround_bf16(vf x) { return vbits(vround_bf16_bits(x) << 16); }
+FASTLLM_INLINE void vstore_bf16(uint16_t* p, vf x) {
+  const vi bits = vround_bf16_bits(x);
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)bits));
+#elif defined(__AVX2__)
+  const __m256i packed = _mm256_packus_epi32((__m256i)bits, (__m256i)bits);
+  _mm_storeu_si128((__m128i*)p,
+                   _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+#else
+  _mm_storel_epi64((__m128i*)p, _mm_packus_epi32((__m128i)bits, (__m128i)bits));
+#endif
+}
+
+// Typed access, so that one kernel body serves f32 and bf16.
+FASTLLM_INLINE vf load(const float* p) { return vload(p); }
+FASTLLM_INLINE vf load(const uint16_t* p) { return vload_bf16(p); }
+FASTLLM_INLINE void store(float* p, vf v) { vstore(p, v); }
+FASTLLM_INLINE void store(uint16_t* p, vf v) { vstore_bf16(p, v); }
+FASTLLM_INLINE float load1(const float* p) { return *p; }
+FASTLLM_INLINE float load1(const uint16_t* p) { return bf16_to_f32(*p); }
+FASTLLM_INLINE void store1(float* p, float v) { *p = v; }
+FASTLLM_INLINE void store1(uint16_t* p, float v) { *p = f32_to_bf16(v); }
+// The first n < VL elements; the rest of the vector reads as `fill` and is not stored.
+template <class T>
+FASTLLM_INLINE vf load_n(const T* p, int64_t n, float fill = 0.f) {
+  vf v = vset(fill);
+  for (int64_t i = 0; i < n; ++i) v[i] = load1(p + i);
+  return v;
+}
+template <class T>
+FASTLLM_INLINE void store_n(T* p, vf v, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) store1(p + i, v[i]);
+}
+
+// Lane sums and maxima in one fixed order: halves are folded onto each other.
+FASTLLM_INLINE float vsum(vf v) {
+  float lane[VL];
+  vstore(lane, v);
+  for (int width = VL / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+  return lane[0];
+}
+FASTLLM_INLINE float vhmax(vf v) {
+  float lane[VL];
+  vstore(lane, v);
+  for (int width = VL / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lane[i] = lane[i] > lane[i + width] ? lane[i] : lane[i + width];
+  return lane[0];
+}
+
+// e^x within 2 ulp: x = k ln2 + r, |r| <= ln2/2, a degree-6 polynomial in r (Cody-Waite reduction).
+// Below -87.33 the result is 0 (a softmax needs no denormals); above 88.72 it is inf; NaN stays NaN.
+FASTLLM_INLINE vf vexp(vf x) {
+  const vf clamped = vmin(vmax(x, vset(-87.33f)), vset(88.72f));
+  // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits.
+  const vf magic = vset(12582912.f);
+  const vf shifted = vfma(clamped, vset(1.44269504088896341f), magic);
+  const vf k = shifted - magic;
+  vf r = vfma(k, vset(-0.693359375f), clamped);
+  r = vfma(k, vset(2.12194440e-4f), r);
+  vf p = vset(1.9875691500e-4f);
+  p = vfma(p, r, vset(1.3981999507e-3f));
+  p = vfma(p, r, vset(8.3334519073e-3f));
+  p = vfma(p, r, vset(4.1665795894e-2f));
+  p = vfma(p, r, vset(1.6666665459e-1f));
+  p = vfma(p, r, vset(5.0000001201e-1f));
+  p = vfma(p, r * r, r) + 1.f;
+  // k can be 128 at the top: scale in two steps so that the exponent field never overflows.
+  const vi ki = vbits(shifted) - vbits(magic);
+  const vi half = ki >> 1;
+  vf y = p * vbits((half + 127) << 23) * vbits((ki - half + 127) << 23);
+  y = x < vset(-87.33f) ? vset(0.f) : y;
+  y = x > vset(88.72f) ? vset(__builtin_inff()) : y;
+  return x != x ? x : y;
+}
+
+// Calls body with a value of the element type: dispatch_float(dtype, [&](auto t) { decltype(t) ... }).
+template <class Body>
+FASTLLM_INLINE void dispatch_float(DType dtype, Body body) {
+  if (dtype == DType::bf16)
+    body(uint16_t{});
+  else
+    body(float{});
+}
+
+}  // namespace fastllm::FASTLLM_ISA

@@ -1,0 +1,34 @@
+"""fastllm: one set of CPU and GPU kernels under the whole life of a language model.
+
+Heavy parts load on first use, so that `import fastllm` stays close to `import torch`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+# public name -> module that defines it
+_LAZY = {
+    "LLM": "fastllm.engine.llm",
+    "SamplingParams": "fastllm.engine.request",
+    "RequestOutput": "fastllm.engine.request",
+    "set_batch_invariant": "fastllm.ops.registry",
+}
+_SUBMODULES = ("ops", "nn", "models", "quantize", "engine", "graph")
+
+__all__ = ["__version__", *_LAZY, *_SUBMODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    if name in _SUBMODULES:
+        return importlib.import_module(f"fastllm.{name}")
+    raise AttributeError(f"module 'fastllm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
