@@ -1,0 +1,221 @@
+"""Ops: one definition, an explicit ordered table of implementations, one way to dispatch.
+
+`Op` holds an op's schema, reference, fake and backward; `Op.impl` adds a row to its backend table.
+A call takes one of three roads, decided here once:
+
+- traced (torch.compile, FakeTensor, a tensor subclass, a dispatch mode, functorch): `torch.ops.fastllm.<op>`;
+- eager with a gradient to record: one generic `autograd.Function` made from the op's backward;
+- eager without: the first row of the table that supports the arguments, called directly.
+
+`Library.define` + `impl` is used because `torch.library.custom_op` costs 3 to 9 times more per call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("fastllm", "DEF")
+OPS: dict[str, Op] = {}
+DEVICES = ("cpu", "cuda")
+_TENSOR_TYPES = (torch.Tensor, torch.nn.Parameter)
+
+_batch_invariant = False
+
+
+def set_batch_invariant(enabled: bool) -> None:
+    """Make GPU results independent of batch, chunking and paging (they always are on the CPU)."""
+    global _batch_invariant
+    _batch_invariant = bool(enabled)
+
+
+def batch_invariant() -> bool:
+    """Whether GPU kernels must use their batch-invariant form."""
+    return _batch_invariant
+
+
+@dataclass(frozen=True)
+class Impl:
+    """One row of a backend table: a name, the function, and what it declares to support."""
+
+    name: str
+    device: str
+    fn: Callable[..., Any]
+    dtypes: frozenset[torch.dtype]  # of the op's first floating argument
+    variants: frozenset[str]  # e.g. packed formats or activation modes; empty: the op has none
+    when: Callable[..., bool] | None
+    opt_in: bool
+
+
+class NoImplementation(RuntimeError):
+    """No row of the backend table supports these arguments."""
+
+
+class Op:
+    """An op of the package; call it like a function.
+
+    Args:
+        schema: torch schema without the namespace, e.g. `"swiglu(Tensor gate, Tensor up) -> Tensor"`.
+        ref: plain PyTorch definition of right, rounding points included; the last row of every table.
+        fake: output shapes and dtypes from input shapes (defaults to the reference, which is shape-exact).
+        backward: `(ctx, *grad_outputs) -> gradients of every input`; `None`: not differentiable.
+        setup_context: stores on ctx what backward needs; `(ctx, inputs, output)`.
+        variant: `(*args) -> str`: which variant of the table these arguments need.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        ref: Callable[..., Any],
+        *,
+        fake: Callable[..., Any] | None = None,
+        backward: Callable[..., Any] | None = None,
+        setup_context: Callable[..., None] | None = None,
+        variant: Callable[..., str] | None = None,
+    ) -> None:
+        self.name = schema.split("(", 1)[0]
+        self.schema = schema
+        self.ref = ref
+        self.backward = backward
+        self.setup_context = setup_context
+        self.variant = variant
+        self.tables: dict[str, list[Impl]] = {device: [] for device in DEVICES}
+        OPS[self.name] = self
+        LIBRARY.define(schema)
+        LIBRARY.impl(self.name, self._run, "CPU")
+        LIBRARY.impl(self.name, self._run, "CUDA")
+        qualified = f"fastllm::{self.name}"
+        torch.library.register_fake(qualified, fake or ref, lib=LIBRARY)
+        if backward is not None:
+            torch.library.register_autograd(
+                qualified, backward, setup_context=setup_context, lib=LIBRARY
+            )
+        self.overload = getattr(torch.ops.fastllm, self.name).default
+        self.mutable = self.overload._schema.is_mutable
+        self._function = _autograd_function(self) if backward is not None else None
+
+    def impl(
+        self,
+        name: str,
+        device: str,
+        *,
+        dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
+        variants: Sequence[str] = (),
+        when: Callable[..., bool] | None = None,
+        opt_in: bool = False,
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Add a row to the table of `device`: rows are tried in the order in which they are added.
+
+        `dtypes` and `variants` declare support; `when(*args)` may refuse particular arguments.
+        An `opt_in` row is listed and tested but never chosen (a kernel without a measured result).
+        """
+
+        def add(fn: Callable[..., Any]) -> Callable[..., Any]:
+            row = Impl(name, device, fn, frozenset(dtypes), frozenset(variants), when, opt_in)
+            self.tables[device].append(row)
+            return fn
+
+        return add
+
+    def select(self, args: tuple[Any, ...]) -> Callable[..., Any]:
+        """The implementation that serves `args`: the first row that declares support, at last `ref`."""
+        first = _first_floating(args)
+        if first is None:
+            return self.ref
+        variant = self.variant(*args) if self.variant is not None else None
+        for row in self.tables.get(first.device.type, ()):
+            if (
+                not row.opt_in
+                and first.dtype in row.dtypes
+                and (variant is None or variant in row.variants)
+                and (row.when is None or row.when(*args))
+            ):
+                return row.fn
+        return self.ref
+
+    def __call__(self, *args: Any) -> Any:
+        if _must_trace(args):
+            return self.overload(*args)
+        if torch.is_grad_enabled() and _any_requires_grad(args):
+            if self._function is None:
+                if self.mutable or not _any_requires_grad(args):
+                    return self._run(*args)
+                raise RuntimeError(
+                    f"fastllm.ops.{self.name} has no backward: call it under torch.no_grad(), or detach its inputs"
+                )
+            return self._function.apply(*args)
+        return self._run(*args)
+
+    def _run(self, *args: Any) -> Any:
+        return self.select(args)(*args)
+
+    def __repr__(self) -> str:
+        return f"Op({self.schema})"
+
+
+def _first_floating(args: tuple[Any, ...]) -> Tensor | None:
+    for arg in args:
+        if isinstance(arg, Tensor) and arg.dtype.is_floating_point:
+            return arg
+    return None
+
+
+def _any_requires_grad(args: tuple[Any, ...]) -> bool:
+    return any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+
+
+def _must_trace(args: tuple[Any, ...]) -> bool:
+    if torch.compiler.is_compiling():
+        return True
+    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.maybe_current_level():
+        return True
+    return any(isinstance(arg, Tensor) and type(arg) not in _TENSOR_TYPES for arg in args)
+
+
+def _autograd_function(op: Op) -> type[torch.autograd.Function]:
+    """The eager twin of `register_autograd`, made from the same backward (21 us a call against 43)."""
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = op._run(*args)
+            if op.setup_context is not None:
+                op.setup_context(ctx, args, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            assert op.backward is not None
+            return op.backward(ctx, *grads)
+
+    Function.__name__ = f"{op.name}_function"
+    return Function
+
+
+def backend_table() -> list[dict[str, str]]:
+    """Every row of every table, in the order of choice, for `fastllm doctor` and the tests."""
+    rows = []
+    for op in OPS.values():
+        for device in DEVICES:
+            for impl in op.tables[device]:
+                rows.append(
+                    {
+                        "op": op.name,
+                        "device": device,
+                        "backend": impl.name + (" (opt-in)" if impl.opt_in else ""),
+                        "dtypes": " ".join(sorted(_short(d) for d in impl.dtypes)),
+                        "variants": " ".join(sorted(impl.variants)),
+                    }
+                )
+            rows.append(
+                {"op": op.name, "device": device, "backend": "reference", "dtypes": "any", "variants": "any"}
+            )
+    return rows
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,157 @@
+"""RMSNorm over the last dimension: y = x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich, 2019).
+
+`rms_norm` normalizes; `add_rms_norm` first adds a block's output to the fp32 residual stream, which is what a
+pre-norm decoder does between any two blocks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from .registry import Op
+
+
+def rms_norm_ref(
+    x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """Plain PyTorch definition of `rms_norm`: fp32 inside, one rounding to the output dtype."""
+    x32 = x.float()
+    rstd = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    return (x32 * rstd * weight.float()).to(out_dtype or x.dtype).contiguous()
+
+
+def add_rms_norm_ref(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Plain PyTorch definition of `add_rms_norm`."""
+    h = (residual + x.float()).contiguous()
+    return rms_norm_ref(h, weight, eps, x.dtype), h
+
+
+def _norm_gradients(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    # With n = x * rstd and g = dy * weight: dx = rstd * (g - n * mean(g * n)), dweight = sum(dy * n).
+    x32, dy32 = x.float(), dy.float()
+    rstd = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    n = x32 * rstd
+    g = dy32 * weight.float()
+    dx = rstd * (g - n * (g * n).mean(-1, keepdim=True))
+    dweight = (dy32 * n).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
+    return dx, dweight
+
+
+def _save_rms_norm(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, weight, ctx.eps, _ = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _rms_norm_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    x, weight = ctx.saved_tensors
+    dx, dweight = _norm_gradients(dy, x, weight, ctx.eps)
+    return dx.to(x.dtype), dweight, None, None
+
+
+def _save_add_rms_norm(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, _, weight, ctx.eps = inputs
+    ctx.save_for_backward(output[1], weight)
+    ctx.x_dtype = x.dtype
+
+
+def _add_rms_norm_backward(ctx: Any, dy: Tensor, dh: Tensor) -> tuple[Any, ...]:
+    h, weight = ctx.saved_tensors
+    dx, dweight = _norm_gradients(dy, h, weight, ctx.eps)
+    dx = dx + dh
+    return dx.to(ctx.x_dtype), dx, dweight, None
+
+
+_rms_norm = Op(
+    "rms_norm(Tensor x, Tensor weight, float eps, ScalarType? out_dtype=None) -> Tensor",
+    rms_norm_ref,
+    backward=_rms_norm_backward,
+    setup_context=_save_rms_norm,
+)
+_add_rms_norm = Op(
+    "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
+    add_rms_norm_ref,
+    backward=_add_rms_norm_backward,
+    setup_context=_save_add_rms_norm,
+)
+
+
+def _native_shape(x: Tensor, weight: Tensor, *_: Any) -> bool:
+    return x.ndim <= 3 and x.stride(-1) == 1 and weight.is_contiguous()
+
+
+@_rms_norm.impl("native", "cpu", when=_native_shape)
+def _rms_norm_cpu(
+    x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    y = torch.empty(x.shape, dtype=out_dtype or x.dtype)
+    _C.rms_norm(y, x, weight, None, None, eps)
+    return y
+
+
+@_add_rms_norm.impl("native", "cpu")
+def _add_rms_norm_cpu(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    y = torch.empty(x.shape, dtype=x.dtype)
+    h = torch.empty(x.shape, dtype=torch.float32)
+    _C.rms_norm(y, x, weight, residual, h, eps)
+    return y, h
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float = 1e-6, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """Root-mean-square normalization of the last dimension; differentiable.
+
+    Args:
+        x: `[..., N]`, float32 or bfloat16.
+        weight: `[N]`, float32 or bfloat16.
+        eps: added to the mean square.
+        out_dtype: dtype of the result; default that of `x`.
+
+    Returns:
+        Contiguous tensor shaped like `x`.
+
+    Raises:
+        ValueError: if `weight` does not have one entry per column of `x`.
+    """
+    _check(x, weight)
+    return _rms_norm(x, weight, eps, out_dtype)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """`h = residual + x` in fp32 and its RMSNorm, in one pass; differentiable.
+
+    Args:
+        x: `[..., N]`, a block's output, float32 or bfloat16.
+        residual: float32, shaped like `x`.
+        weight: `[N]`.
+        eps: added to the mean square.
+
+    Returns:
+        `(y, h)`: the norm in the dtype of `x`, and the new residual stream in float32.
+
+    Raises:
+        ValueError: on mismatched shapes or a residual that is not float32.
+    """
+    _check(x, weight)
+    if residual.shape != x.shape or residual.dtype != torch.float32:
+        raise ValueError(
+            f"residual must be float32 of shape {tuple(x.shape)} like x, got {residual.dtype} of {tuple(residual.shape)}"
+        )
+    return _add_rms_norm(x, residual, weight, eps)
+
+
+def _check(x: Tensor, weight: Tensor) -> None:
+    if weight.ndim != 1 or x.ndim < 1 or weight.shape[0] != x.shape[-1]:
+        raise ValueError(
+            f"weight must have shape [{x.shape[-1] if x.ndim else 'N'}] (the columns of x), got {tuple(weight.shape)}"
+        )

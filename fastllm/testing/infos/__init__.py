@@ -1,0 +1,1 @@
+"""The OpInfos, one file per op stem."""
