@@ -1,0 +1,34 @@
+"""Exceptions of the package. All derive from FastLLMError, so one `except` catches them."""
+
+from __future__ import annotations
+
+import os
+
+
+class FastLLMError(Exception):
+    """Base of every error that the package raises on purpose."""
+
+
+class ModelFileError(FastLLMError, ValueError):
+    """A model file, or a field of it, cannot be used.
+
+    The four parts stay separate attributes so that a caller can show or log them apart.
+    """
+
+    def __init__(
+        self, file: str | os.PathLike[str], field: str, problem: str, remedy: str = ""
+    ) -> None:
+        super().__init__(file, field, problem, remedy)  # all of them: the error survives pickling
+        self.file = os.fspath(file)
+        self.field = field
+        self.problem = problem
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        where = f"{self.file}: {self.field}" if self.field else self.file
+        text = f"{where}: {self.problem}"
+        return f"{text}. {self.remedy}" if self.remedy else text
+
+
+class ModelNotFoundError(FastLLMError, LookupError):
+    """A model name resolves to nothing here; the message lists what was tried."""

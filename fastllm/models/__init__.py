@@ -1,0 +1,1 @@
+"""Model files, configurations, names and the decoder. Import the module that you need."""
