@@ -32,3 +32,7 @@ class ModelFileError(FastLLMError, ValueError):
 
 class ModelNotFoundError(FastLLMError, LookupError):
     """A model name resolves to nothing here; the message lists what was tried."""
+
+
+class ChatTemplateError(FastLLMError, ValueError):
+    """A chat template is malformed, refuses the messages, or exceeds the limits of the sandbox."""
