@@ -212,7 +212,13 @@ def backend_table() -> list[dict[str, str]]:
                     }
                 )
             rows.append(
-                {"op": op.name, "device": device, "backend": "reference", "dtypes": "any", "variants": "any"}
+                {
+                    "op": op.name,
+                    "device": device,
+                    "backend": "reference",
+                    "dtypes": "any",
+                    "variants": "any",
+                }
             )
     return rows
 

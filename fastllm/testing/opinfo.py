@@ -25,6 +25,7 @@ class Case:
     label: str
     make: Callable[[torch.Generator], Args]
     full: bool = False  # only in `make test-full`
+    gradients: bool = True  # False where the exact gradient is a difference of equal numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,9 @@ class OpInfo:
     bench_cases: Callable[[torch.dtype], Iterator[Case]] | None = None
     bytes_moved: Callable[..., int] | None = None
     flops: Callable[..., int] | None = None
-    variants: tuple[str, ...] = field(default=())  # every one needs a native CPU row and a Triton row
+    variants: tuple[str, ...] = field(
+        default=()
+    )  # every one needs a native CPU row and a Triton row
 
 
 def all_infos() -> dict[str, OpInfo]:
