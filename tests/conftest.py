@@ -1,4 +1,4 @@
-"""Shared fixtures: `full` cases are deselected unless asked for, and every test restores ISA and threads."""
+"""Long cases are deselected unless asked for, and every test restores ISA level and threads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastllm import _C
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without FASTLLM_TEST_FULL=1 (set by `make test-full`) long cases are deselected, not skipped."""
+    """`full` cases run only with FASTLLM_TEST_FULL=1, which `make test-full` sets."""
     dropped = set()
     if os.environ.get("FASTLLM_TEST_FULL") != "1":
         dropped |= {item for item in items if item.get_closest_marker("full")}

@@ -1,4 +1,4 @@
-"""The ops: `fastllm.ops.<op>` are public, differentiable functions on tensors; one file per stem."""
+"""The ops: `fastllm.ops.<op>` are public functions on tensors; one file per stem."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""RMSNorm over the last dimension: y = x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich, 2019).
+"""RMSNorm over the last dimension: y = x / sqrt(mean(x^2) + eps) * weight.
 
-`rms_norm` normalizes; `add_rms_norm` first adds a block's output to the fp32 residual stream, which is what a
-pre-norm decoder does between any two blocks.
+Zhang and Sennrich, 2019 (arXiv 1910.07467). `rms_norm` normalizes; `add_rms_norm` first adds a block's
+output to the fp32 residual stream, which is what a pre-norm decoder does between any two blocks.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def add_rms_norm_ref(
 
 
 def _norm_gradients(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    # With n = x * rstd and g = dy * weight: dx = rstd * (g - n * mean(g * n)), dweight = sum(dy * n).
+    # With n = x * rstd and g = dy * weight:
+    #   dx = rstd * (g - n * mean(g * n)),  dweight = sum(dy * n).
     x32, dy32 = x.float(), dy.float()
     rstd = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
     n = x32 * rstd
@@ -145,7 +146,8 @@ def add_rms_norm(
     _check(x, weight)
     if residual.shape != x.shape or residual.dtype != torch.float32:
         raise ValueError(
-            f"residual must be float32 of shape {tuple(x.shape)} like x, got {residual.dtype} of {tuple(residual.shape)}"
+            f"residual must be float32 of shape {tuple(x.shape)} like x, "
+            f"got {residual.dtype} of {tuple(residual.shape)}"
         )
     return _add_rms_norm(x, residual, weight, eps)
 
@@ -153,5 +155,6 @@ def add_rms_norm(
 def _check(x: Tensor, weight: Tensor) -> None:
     if weight.ndim != 1 or x.ndim < 1 or weight.shape[0] != x.shape[-1]:
         raise ValueError(
-            f"weight must have shape [{x.shape[-1] if x.ndim else 'N'}] (the columns of x), got {tuple(weight.shape)}"
+            f"weight must have one entry per column of x, "
+            f"got shapes {tuple(weight.shape)} and {tuple(x.shape)}"
         )

@@ -1,7 +1,7 @@
 """One `OpInfo` per op: inputs, odd and empty shapes, bench shapes, tolerance, cost.
 
-Tests and bench iterate over `all_infos()`; an op of the registry without an entry fails a test. The infos
-of the ops in `fastllm/ops/<stem>.py` are the list `INFOS` of `fastllm/testing/infos/<stem>.py`.
+Tests and bench iterate over `all_infos()`; an op of the registry without an entry fails a test. The
+infos of the ops in `fastllm/ops/<stem>.py` are the list `INFOS` of `fastllm/testing/infos/<stem>.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Args = tuple[Any, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One set of arguments: `make(generator)` builds them, so that every user gets fresh tensors."""
+    """One set of arguments: `make(generator)` builds them, fresh for every user."""
 
     label: str
     make: Callable[[torch.Generator], Args]
@@ -32,9 +32,9 @@ class Case:
 class OpInfo:
     """How one op is tested and measured.
 
-    `exact(*args)` is the mathematically right result in float64 from the same (already rounded) inputs;
-    `peer(*args)`, where torch has the op, is what the error bound and the bench compare with; without it
-    the op's own reference is. `outputs_bits` marks ops whose result is compared bit for bit instead.
+    `exact(*args)` is the mathematically right result in float64 from the same, already rounded,
+    inputs; `peer(*args)`, where torch has the op, is what the error bound and the bench compare with;
+    without it the op's own reference is.
     """
 
     name: str
@@ -84,7 +84,7 @@ def ulp(dtype: torch.dtype, magnitude: float) -> float:
 
 
 def error_bound(exact: Tensor, peer: Tensor, dtype: torch.dtype) -> float:
-    """The project's bound: twice the peer's largest error, and never below one ulp of the largest value."""
+    """Twice the peer's largest error, and never below one ulp of the largest value."""
     if exact.numel() == 0:
         return 0.0
     peer_error = (peer.double() - exact).abs().max().item()
