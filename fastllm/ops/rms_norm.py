@@ -1,7 +1,7 @@
 """RMSNorm over the last dimension: y = x / sqrt(mean(x^2) + eps) * weight.
 
-Zhang and Sennrich, 2019 (arXiv 1910.07467). `rms_norm` normalizes; `add_rms_norm` first adds a block's
-output to the fp32 residual stream, which is what a pre-norm decoder does between any two blocks.
+Zhang and Sennrich, 2019 (arXiv 1910.07467). `rms_norm` normalizes; `add_rms_norm` first adds a
+block's output to the fp32 residual stream, which a pre-norm decoder does between any two blocks.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One `OpInfo` per op: inputs, odd and empty shapes, bench shapes, tolerance, cost.
 
-Tests and bench iterate over `all_infos()`; an op of the registry without an entry fails a test. The
-infos of the ops in `fastllm/ops/<stem>.py` are the list `INFOS` of `fastllm/testing/infos/<stem>.py`.
+Tests and bench iterate over `all_infos()`; an op of the registry without an entry fails a test.
+The infos of `fastllm/ops/<stem>.py` are the list `INFOS` of `fastllm/testing/infos/<stem>.py`.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class OpInfo:
     """How one op is tested and measured.
 
     `exact(*args)` is the mathematically right result in float64 from the same, already rounded,
-    inputs; `peer(*args)`, where torch has the op, is what the error bound and the bench compare with;
-    without it the op's own reference is.
+    inputs. `peer(*args)`, where torch has the op, is what error bound and bench compare with;
+    elsewhere it is the op's own reference.
     """
 
     name: str
