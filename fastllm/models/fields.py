@@ -139,33 +139,32 @@ class Fields:
 
 
 def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A JSON file whose top level is an object. Raises ModelFileError on anything else.
-
-    Duplicate keys, NaN and infinities, deep nesting and files over 64 MiB are refused.
-    """
+    """A JSON file whose top level is an object. Raises ModelFileError on anything else."""
     path = Path(path)
     try:
-        size = path.stat().st_size
-        if not path.is_file() or size > MAX_JSON_BYTES:
+        if not path.is_file() or path.stat().st_size > MAX_JSON_BYTES:
             raise ModelFileError(
-                path, "file", f"is not a regular file of at most {MAX_JSON_BYTES} bytes"
+                path, "file", f"does not exist or is not a file of at most {MAX_JSON_BYTES} bytes"
             )
-        value = json.loads(
-            path.read_bytes().decode("utf-8"),
-            object_pairs_hook=_unique_pairs,
-            parse_constant=_no_constant,
-        )
+        raw = path.read_bytes()
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise ModelFileError(path, "file", f"cannot be read: {reason}") from error
-    except ModelFileError:
-        raise
+    return parse_json_object(raw, path, "JSON")
+
+
+def parse_json_object(raw: bytes, path: Path, what: str) -> dict[str, Any]:
+    """Parse untrusted JSON: duplicate keys, NaN, infinities and deep nesting are refused."""
+    try:
+        value = json.loads(
+            raw.decode("utf-8"), object_pairs_hook=_unique_pairs, parse_constant=_no_constant
+        )
     except RecursionError:
-        raise ModelFileError(path, "JSON", "is nested too deeply") from None
+        raise ModelFileError(path, what, "is nested too deeply") from None
     except ValueError as error:  # also UnicodeDecodeError and JSONDecodeError
-        raise ModelFileError(path, "JSON", f"is not valid: {str(error)[:200]}") from None
+        raise ModelFileError(path, what, f"is not valid JSON: {str(error)[:200]}") from None
     if not isinstance(value, dict):
-        raise ModelFileError(path, "JSON", "must be an object at the top level")
+        raise ModelFileError(path, what, "must be an object at the top level")
     return value
 
 

@@ -1,0 +1,227 @@
+"""ModelConfig: everything that the dense decoder needs to know about a model.
+
+Configuration is data. Only the keys that config_hf.py and config_gguf.py name are read from a
+file, and every value is checked here, once, whatever file it came from.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastllm.models.rope_scaling import RopeConfig
+
+if TYPE_CHECKING:
+    from fastllm.models.gguf import GGUFTensor
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+
+# Far above every published model, and low enough that a hostile file cannot ask for much memory.
+_BOUNDS = {
+    "vocab_size": (1, 1 << 24),
+    "hidden_size": (1, 1 << 18),
+    "intermediate_size": (1, 1 << 20),
+    "num_hidden_layers": (1, 1024),
+    "num_attention_heads": (1, 1024),
+    "num_key_value_heads": (1, 1024),
+    "head_dim": (2, 1024),
+    "max_position_embeddings": (1, 1 << 27),
+    "rms_norm_eps": (1e-12, 1e-1),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """A dense decoder: grouped-query attention, RMSNorm, gated MLP, rotary positions.
+
+    Raises ValueError if a value is out of range or values contradict each other.
+    """
+
+    model_type: str  # one of MODEL_TYPES
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    hidden_act: str = "silu"
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False  # on q, k and v
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False  # RMSNorm over each head of q and k, before the rotation
+    sliding_window: tuple[int | None, ...] = ()  # per layer: keys a query sees, itself included
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()  # an id outside the vocabulary never comes up
+    dtype: torch.dtype | None = None  # what the file says; None: as the weights are stored
+
+    def __post_init__(self) -> None:
+        if not self.sliding_window:
+            object.__setattr__(self, "sliding_window", (None,) * self.num_hidden_layers)
+        for name, (low, high) in _BOUNDS.items():
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ValueError(f"{name} must be from {low} to {high}, is {value}")
+        self._check_choices()
+        self._check_heads()
+        self._check_rope()
+        for window in self.sliding_window:
+            if window is not None and not 1 <= window <= 1 << 27:
+                raise ValueError(f"sliding_window must be from 1 to {1 << 27}, is {window}")
+        if len(self.sliding_window) != self.num_hidden_layers:
+            raise ValueError(
+                f"sliding_window has {len(self.sliding_window)} entries for "
+                f"{self.num_hidden_layers} layers"
+            )
+        if self.bos_token_id is not None and not 0 <= self.bos_token_id < self.vocab_size:
+            raise ValueError(
+                f"bos_token_id {self.bos_token_id} is outside the vocabulary of {self.vocab_size}"
+            )
+
+    def _check_choices(self) -> None:
+        if self.model_type not in MODEL_TYPES:
+            raise ValueError(
+                f"model_type {self.model_type!r:.80} is not supported; supported: "
+                f"{', '.join(MODEL_TYPES)}"
+            )
+        if self.hidden_act != "silu":
+            raise ValueError(
+                f"hidden_act {self.hidden_act!r:.80} is not supported; only silu (a SwiGLU MLP) is"
+            )
+        if self.dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"dtype {self.dtype} is not float32, bfloat16 or float16")
+
+    def _check_heads(self) -> None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd and cannot be rotated in pairs")
+        width = self.num_attention_heads * self.head_dim
+        if width > 16 * self.hidden_size + 4096:
+            raise ValueError(
+                f"{self.num_attention_heads} heads of {self.head_dim} do not fit a hidden_size "
+                f"of {self.hidden_size}"
+            )
+
+    def _check_rope(self) -> None:
+        dim = self.rotary_dim
+        if dim < 2 or dim % 2:
+            raise ValueError(f"the rotary dimension must be even and at least 2, is {dim}")
+        if self.rope.type == "dynamic" and dim < 4:
+            raise ValueError("rope type dynamic needs a rotary dimension of at least 4")
+        for name in ("short_factor", "long_factor", "factors"):
+            values = getattr(self.rope, name)
+            if values is not None and len(values) != dim // 2:
+                raise ValueError(
+                    f"rope parameter {name} needs {dim // 2} values, has {len(values)}"
+                )
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many leading dimensions of each head are rotated."""
+        # 1e-6: a factor made by dividing two integers must give the integer back
+        return int(self.head_dim * self.rope.partial_rotary_factor + 1e-6)
+
+    @property
+    def softmax_scale(self) -> float:
+        """1 / sqrt(head_dim): what q . k is multiplied with."""
+        return float(self.head_dim**-0.5)
+
+    def window_left(self, layer: int) -> int:
+        """Keys before its own that a query of `layer` sees; -1 = all of them.
+
+        Kernels count the keys to the left, configurations count the query's own key too.
+        """
+        window = self.sliding_window[layer]
+        return -1 if window is None else window - 1
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every weight of the model under its Hugging Face name, in the model's order."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        linears = [
+            ("self_attn.q_proj", q, hidden, self.attention_bias),
+            ("self_attn.k_proj", kv, hidden, self.attention_bias),
+            ("self_attn.v_proj", kv, hidden, self.attention_bias),
+            ("self_attn.o_proj", hidden, q, self.attention_output_bias),
+            ("mlp.gate_proj", inner, hidden, self.mlp_bias),
+            ("mlp.up_proj", inner, hidden, self.mlp_bias),
+            ("mlp.down_proj", hidden, inner, self.mlp_bias),
+        ]
+        shapes: dict[str, tuple[int, ...]] = {
+            "model.embed_tokens.weight": (self.vocab_size, hidden)
+        }
+        for layer in range(self.num_hidden_layers):
+            prefix = f"model.layers.{layer}."
+            shapes[prefix + "input_layernorm.weight"] = (hidden,)
+            for name, rows, columns, bias in linears:
+                shapes[f"{prefix}{name}.weight"] = (rows, columns)
+                if bias:
+                    shapes[f"{prefix}{name}.bias"] = (rows,)
+            if self.qk_norm:
+                shapes[prefix + "self_attn.q_norm.weight"] = (self.head_dim,)
+                shapes[prefix + "self_attn.k_norm.weight"] = (self.head_dim,)
+            shapes[prefix + "post_attention_layernorm.weight"] = (hidden,)
+        shapes["model.norm.weight"] = (hidden,)
+        if not self.tie_word_embeddings:
+            shapes["lm_head.weight"] = (self.vocab_size, hidden)
+        return shapes
+
+    @classmethod
+    def from_hf(
+        cls,
+        values: Mapping[str, Any],
+        path: str | os.PathLike[str] = "config.json",
+        generation: Mapping[str, Any] | None = None,
+    ) -> ModelConfig:
+        """From the object in config.json; eos ids of generation_config.json are added.
+
+        Raises ModelFileError naming `path` and the field.
+        """
+        from fastllm.models.config_hf import config_from_hf
+
+        return config_from_hf(values, path, generation)
+
+    @classmethod
+    def from_directory(cls, directory: str | os.PathLike[str]) -> ModelConfig:
+        """From config.json, and generation_config.json if it is there."""
+        from fastllm.models.config_hf import config_from_hf
+        from fastllm.models.fields import read_json_object
+
+        path = Path(directory) / "config.json"
+        generation_path = path.with_name("generation_config.json")
+        generation = read_json_object(generation_path) if generation_path.exists() else None
+        return config_from_hf(read_json_object(path), path, generation)
+
+    @classmethod
+    def from_gguf(
+        cls,
+        metadata: Mapping[str, Any],
+        tensors: Mapping[str, GGUFTensor],
+        path: str | os.PathLike[str] = "GGUF",
+    ) -> ModelConfig:
+        """From an opened GGUF file. Raises ModelFileError naming `path` and the field."""
+        from fastllm.models.config_gguf import config_from_gguf
+
+        return config_from_gguf(metadata, tensors, path)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The object to save as config.json, which transformers 5 loads.
+
+        Raises ValueError for a combination that no supported Hugging Face class has.
+        """
+        from fastllm.models.config_hf import config_to_hf
+
+        return config_to_hf(self)

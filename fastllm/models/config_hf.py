@@ -1,0 +1,301 @@
+"""ModelConfig from and to Hugging Face's config.json, in transformers 4 and 5 spelling.
+
+transformers 4 has `rope_theta` and `rope_scaling`, 5 has `rope_parameters`. A key that is missing
+means the default of the model's own configuration class, because transformers leaves defaults out
+of the files it saves.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastllm.errors import ModelFileError
+from fastllm.models.config import MODEL_TYPES, ModelConfig
+from fastllm.models.fields import Fields, describe
+from fastllm.models.rope_scaling import RopeConfig
+
+MAX_LAYERS_LISTED = 1024
+MAX_FACTORS = 512  # half of the largest head_dim
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_ROPE_NUMBERS = ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale",
+                 "mscale_all_dim", "low_freq_factor", "high_freq_factor")  # fmt: skip
+_NEEDS_ORIGINAL_LENGTH = ("llama3", "yarn", "longrope")
+
+
+@dataclass(frozen=True, slots=True)
+class _Defaults:
+    """What the configuration class of a model type assumes for absent keys."""
+
+    class_name: str
+    max_position_embeddings: int
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    num_key_value_heads: int | None = None  # None: as many as query heads
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+
+
+_MODELS = {
+    "llama": _Defaults("LlamaForCausalLM", 2048, 1, (2,)),
+    "mistral": _Defaults("MistralForCausalLM", 131072, 1, (2,), num_key_value_heads=8),
+    "qwen2": _Defaults("Qwen2ForCausalLM", 32768, None, (), num_key_value_heads=32),
+    "qwen3": _Defaults("Qwen3ForCausalLM", 32768, None, (), num_key_value_heads=32, head_dim=128),
+}
+
+
+def config_from_hf(
+    values: Mapping[str, Any],
+    path: str | os.PathLike[str],
+    generation: Mapping[str, Any] | None,
+) -> ModelConfig:
+    """See ModelConfig.from_hf."""
+    fields = Fields(values, path)
+    model_type = _model_type(fields)
+    if fields.has("quantization_config"):
+        raise fields.fail(
+            "quantization_config",
+            "checkpoints quantized by another library are not supported",
+            "Use the unquantized checkpoint or a GGUF file",
+        )
+    try:
+        return ModelConfig(
+            model_type=model_type,
+            **_sizes(fields, _MODELS[model_type]),
+            **_features(fields, model_type),
+            sliding_window=_sliding_window(fields, model_type),
+            rope=_rope(fields),
+            **_tokens(fields, _MODELS[model_type], Fields(generation or {}, path)),
+            dtype=_dtype(fields),
+        )
+    except ModelFileError:
+        raise
+    except ValueError as error:  # from the checks of ModelConfig and RopeConfig
+        raise ModelFileError(path, "config", str(error)) from None
+
+
+def _model_type(fields: Fields) -> str:
+    names = fields.strings("architectures", 16, default=())
+    by_class = {d.class_name: model_type for model_type, d in _MODELS.items()}
+    model_type = fields.string("model_type", default=None)
+    if names:
+        found = [by_class[name] for name in names if name in by_class]
+        if found and model_type in (None, found[0]):
+            return found[0]
+    elif model_type in _MODELS:
+        return str(model_type)
+    raise fields.fail(
+        "architectures" if names else "model_type",
+        f"{describe(names[0] if names else model_type)} (model_type {describe(model_type)}) is "
+        "not a supported architecture",
+        f"Supported: {', '.join(by_class)} with model_type {', '.join(MODEL_TYPES)}",
+    )
+
+
+def _sizes(fields: Fields, defaults: _Defaults) -> dict[str, Any]:
+    heads = fields.integer("num_attention_heads")
+    hidden = fields.integer("hidden_size")
+    kv_heads = heads  # what an explicit null means
+    if "num_key_value_heads" not in fields.values:
+        kv_heads = defaults.num_key_value_heads or heads
+    head_dim = fields.integer("head_dim", default=None) or defaults.head_dim
+    if head_dim is None:
+        if heads < 1 or hidden % heads:
+            raise fields.fail(
+                "hidden_size", f"{hidden} is not a multiple of num_attention_heads {heads}"
+            )
+        head_dim = hidden // heads
+    return {
+        "vocab_size": fields.integer("vocab_size"),
+        "hidden_size": hidden,
+        "intermediate_size": fields.integer("intermediate_size"),
+        "num_hidden_layers": fields.integer("num_hidden_layers"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": fields.integer("num_key_value_heads", default=kv_heads),
+        "head_dim": head_dim,
+        "rms_norm_eps": fields.number("rms_norm_eps", default=1e-6),
+        "max_position_embeddings": fields.integer(
+            "max_position_embeddings", default=defaults.max_position_embeddings
+        ),
+    }
+
+
+def _features(fields: Fields, model_type: str) -> dict[str, Any]:
+    """Which biases and norms exist: fixed by the class, or said by the file."""
+    flag = model_type in ("llama", "qwen3") and fields.boolean("attention_bias", default=False)
+    return {
+        "hidden_act": fields.string("hidden_act", default="silu"),
+        "tie_word_embeddings": fields.boolean("tie_word_embeddings", default=False),
+        "attention_bias": flag or model_type == "qwen2",
+        "attention_output_bias": flag,
+        "mlp_bias": model_type == "llama" and fields.boolean("mlp_bias", default=False),
+        "qk_norm": model_type == "qwen3",
+    }
+
+
+def _sliding_window(fields: Fields, model_type: str) -> tuple[int | None, ...]:
+    """Per layer; () = no layer has one. Llama's class has none whatever the file says."""
+    layers = fields.integer("num_hidden_layers")
+    if model_type == "llama" or not 1 <= layers <= MAX_LAYERS_LISTED:
+        return ()  # ModelConfig refuses such a number of layers
+    if model_type == "mistral":
+        absent = "sliding_window" not in fields.values
+        window = fields.integer("sliding_window", default=4096 if absent else None)
+        return (window,) * layers
+    enabled = fields.boolean("use_sliding_window", default=False)
+    window = fields.integer("sliding_window", default=4096) if enabled else None
+    kinds = fields.strings("layer_types", MAX_LAYERS_LISTED, default=None)
+    if kinds is None:
+        first = fields.integer("max_window_layers", default=28)
+        return tuple(window if layer >= first else None for layer in range(layers))
+    if len(kinds) != layers:
+        raise fields.fail("layer_types", f"has {len(kinds)} entries for {layers} layers")
+    for kind in kinds:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise fields.fail("layer_types", f"{describe(kind)} is not a supported layer type")
+    if window is None and "sliding_attention" in kinds:
+        raise fields.fail("layer_types", "has sliding layers but the file gives them no window")
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _rope(fields: Fields) -> RopeConfig:
+    key = "rope_scaling" if fields.has("rope_scaling") else "rope_parameters"
+    rope = fields.section(key) or Fields({}, fields.file)
+    for name, value in rope.values.items():
+        if isinstance(value, Mapping):
+            raise rope.fail(name, "rope parameters per layer type are not supported")
+    type_key = "type" if rope.has("type") and not rope.has("rope_type") else "rope_type"
+    rope_type = rope.string(type_key, default="default")
+    if rope_type == "factors":  # a GGUF matter, not a name that config.json knows
+        raise rope.fail(type_key, "the rope type 'factors' is not one of Hugging Face's")
+    known: dict[str, Any] = {name: rope.number(name, default=None) for name in _ROPE_NUMBERS}
+    for name in ("short_factor", "long_factor"):
+        known[name] = rope.numbers(name, MAX_FACTORS, default=None)
+    original = fields.integer(
+        "original_max_position_embeddings",
+        default=rope.integer("original_max_position_embeddings", default=None),
+    )
+    if original is None and rope_type in _NEEDS_ORIGINAL_LENGTH:
+        original = fields.integer("max_position_embeddings")
+    partial = fields.number("partial_rotary_factor", default=1.0)
+    return RopeConfig(
+        type=rope_type,
+        theta=rope.number("rope_theta", default=fields.number("rope_theta", default=10000.0)),
+        partial_rotary_factor=rope.number("partial_rotary_factor", default=partial),
+        original_max_position_embeddings=original,
+        truncate=rope.boolean("truncate", default=True),
+        **known,
+    )
+
+
+def _tokens(fields: Fields, defaults: _Defaults, generation: Fields) -> dict[str, Any]:
+    """Begin and end tokens. Chat models often list their end of turn in the generation file."""
+    bos = fields.token_ids(
+        "bos_token_id",
+        () if "bos_token_id" in fields.values or defaults.bos_token_id is None
+        else (defaults.bos_token_id,),
+    )  # fmt: skip
+    eos = fields.token_ids(
+        "eos_token_id", () if "eos_token_id" in fields.values else defaults.eos_token_ids
+    )
+    eos = tuple(dict.fromkeys((*eos, *generation.token_ids("eos_token_id"))))
+    vocab = fields.integer("vocab_size")
+    if "bos_token_id" not in fields.values:  # a class default means nothing in a tiny vocabulary
+        bos = tuple(t for t in bos if t < vocab)
+    if "eos_token_id" not in fields.values:
+        eos = tuple(t for t in eos if t < vocab)
+    return {"bos_token_id": bos[0] if bos else None, "eos_token_ids": eos}
+
+
+def _dtype(fields: Fields) -> torch.dtype | None:
+    key = "dtype" if fields.has("dtype") else "torch_dtype"
+    name = fields.string(key, default=None)
+    if name is None:
+        return None
+    if name.removeprefix("torch.") not in _DTYPES:
+        raise fields.fail(key, f"{describe(name)} is not one of {', '.join(_DTYPES)}")
+    return _DTYPES[name.removeprefix("torch.")]
+
+
+def config_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """See ModelConfig.to_hf."""
+    eos = config.eos_token_ids
+    values: dict[str, Any] = {
+        "architectures": [_MODELS[config.model_type].class_name],
+        "model_type": config.model_type,
+        "rope_parameters": _rope_to_hf(config),
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
+        **{name: getattr(config, name) for name in (
+            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+            "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps",
+            "max_position_embeddings", "hidden_act", "tie_word_embeddings")},
+    }  # fmt: skip
+    if config.dtype is not None:
+        values["dtype"] = str(config.dtype).removeprefix("torch.")
+    if config.model_type in ("llama", "qwen3"):
+        values["attention_bias"] = config.attention_bias
+    if config.model_type == "llama":
+        values["mlp_bias"] = config.mlp_bias
+    values.update(_windows_to_hf(config))
+    try:
+        read_back = config_from_hf(values, "config.json", None)
+    except ModelFileError as error:
+        raise ValueError(f"config has no Hugging Face form: {error}") from None
+    for name in ("attention_bias", "attention_output_bias", "mlp_bias", "qk_norm",
+                 "sliding_window"):  # fmt: skip
+        if getattr(read_back, name) != getattr(config, name):
+            raise ValueError(
+                f"config has {name}={getattr(config, name)}, which Hugging Face's "
+                f"{values['architectures'][0]} cannot express"
+            )
+    return values
+
+
+def _rope_to_hf(config: ModelConfig) -> dict[str, Any]:
+    rope = config.rope
+    values: dict[str, Any] = {"rope_type": rope.type, "rope_theta": rope.theta}
+    if rope.partial_rotary_factor != 1.0:
+        values["partial_rotary_factor"] = rope.partial_rotary_factor
+    if rope.type == "factors":  # fixed factors are a longrope whose two sets are the same
+        values |= {
+            "rope_type": "longrope",
+            "short_factor": list(rope.factors or ()),
+            "long_factor": list(rope.factors or ()),
+            "attention_factor": 1.0,
+            "factor": 1.0,
+            "original_max_position_embeddings": max(config.max_position_embeddings, 2),
+        }
+        return values
+    for name in (*_ROPE_NUMBERS, "original_max_position_embeddings"):
+        if getattr(rope, name) is not None:
+            values[name] = getattr(rope, name)
+    for name in ("short_factor", "long_factor"):
+        if getattr(rope, name) is not None:
+            values[name] = list(getattr(rope, name))
+    if not rope.truncate:
+        values["truncate"] = False
+    if rope.type == "yarn":
+        values.setdefault("factor", None)  # transformers looks it up, and derives it from None
+    return values
+
+
+def _windows_to_hf(config: ModelConfig) -> dict[str, Any]:
+    windows = {w for w in config.sliding_window if w is not None}
+    window = max(windows, default=None)
+    if config.model_type == "llama":
+        return {}
+    if config.model_type == "mistral":
+        return {"sliding_window": window}
+    kinds = ["full_attention" if w is None else "sliding_attention" for w in config.sliding_window]
+    first = kinds.index("sliding_attention") if windows else config.num_hidden_layers
+    return {
+        "use_sliding_window": bool(windows),
+        "sliding_window": window,
+        "max_window_layers": first,
+        "layer_types": kinds,
+    }

@@ -1,0 +1,216 @@
+"""Weights of a model under Hugging Face names, from a Hugging Face directory or a GGUF file.
+
+Quantized tensors stay packed. GGUF files of architecture `llama` hold the rows of Q and K in the
+order that rotates neighbours (0, 1), (2, 3), ...; they come out of here in Hugging Face's
+half-split order (0, R/2), (1, R/2 + 1), ... Reordering rows never touches a block, because blocks
+run along columns.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from fastllm.errors import ModelFileError
+from fastllm.models.config import ModelConfig
+from fastllm.models.config_gguf import ROPE_TENSORS
+from fastllm.models.gguf import GGUFFile, GGUFTensor
+from fastllm.models.safetensors_files import SafetensorsFiles
+from fastllm.models.stored_tensor import StoredTensor
+from fastllm.quantize.gguf_blocks import DENSE_DTYPES, SUPPORTED_FORMATS, row_bytes
+
+_GGUF_MODEL_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+_GGUF_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_GGUF_LAYER = re.compile(r"blk\.(0|[1-9][0-9]{0,3})\.([a-z_]+)\.(weight|bias)")
+_GGUF_TOP = re.compile(r"([a-z_]+)\.(weight|bias)")
+
+
+class WeightSource(Protocol):
+    """What a model is loaded from. `names` are those of `config.weight_shapes()`."""
+
+    config: ModelConfig
+    path: Path
+    names: tuple[str, ...]
+
+    def get(self, name: str) -> StoredTensor:
+        """One weight as it is stored. KeyError for a name that is not in `names`."""
+
+    def release(self, name: str | None = None) -> None:
+        """Give back the pages of one weight, or of all, after they have been packed."""
+
+
+def open_weights(path: str | os.PathLike[str]) -> GGUFWeights | SafetensorsWeights:
+    """Open a GGUF file or a Hugging Face directory; names, shapes and formats are checked.
+
+    Raises ModelFileError naming file, tensor or key, and the remedy.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return SafetensorsWeights(path)
+    return GGUFWeights(GGUFFile.open(path))
+
+
+class SafetensorsWeights:
+    """Weights of a Hugging Face directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory
+        self.files = SafetensorsFiles.open(directory)
+        self.config = ModelConfig.from_directory(directory)
+        shapes = self.config.weight_shapes()
+        self.names = tuple(shapes)
+        found = {
+            name: entry.shape
+            for name, entry in self.files.entries.items()
+            if not _is_derived(name, self.config)
+        }
+        _check_names(directory, shapes, found, dict(zip(shapes, shapes, strict=True)))
+
+    def get(self, name: str) -> StoredTensor:
+        return self.files.get(name)
+
+    def release(self, name: str | None = None) -> None:
+        if name is None:  # the library maps whole files: one tensor's pages cannot be named
+            self.files.release()
+
+
+def _is_derived(name: str, config: ModelConfig) -> bool:
+    """Tensors that older checkpoints carry although they follow from the others."""
+    tied = name == "lm_head.weight" and config.tie_word_embeddings
+    return tied or name.endswith(".rotary_emb.inv_freq")
+
+
+class GGUFWeights:
+    """Weights of a GGUF file."""
+
+    def __init__(self, file: GGUFFile) -> None:
+        self.path = file.path
+        self.file = file
+        self.config = ModelConfig.from_gguf(file.metadata, file.tensors, file.path)
+        shapes = self.config.weight_shapes()
+        self.names = tuple(shapes)
+        self._tensors: dict[str, GGUFTensor] = {}
+        for tensor in file.tensors.values():
+            if tensor.name not in ROPE_TENSORS:
+                self._tensors[self._hf_name(tensor)] = tensor
+        found = {name: tensor.shape for name, tensor in self._tensors.items()}
+        gguf_names = {hf: tensor.name for hf, tensor in self._tensors.items()}
+        _check_names(file.path, shapes, found, gguf_names)
+        for tensor in self._tensors.values():
+            _check_format(file.path, tensor)
+        self._half_split: dict[int, torch.Tensor] = {}
+
+    def _hf_name(self, tensor: GGUFTensor) -> str:
+        if match := _GGUF_LAYER.fullmatch(tensor.name):
+            layer, stem, kind = match.groups()
+            if stem in _GGUF_LAYER_NAMES:
+                return f"model.layers.{layer}.{_GGUF_LAYER_NAMES[stem]}.{kind}"
+        elif (match := _GGUF_TOP.fullmatch(tensor.name)) and match[1] in _GGUF_MODEL_NAMES:
+            return f"{_GGUF_MODEL_NAMES[match[1]]}.{match[2]}"
+        raise ModelFileError(
+            self.path,
+            tensor.name,
+            "is not part of the dense decoder, and leaving it out would change the model",
+            "Use a model whose attention and MLP are those of Llama, Qwen2 or Qwen3",
+        )
+
+    def get(self, name: str) -> StoredTensor:
+        tensor = self._tensors[name]
+        stored = _stored(tensor)
+        if self.config.model_type != "llama":
+            return stored
+        if ".self_attn.q_proj." in name:
+            return self._in_half_split_order(stored, self.config.num_attention_heads)
+        if ".self_attn.k_proj." in name:
+            return self._in_half_split_order(stored, self.config.num_key_value_heads)
+        return stored
+
+    def _in_half_split_order(self, stored: StoredTensor, heads: int) -> StoredTensor:
+        if heads not in self._half_split:
+            config = self.config
+            self._half_split[heads] = half_split_rows(heads, config.head_dim, config.rotary_dim)
+        return replace(stored, data=stored.data.index_select(0, self._half_split[heads]))
+
+    def release(self, name: str | None = None) -> None:
+        self.file.release(None if name is None else self._tensors[name])
+
+
+def half_split_rows(heads: int, head_dim: int, rotary_dim: int) -> torch.Tensor:
+    """int64 [heads * head_dim]: row i of the half-split order is this row of a llama GGUF."""
+    within = torch.arange(head_dim)
+    pairs = torch.arange(rotary_dim).view(rotary_dim // 2, 2)  # row 2j + half
+    within[:rotary_dim] = pairs.t().reshape(-1)  # goes to half * R/2 + j
+    return (torch.arange(heads).view(-1, 1) * head_dim + within).reshape(-1)
+
+
+def _stored(tensor: GGUFTensor) -> StoredTensor:
+    format = tensor.type_name.lower()
+    if format in DENSE_DTYPES:
+        return StoredTensor(
+            format, tensor.shape, tensor.data.view(DENSE_DTYPES[format]).view(tensor.shape)
+        )
+    width = row_bytes(format, tensor.shape[-1])
+    return StoredTensor(format, tensor.shape, tensor.data.view(*tensor.shape[:-1], width))
+
+
+def _check_format(path: Path, tensor: GGUFTensor) -> None:
+    format = tensor.type_name.lower()
+    if format not in SUPPORTED_FORMATS:
+        raise ModelFileError(
+            path,
+            tensor.name,
+            f"is stored as {tensor.type_name}, for which there are no kernels",
+            f"Use a file with {', '.join(f.upper() for f in SUPPORTED_FORMATS)}, for example one "
+            "made with llama.cpp's llama-quantize FILE OUT Q4_1 --pure",
+        )
+    if len(tensor.shape) == 1 and format not in DENSE_DTYPES:
+        raise ModelFileError(
+            path, tensor.name, f"is a vector stored as {tensor.type_name}", "Store it as F32"
+        )
+
+
+def _check_names(
+    path: Path,
+    expected: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...]],
+    file_names: Mapping[str, str],
+) -> None:
+    """Every weight there, with the shape that the configuration gives it, and nothing else."""
+    for name, shape in expected.items():
+        if name not in found:
+            raise ModelFileError(path, name, "the weight is missing from the file")
+        if found[name] != shape:
+            raise ModelFileError(
+                path,
+                file_names.get(name, name),
+                f"has shape {list(found[name])}, the configuration says {list(shape)}",
+            )
+    for name in found:
+        if name not in expected:
+            raise ModelFileError(
+                path,
+                file_names.get(name, name),
+                "is not a weight of the configured model, and leaving it out would change it",
+            )
