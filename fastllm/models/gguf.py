@@ -110,7 +110,11 @@ class _Cursor:
 
 
 class MetadataArray(Sequence[Scalar]):
-    """An array value, decoded when it is first looked at. The bounds were checked before."""
+    """An array value, decoded when it is looked at. The bounds were checked before.
+
+    Iterating decodes one value after the other and keeps none (a vocabulary and its merges take
+    8 MB as Python strings); indexing and `tolist` keep the values.
+    """
 
     __slots__ = ("_buffer", "_count", "_path", "_start", "_type", "_values", "name")
 
@@ -129,6 +133,8 @@ class MetadataArray(Sequence[Scalar]):
         return self._count
 
     def __iter__(self) -> Iterator[Scalar]:
+        if self._values is None and self._type == _STRING:
+            return self._iter_strings()
         return iter(self.tolist())
 
     @overload
@@ -159,19 +165,20 @@ class MetadataArray(Sequence[Scalar]):
         return np.frombuffer(self._buffer, dtype, self._count, self._start).copy()
 
     def _strings(self) -> list[Scalar]:
-        values: list[Scalar] = []
+        return list(self._iter_strings())
+
+    def _iter_strings(self) -> Iterator[Scalar]:
         unpack, buffer, pos = _U64.unpack_from, self._buffer, self._start
-        try:
-            for _ in repeat(None, self._count):
-                stop = pos + 8 + unpack(buffer, pos)[0]
-                values.append(buffer[pos + 8 : stop].decode("utf-8"))
-                pos = stop
-        except UnicodeDecodeError as error:
-            where = f"{self.name}[{len(values)}]"
-            raise ModelFileError(
-                self._path, where, f"is not valid UTF-8 ({error.reason})"
-            ) from None
-        return values
+        for index in range(self._count):
+            stop = pos + 8 + unpack(buffer, pos)[0]
+            try:
+                yield buffer[pos + 8 : stop].decode("utf-8")
+            except UnicodeDecodeError as error:
+                where = f"{self.name}[{index}]"
+                raise ModelFileError(
+                    self._path, where, f"is not valid UTF-8 ({error.reason})"
+                ) from None
+            pos = stop
 
 
 Value = Scalar | MetadataArray | list["Value"]
