@@ -1,0 +1,276 @@
+"""Compiles every kernel at its shipped configurations, without a GPU, and reports its resources.
+
+The launchers themselves run, on meta tensors of model-sized shapes, and their launches are
+recorded instead of made: what is compiled is what they would launch. `ptxas` of the Triton
+installation then gives registers and spills. `python -m fastllm.kernels.ahead_of_time [sm_90]`
+prints the table.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from . import attention, embedding, linear, quant_matmul, rms_norm, rope, sampling, swiglu
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+_TYPE_NAMES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.bool: "i1",
+}
+_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One specialization of a kernel: what Triton would compile for a launch."""
+
+    kernel: JITFunction
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    divisible: tuple[str, ...]  # arguments that are multiples of 16
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Kernel name, pointer types and tile constants: `linear_kernel[bf16 BLOCK_N=64 ...]`."""
+        types = [t[1:] for t in self.signature.values() if t.startswith("*")]
+        shown = {k: v for k, v in self.constexprs.items() if k.isupper()} | self.options
+        constants = " ".join(f"{key}={value}" for key, value in shown.items())
+        return f"{self.kernel.__name__}[{','.join(types[:3])} {constants}]"
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel takes: bytes of shared memory, registers a thread, spilled bytes."""
+
+    name: str
+    arch: int
+    shared: int
+    registers: int
+    spills: int
+
+
+def shipped_launches() -> dict[str, Callable[[], Any]]:
+    """Calls that between them launch every kernel with every shipped tile configuration.
+
+    Shapes are those of a Llama 8B layer (hidden 4096, 32/8 heads of 128, vocabulary 128,256)
+    and of SmolLM2-135M (hidden 576, 9/3 heads of 64).
+    """
+    bf16, f32 = torch.bfloat16, torch.float32
+    x8 = {m: _meta(m, 4096) for m in (1, 32, 64, 2048)}
+    calls: dict[str, Callable[[], Any]] = {
+        "rms_norm": lambda: rms_norm.rms_norm(_meta(8, 576, dtype=f32), _meta(576), 1e-5, bf16),
+        "rms_norm heads": lambda: rms_norm.rms_norm(_meta(8, 32, 128), _meta(128), 1e-5),
+        "rms_norm wide": lambda: rms_norm.rms_norm(_meta(8, 16384), _meta(16384), 1e-5),
+        "add_rms_norm": lambda: rms_norm.add_rms_norm(
+            _meta(8, 4096), _meta(8, 4096, dtype=f32), _meta(4096), 1e-5
+        ),
+        "rope": lambda: rope.rope(_meta(8, 32, 128), *_rope_tables(64)),
+        "rope partial": lambda: rope.rope(_meta(8, 32, 128, dtype=f32), *_rope_tables(32)),
+        "swiglu": lambda: swiglu.swiglu(_meta(8, 14336), _meta(8, 14336)),
+        "embedding": lambda: embedding.embedding(_ids(8), _meta(128256, 4096), f32),
+        "quant_embedding q4_1": lambda: _quant_embedding("q4_1"),
+        "quant_embedding q8_0": lambda: _quant_embedding("q8_0"),
+        "append_kv": lambda: _append_kv(),
+        "sampling": lambda: _sampling(8, 128256),
+        "log_probs": lambda: sampling.log_probs(_meta(8, 128256, dtype=f32), _ids(8, 1)),
+    }
+    for m, x in x8.items():
+        calls[f"linear bf16 m={m}"] = lambda x=x: linear.linear(x, _meta(4096, 4096))
+        for format in ("q4_0", "q4_1", "q8_0"):
+            for mode in ("int8", "bf16"):
+                key = f"quant_matmul {format} {mode} m={m}"
+                calls[key] = lambda x=x, f=format, a=mode: _quant_matmul(x, f, a)
+    for m in (1, 64):
+        x = _meta(m, 576, dtype=f32)
+        calls[f"linear f32 m={m}"] = lambda x=x: linear.linear(x, _meta(576, 576, dtype=f32))
+        calls[f"quant_matmul q4_1 fp32 m={m}"] = lambda x=x: _quant_matmul(x, "q4_1", "fp32")
+    fast = {"batch_invariant": False}
+    calls["linear bf16 m=1 fast"] = lambda: linear.linear(x8[1], _meta(4096, 4096), **fast)
+    for heads, kv_heads, dim, dtype in ((32, 8, 128, bf16), (9, 3, 64, bf16), (9, 3, 64, f32)):
+        model = f"{heads}/{kv_heads}x{dim} {'bf16' if dtype == bf16 else 'f32'}"
+        for phase, n_tokens in (("prefill", 4096), ("decode", 8)):
+            shape = (n_tokens, heads, kv_heads, dim, dtype)
+            calls[f"attention {phase} {model}"] = lambda s=shape: _attention(*s)
+    for phase, n_tokens in (("prefill", 4096), ("decode", 8)):
+        shape = (n_tokens, 32, 8, 128, bf16, False)
+        calls[f"attention {phase} fast"] = lambda s=shape: _attention(*s)
+    return calls
+
+
+def compile_all(names: list[str], archs: tuple[int, ...], workers: int = 2) -> list[Resources]:
+    """Resources of every distinct kernel launched by the named calls, compiled in processes."""
+    jobs = [(name, arch) for arch in archs for name in names]
+    with ProcessPoolExecutor(workers) as pool:
+        found = [r for part in pool.map(_compile_named, jobs) for r in part]
+    return list(dict.fromkeys(found))
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Launches inside are appended to the list instead of being made."""
+    launches: list[Launch] = []
+
+    def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launches.append(_launch(kernel, args, kwargs))
+
+    run, JITFunction.run = JITFunction.run, record
+    try:
+        yield launches
+    finally:
+        JITFunction.run = run
+
+
+def compile_launch(launch: Launch, arch: int) -> Resources:
+    """Compiles one specialization for sm_<arch> and asks ptxas for its resources."""
+    index = {name: i for i, name in enumerate(launch.kernel.arg_names)}
+    source = ASTSource(
+        launch.kernel,
+        launch.signature,
+        {(index[name],): value for name, value in launch.constexprs.items()},
+        {(index[name],): [["tt.divisibility", 16]] for name in launch.divisible},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
+    registers, spills = _ptxas(compiled.asm["ptx"], arch)
+    return Resources(launch.name, arch, compiled.metadata.shared, registers, spills)
+
+
+def _compile_named(job: tuple[str, int]) -> list[Resources]:
+    name, arch = job
+    with recorded() as launches:
+        shipped_launches()[name]()
+    return [compile_launch(launch, arch) for launch in launches]
+
+
+def _ptxas(ptx: str, arch: int) -> tuple[int, int]:
+    """(registers a thread, bytes of spill stores and loads)."""
+    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        target = "sm_90a" if arch == 90 else f"sm_{arch}"
+        command = [ptxas, "-v", f"-arch={target}", file.name, "-o", "/dev/null"]
+        log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    registers = max(int(n) for n in re.findall(r"Used (\d+) registers", log))
+    return registers, sum(int(n) for n in re.findall(r"(\d+) bytes spill", log))
+
+
+def _launch(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
+    """The specialization Triton's own dispatcher would choose for these arguments."""
+    options = {name: kwargs[name] for name in _OPTIONS if name in kwargs}
+    values = dict(zip(kernel.arg_names, args, strict=False))
+    values |= {name: value for name, value in kwargs.items() if name in kernel.arg_names}
+    signature, constexprs, divisible = {}, {}, []
+    for parameter in kernel.params:
+        name, value = parameter.name, values[parameter.name]
+        if parameter.is_constexpr or (type(value) is int and value == 1):
+            signature[name], constexprs[name] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[name] = "*" + _TYPE_NAMES[value.dtype]
+            divisible.append(name)
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                divisible.append(name)
+    return Launch(kernel, signature, constexprs, tuple(divisible), options)
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _ids(*shape: int) -> Tensor:
+    return _meta(*shape, dtype=torch.int32)
+
+
+def _rope_tables(half: int) -> tuple[Tensor, Tensor, Tensor]:
+    table = _meta(4096, half, dtype=torch.float32)
+    return _ids(8), table, table
+
+
+def _packed(format: str, n: int, k: int) -> tuple[Tensor, Tensor]:
+    quads = 8 if format == "q8_0" else 4
+    n_scales = 2 if format == "q4_1" else 1
+    data = _meta(n, k // 32, quads, 1, 4, dtype=torch.uint8)
+    return data, _meta(n, k // 32, n_scales, 1, dtype=torch.float16)
+
+
+def _quant_embedding(format: str) -> Tensor:
+    data, scales = _packed(format, 49152, 576)
+    return embedding.quant_embedding(_ids(8), data, scales, format, 49152, torch.float32)
+
+
+def _quant_matmul(x: Tensor, format: str, activation: str) -> Tensor:
+    data, scales = _packed(format, 4096, x.shape[-1])
+    return quant_matmul.quant_matmul(x, data, scales, format, 4096, None, activation)
+
+
+def _append_kv() -> None:
+    cache, rows = _meta(64, 8, 64, 128), _meta(8, 8, 128)
+    attention.append_kv(rows, rows, cache, cache, _ids(8, 64), _ids(9), _ids(8))
+
+
+def _attention(
+    n_tokens: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, invariant: bool = True
+) -> Tensor:
+    cache = _meta(64, kv_heads, 64, dim, dtype=dtype)
+    tables = _ids(8, 64), _ids(9), _ids(8)
+    q = _meta(n_tokens, heads, dim, dtype=dtype)
+    return attention.paged_attention(
+        q, cache, cache, *tables, dim**-0.5, batch_invariant=invariant
+    )
+
+
+def _sampling(rows: int, vocab: int) -> tuple[Tensor, Tensor, Tensor]:
+    f32, u8 = _meta(rows, dtype=torch.float32), _meta(rows, dtype=torch.uint8)
+    return sampling.sampling(
+        _meta(rows, vocab, dtype=torch.float32),
+        temperature=f32,
+        top_k=_ids(rows),
+        top_p=f32,
+        min_p=f32,
+        repetition=f32,
+        presence=f32,
+        frequency=f32,
+        seed=_meta(rows, dtype=torch.int64),
+        position=_ids(rows),
+        penalized=u8,
+        counts=_ids(rows, vocab),
+        in_prompt=_meta(rows, vocab, dtype=torch.uint8),
+        banned=_ids(rows, 8),
+    )
+
+
+def main() -> None:
+    """Prints one line per compiled kernel: architecture, registers, spills, shared memory."""
+    archs = tuple(int(arch.removeprefix("sm_")) for arch in sys.argv[1:]) or (80, 90)
+    for r in compile_all(list(shipped_launches()), archs):
+        print(f"sm_{r.arch} {r.registers:4d} regs {r.spills:5d} spill {r.shared:7d} smem  {r.name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,388 @@
+"""Causal attention over the paged KV cache, for prompts and single tokens alike.
+
+A program takes BLOCK_M query rows of one KV head; the heads of a GQA group are packed as rows
+(row = token * group + head), so that a decoded token reads each page once. Keys are walked in
+tiles of one page from the document's position 0, with the online softmax of FlashAttention
+(arXiv 2205.14135), and every 512 positions the running (max, sum, output) starts afresh and the
+finished split is merged, in ascending order, by one function.
+
+What is guaranteed. Prompts run all splits in one program, few query rows run them in parallel
+programs and a second kernel merges them. Both are one compiled source with one tile shape, one
+order of keys, explicit fused multiply-adds and one merge; tiles that a row does not see change
+nothing, exactly. Hence a row's bits depend on its own keys only, not on paging, chunking, batch,
+or which path ran it. That the two specializations of the source keep the same instruction order
+inside a tile is a property of the compiler, to be held by a test on each GPU.
+`batch_invariant=False` takes a tile that fits the rows, and so drops the last sentence.
+
+Numerics: q, k, v and P = exp(s - m) in the cache dtype, sums and m in fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import tuning
+from .triton_compat import dot, exp2, fma
+
+SPLIT_POSITIONS = 512
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def sequence_of_tile(cu_seqlens_ptr, tile, n_seqs, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr):
+    """(sequence, tile within it) for a tile counted over all sequences, each of ROWS rows a token.
+
+    The sequence is n_seqs or more for a tile past the last one.
+    """
+    i = tl.arange(0, BLOCK_S)
+    begin = tl.load(cu_seqlens_ptr + i, mask=i < n_seqs, other=0)
+    end = tl.load(cu_seqlens_ptr + i + 1, mask=i < n_seqs, other=0)
+    n_tiles = tl.cdiv((end - begin) * ROWS, BLOCK_M)
+    before = tl.cumsum(n_tiles, 0) <= tile
+    return tl.sum(before.to(tl.int32)), tile - tl.sum(tl.where(before, n_tiles, 0))
+
+
+@triton.jit
+def merge_splits(m1, l1, o1, m2, l2, o2):
+    """Adds a later split (m2, l2, o2) to the merged earlier ones (m1, l1, o1), row by row.
+
+    m[R]: maximum of the base-2 logits; l[R], o[R, D]: sum and output at that maximum. A split
+    without keys (m2 = -inf) changes nothing; the first split with keys is taken as it is.
+    """
+    m = tl.maximum(m1, m2)
+    shift = tl.where(m == float("-inf"), 0.0, m)
+    keep, add = exp2(m1 - shift), exp2(m2 - shift)
+    l_sum = fma(l2, add, l1 * keep)
+    return m, l_sum, fma(o2, tl.broadcast_to(add[:, None], o2.shape), o1 * keep[:, None])
+
+
+@triton.jit
+def paged_attention_kernel(
+    o_ptr,
+    m_ptr,
+    l_ptr,
+    q_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    block_table_ptr,
+    cu_seqlens_ptr,
+    cache_seqlens_ptr,
+    stride_qt,
+    stride_qh,
+    T,
+    n_seqs,
+    max_pages,
+    scale_log2,
+    window_left,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PARALLEL_SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    kv_head = tl.program_id(1)
+    seq, tile = sequence_of_tile(
+        cu_seqlens_ptr, tl.program_id(0), n_seqs, GROUP, BLOCK_M, BLOCK_S
+    )
+    if seq >= n_seqs:
+        return
+    first_token = tl.load(cu_seqlens_ptr + seq)
+    n_tokens = tl.load(cu_seqlens_ptr + seq + 1) - first_token
+    cache_len = tl.load(cache_seqlens_ptr + seq)
+    tile = tl.cdiv(n_tokens * GROUP, BLOCK_M) - 1 - tile  # the longest rows start first
+
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    live = rows < n_tokens * GROUP
+    token = tl.minimum(rows // GROUP, n_tokens - 1)
+    head = kv_head * GROUP + rows % GROUP
+    q_position = cache_len - n_tokens + token
+    d = tl.arange(0, BLOCK_D)
+    t = (first_token + token).to(tl.int64)
+    mask_o = live[:, None] & (d < D)[None, :]
+
+    # Positions that some row of the tile can see: [k_begin, k_end).
+    k_end = tl.minimum(cache_len, cache_len - n_tokens + (tile * BLOCK_M + BLOCK_M - 1) // GROUP + 1)
+    k_begin = 0
+    if window_left >= 0:
+        k_begin = tl.maximum(0, cache_len - n_tokens + (tile * BLOCK_M) // GROUP - window_left)
+    if PARALLEL_SPLITS:
+        split = tl.program_id(2)
+        k_begin = tl.maximum(k_begin, split * SPLIT)
+        k_end = tl.minimum(k_end, (split + 1) * SPLIT)
+        if k_begin >= k_end:
+            return
+
+    q_offsets = t[:, None] * stride_qt + head[:, None] * stride_qh + d[None, :]
+    q = tl.load(q_ptr + q_offsets, mask=mask_o, other=0.0)
+    kv = tl.arange(0, PAGE)
+    kv_offsets = kv[:, None] * D + d[None, :]
+    m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    l = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    m_done, l_done, acc_done = m, l, acc
+
+    for page_index in range(k_begin // PAGE, tl.cdiv(k_end, PAGE)):
+        if not PARALLEL_SPLITS:
+            if page_index % (SPLIT // PAGE) == 0:
+                m_done, l_done, acc_done = merge_splits(m_done, l_done, acc_done, m, l, acc)
+                m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+                l = tl.zeros((BLOCK_M,), tl.float32)
+                acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        page = tl.load(block_table_ptr + seq.to(tl.int64) * max_pages + page_index)
+        base = (page.to(tl.int64) * KV_HEADS + kv_head) * PAGE * D
+        position = page_index * PAGE + kv
+        # Rows past the sequence's end hold whatever was there: 0 * NaN would reach the output.
+        stored = (position < cache_len)[:, None] & (d < D)[None, :]
+        k = tl.load(k_cache_ptr + base + kv_offsets, mask=stored, other=0.0)
+        s = dot(q, tl.trans(k), tl.zeros((BLOCK_M, PAGE), tl.float32))
+        visible = position[None, :] <= q_position[:, None]
+        if window_left >= 0:
+            visible &= position[None, :] >= q_position[:, None] - window_left
+        s = tl.where(visible, s * scale_log2, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, axis=1))
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = exp2(s - shift[:, None])
+        alpha = exp2(m - shift)
+        l = fma(l, alpha, tl.sum(p, axis=1))
+        m = m_new
+        v = tl.load(v_cache_ptr + base + kv_offsets, mask=stored, other=0.0)
+        acc = dot(p.to(v.dtype), v, acc * alpha[:, None])
+
+    H: tl.constexpr = KV_HEADS * GROUP
+    if PARALLEL_SPLITS:
+        out_row = (split.to(tl.int64) * T + t) * H + head
+        tl.store(m_ptr + out_row, m, mask=live)
+        tl.store(l_ptr + out_row, l, mask=live)
+        tl.store(o_ptr + out_row[:, None] * D + d[None, :], acc, mask=mask_o)
+    else:
+        m, l, acc = merge_splits(m_done, l_done, acc_done, m, l, acc)
+        o = acc / tl.where(l > 0, l, 1.0)[:, None]  # l is 0 for a dead slot alone
+        o_offsets = (t * H + head)[:, None] * D + d[None, :]
+        tl.store(o_ptr + o_offsets, o.to(o_ptr.dtype.element_ty), mask=mask_o)
+
+
+@triton.jit
+def combine_splits_kernel(
+    o_ptr,
+    m_ptr,
+    l_ptr,
+    partial_ptr,
+    cu_seqlens_ptr,
+    cache_seqlens_ptr,
+    T,
+    n_seqs,
+    window_left,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    t = tl.program_id(0)
+    head = tl.program_id(1)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    seq, token = sequence_of_tile(cu_seqlens_ptr, t, n_seqs, 1, 1, BLOCK_S)
+    if seq >= n_seqs:
+        return
+    cache_len = tl.load(cache_seqlens_ptr + seq)
+    first_token = tl.load(cu_seqlens_ptr + seq)
+    position = cache_len - (tl.load(cu_seqlens_ptr + seq + 1) - first_token) + token
+    k_begin = 0
+    if window_left >= 0:
+        k_begin = tl.maximum(0, position - window_left)
+    k_end = tl.where(cache_len > 0, position + 1, 0)
+
+    m = tl.full((1,), float("-inf"), tl.float32)
+    l = tl.zeros((1,), tl.float32)
+    acc = tl.zeros((1, BLOCK_D), tl.float32)
+    for split in range(k_begin // SPLIT, tl.cdiv(k_end, SPLIT)):
+        row = (tl.full((1,), 0, tl.int64) + split) * T * H + t * H + head
+        m2, l2 = tl.load(m_ptr + row), tl.load(l_ptr + row)
+        o2 = tl.load(partial_ptr + row[:, None] * D + d, mask=d < D, other=0.0)
+        m, l, acc = merge_splits(m, l, acc, m2, l2, o2)
+    o = acc / tl.where(l > 0, l, 1.0)[:, None]
+    o_row = (t.to(tl.int64) * H + head) * D
+    tl.store(o_ptr + o_row + d, o.to(o_ptr.dtype.element_ty), mask=d < D)
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens_q: Tensor,
+    cache_seqlens: Tensor,
+    softmax_scale: float,
+    window_left: int = -1,
+    *,
+    batch_invariant: bool = True,
+) -> Tensor:
+    """o[T, H, D]: causal attention of each sequence's last tokens over its cache.
+
+    q[T, H, D]: any strides of T and H; k_cache, v_cache [pages, Hk, page_size, D]: q's dtype,
+    contiguous, page_size a power of two that divides 512; block_table[S, P], cu_seqlens_q[S + 1],
+    cache_seqlens[S]: int32 in device memory, read there alone. cache_seqlens includes this step's
+    tokens; 0 marks a dead slot, whose rows are 0. T must be cu_seqlens_q[S]. window_left: keys
+    further back than this are not seen; -1 is no window. Parallel splits are launched for
+    P * page_size positions: a captured graph should carry a block table of its bucket's width.
+    """
+    n_tokens, n_heads, dim = q.shape
+    kv_heads, page = k_cache.shape[1], k_cache.shape[2]
+    n_seqs, max_pages = block_table.shape
+    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if o.numel() == 0:
+        return o
+    group = n_heads // kv_heads
+    tile = tuning.attention_tile(n_tokens, group, q.dtype, dim, batch_invariant)
+    n_splits = triton.cdiv(max_pages * page, SPLIT_POSITIONS)
+    parallel = n_splits > 1 and tuning.splits_run_in_parallel(n_tokens, n_seqs)
+    if parallel:
+        stats = torch.empty((2, n_splits, n_tokens, n_heads), dtype=torch.float32, device=q.device)
+        m, l = stats[0], stats[1]
+        out = torch.empty((n_splits, *q.shape), dtype=torch.float32, device=q.device)
+    else:
+        m, l, out = o, o, o
+    block_s = triton.next_power_of_2(n_seqs)
+    block_d = max(16, triton.next_power_of_2(dim))
+    n_tiles = n_tokens * group // tile.m + n_seqs  # at least the sum of every sequence's tiles
+    paged_attention_kernel[(n_tiles, kv_heads, n_splits if parallel else 1)](
+        out,
+        m,
+        l,
+        q,
+        k_cache,
+        v_cache,
+        block_table,
+        cu_seqlens_q,
+        cache_seqlens,
+        q.stride(0),
+        q.stride(1),
+        n_tokens,
+        n_seqs,
+        max_pages,
+        softmax_scale * LOG2_E,
+        window_left,
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        D=dim,
+        PAGE=page,
+        SPLIT=SPLIT_POSITIONS,
+        PARALLEL_SPLITS=parallel,
+        BLOCK_M=tile.m,
+        BLOCK_D=block_d,
+        BLOCK_S=block_s,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    if parallel:
+        combine_splits_kernel[(n_tokens, n_heads)](
+            o,
+            m,
+            l,
+            out,
+            cu_seqlens_q,
+            cache_seqlens,
+            n_tokens,
+            n_seqs,
+            window_left,
+            H=n_heads,
+            D=dim,
+            SPLIT=SPLIT_POSITIONS,
+            BLOCK_D=block_d,
+            BLOCK_S=block_s,
+            num_warps=1,
+        )
+    return o
+
+
+@triton.jit
+def append_kv_kernel(
+    k_cache_ptr,
+    v_cache_ptr,
+    k_ptr,
+    v_ptr,
+    block_table_ptr,
+    cu_seqlens_ptr,
+    cache_seqlens_ptr,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
+    n_seqs,
+    max_pages,
+    KV_HEADS: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    t = tl.program_id(0)
+    head = tl.program_id(1)
+    seq, token = sequence_of_tile(cu_seqlens_ptr, t, n_seqs, 1, 1, BLOCK_S)
+    if seq >= n_seqs:
+        return
+    cache_len = tl.load(cache_seqlens_ptr + seq)
+    n_tokens = tl.load(cu_seqlens_ptr + seq + 1) - tl.load(cu_seqlens_ptr + seq)
+    position = cache_len - n_tokens + token
+    if (cache_len == 0) | (position < 0) | (position >= max_pages * PAGE):
+        return
+    page = tl.load(block_table_ptr + seq.to(tl.int64) * max_pages + position // PAGE)
+    row = (page.to(tl.int64) * KV_HEADS + head) * PAGE + position % PAGE
+    d = tl.arange(0, BLOCK_D)
+    source = t.to(tl.int64)
+    k = tl.load(k_ptr + source * stride_kt + head * stride_kh + d, mask=d < DK, other=0.0)
+    tl.store(k_cache_ptr + row * DK + d, k, mask=d < DK)
+    v = tl.load(v_ptr + source * stride_vt + head * stride_vh + d, mask=d < DV, other=0.0)
+    tl.store(v_cache_ptr + row * DV + d, v, mask=d < DV)
+
+
+def append_kv(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens_q: Tensor,
+    cache_seqlens: Tensor,
+) -> None:
+    """Writes token i of sequence s to position cache_seqlens[s] - len_q(s) + i of its pages.
+
+    k[T, Hk, D], v[T, Hk, Dv]: any strides of T and Hk, K after RoPE; k_cache [pages, Hk,
+    page_size, D] and v_cache [pages, Hk, page_size, Dv]: contiguous, of the same dtype; the rest
+    as in `paged_attention`. Nothing is written for a dead slot.
+    """
+    n_tokens, kv_heads, dim_k = k.shape
+    dim_v = v.shape[-1]
+    if k.numel() == 0:
+        return
+    n_seqs, max_pages = block_table.shape
+    append_kv_kernel[(n_tokens, kv_heads)](
+        k_cache,
+        v_cache,
+        k,
+        v,
+        block_table,
+        cu_seqlens_q,
+        cache_seqlens,
+        k.stride(0),
+        k.stride(1),
+        v.stride(0),
+        v.stride(1),
+        n_seqs,
+        max_pages,
+        KV_HEADS=kv_heads,
+        DK=dim_k,
+        DV=dim_v,
+        PAGE=k_cache.shape[2],
+        BLOCK_D=triton.next_power_of_2(max(dim_k, dim_v)),
+        BLOCK_S=triton.next_power_of_2(n_seqs),
+        num_warps=1,
+    )

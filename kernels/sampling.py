@@ -1,0 +1,427 @@
+"""One token per row of logits: penalties, temperature, min-p, top-k, top-p, Gumbel-max draw.
+
+Four launches, all reading their parameters from device memory: scores (penalties and temperature,
+with the statistics of every 512-column tile), cutoff (log-sum-exp, and the lowest score that
+min-p, top-k and top-p keep), draw (best score plus noise in every tile), select (best tile).
+The cutoff is found without sorting: scores are ordered like integer keys, and a bisection over
+keys counts (top-k) or weighs (top-p) what lies above; a row that truncates nothing skips it.
+
+The noise of (seed, position, token) is one Philox4x32-10 word (Salmon et al., SC 2011), so a draw
+depends on nothing else. Log-sum-exp runs over fixed 512-column tiles in an order that V alone
+decides; `log_probs` and `sampling` share it.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import tuning
+from .triton_compat import divide
+
+VOCAB_TILE = 512
+LOWEST_KEY = tl.constexpr(-2139095040)  # key of the lowest finite float
+
+
+@triton.jit
+def tile_statistics(x):
+    """(max, sum of exp(x - max)) of one tile; (-inf, 0) when nothing is finite, NaN sum for NaN."""
+    m = tl.max(x, axis=0)
+    shift = tl.where(m == float("-inf"), 0.0, m)
+    return m, tl.sum(tl.exp(x - shift), axis=0)
+
+
+@triton.jit
+def merge_statistics(max_ptr, sum_ptr, n_tiles, BLOCK_TILES: tl.constexpr):
+    """(log-sum-exp, max) of a row from its tiles' statistics, in an order fixed by n_tiles."""
+    i = tl.arange(0, BLOCK_TILES)
+    m = tl.load(max_ptr + i, mask=i < n_tiles, other=float("-inf"))
+    s = tl.load(sum_ptr + i, mask=i < n_tiles, other=0.0)
+    top = tl.max(m, axis=0)
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.sum(tl.where(s == 0.0, 0.0, s * tl.exp(m - shift)), axis=0)
+    return shift + tl.log(total), top
+
+
+@triton.jit
+def ordered_key(x):
+    """int32 that orders like the float x (-0.0 just below 0.0)."""
+    bits = x.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def key_value(key):
+    """The float of an ordered key."""
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def gumbel_noise(seed, position, ids):
+    """-log(-log(u)), u uniform in (0, 1): Philox key = seed, counter = (id, position, 0, 0).
+
+    23 bits make u = (word >> 9 + 0.5) / 2^23 exact in fp32, hence never 0 or 1.
+    """
+    zero = tl.zeros_like(ids)
+    word, _, _, _ = tl.philox(seed, ids, zero + position, zero, zero)
+    u = ((word >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
+    return -tl.log(-tl.log(u))
+
+
+@triton.jit
+def sampling_scores_kernel(
+    scores_ptr,
+    stats_ptr,
+    logits_ptr,
+    temperature_ptr,
+    repetition_ptr,
+    presence_ptr,
+    frequency_ptr,
+    penalized_ptr,
+    counts_ptr,
+    in_prompt_ptr,
+    banned_ptr,
+    stride_l,
+    V,
+    n_tiles,
+    n_banned,
+    TILE: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1)
+    ids = tile * TILE + tl.arange(0, TILE)
+    inside = ids < V
+    x = tl.load(logits_ptr + row * stride_l + ids, mask=inside, other=float("-inf"))
+    stats = stats_ptr + row * 4 * n_tiles + tile
+    top, total = tile_statistics(x)
+    tl.store(stats, top)
+    tl.store(stats + n_tiles, total)
+
+    for i in range(n_banned):
+        x = tl.where(ids == tl.load(banned_ptr + row * n_banned + i), float("-inf"), x)
+    if tl.load(penalized_ptr + row) != 0:
+        count = tl.load(counts_ptr + row * V + ids, mask=inside, other=0)
+        in_prompt = tl.load(in_prompt_ptr + row * V + ids, mask=inside, other=0)
+        repetition = tl.load(repetition_ptr + row)
+        repeated = tl.where(x > 0, divide(x, tl.zeros_like(x) + repetition), x * repetition)
+        x = tl.where((count > 0) | (in_prompt != 0), repeated, x)
+        x -= tl.where(count > 0, tl.load(presence_ptr + row), 0.0)
+        x -= count.to(tl.float32) * tl.load(frequency_ptr + row)
+    temperature = tl.load(temperature_ptr + row)
+    x = divide(x, tl.zeros_like(x) + tl.where(temperature > 0, temperature, 1.0))
+    tl.store(scores_ptr + row * V + ids, x, mask=inside)
+    top, total = tile_statistics(x)
+    tl.store(stats + 2 * n_tiles, top)
+    tl.store(stats + 3 * n_tiles, total)
+
+
+@triton.jit
+def mass_from_key(scores_ptr, key, top, V, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """Number, or sum of exp(score - top), of the scores whose key is at least `key`."""
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, V, BLOCK):
+        ids = start + tl.arange(0, BLOCK)
+        x = tl.load(scores_ptr + ids, mask=ids < V, other=float("-inf"))
+        if COUNT:
+            weight = tl.full((BLOCK,), 1.0, tl.float32)
+        else:
+            weight = tl.exp(x - top)
+        total += tl.where(ordered_key(x) >= key, weight, 0.0)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def highest_key(scores_ptr, low, high, top, target, V, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """The highest key in [low, high] from which scores reach `target`; `low` if none does."""
+    low, high = low.to(tl.int64), high.to(tl.int64)
+    while low < high:
+        middle = low + (high - low + 1) // 2
+        mass = mass_from_key(scores_ptr, middle.to(tl.int32), top, V, COUNT, BLOCK)
+        low = tl.where(mass >= target, middle, low)
+        high = tl.where(mass >= target, high, middle - 1)
+        if COUNT:  # exactly k scores: any key between the k-th and the next says the same
+            high = tl.where(mass == target, middle, high)
+    return low.to(tl.int32)
+
+
+@triton.jit
+def sampling_cutoff_kernel(
+    lse_ptr,
+    cutoff_ptr,
+    scores_ptr,
+    stats_ptr,
+    temperature_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    min_p_ptr,
+    V,
+    n_tiles,
+    BLOCK: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    stats = stats_ptr + row * 4 * n_tiles
+    lse, _ = merge_statistics(stats, stats + n_tiles, n_tiles, BLOCK_TILES)
+    lse_t, top = merge_statistics(stats + 2 * n_tiles, stats + 3 * n_tiles, n_tiles, BLOCK_TILES)
+    tl.store(lse_ptr + row * 2, lse)
+    tl.store(lse_ptr + row * 2 + 1, lse_t)
+
+    scores = scores_ptr + row * V
+    cutoff = tl.zeros_like(top) + float("-inf")
+    usable = (lse == lse) & (lse_t == lse_t) & (top > float("-inf"))
+    if usable & (tl.load(temperature_ptr + row) > 0):
+        min_p = tl.load(min_p_ptr + row)
+        if min_p > 0:
+            cutoff = top + tl.log(min_p)
+        top_k = tl.load(top_k_ptr + row)
+        if (top_k > 0) & (top_k < V):
+            low = tl.zeros_like(top_k) + LOWEST_KEY
+            key = highest_key(
+                scores, low, ordered_key(top), top, top_k.to(tl.float32), V, True, BLOCK
+            )
+            cutoff = tl.maximum(cutoff, key_value(key))
+        top_p = tl.load(top_p_ptr + row)
+        if top_p < 1:
+            low = tl.maximum(ordered_key(cutoff), LOWEST_KEY)
+            target = top_p * mass_from_key(scores, low, top, V, False, BLOCK)
+            key = highest_key(scores, low, ordered_key(top), top, target, V, False, BLOCK)
+            cutoff = tl.maximum(cutoff, key_value(key))
+    tl.store(cutoff_ptr + row, tl.minimum(cutoff, top))
+
+
+@triton.jit
+def sampling_draw_kernel(
+    best_ptr,
+    best_id_ptr,
+    scores_ptr,
+    cutoff_ptr,
+    temperature_ptr,
+    seed_ptr,
+    position_ptr,
+    V,
+    n_tiles,
+    TILE: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1)
+    ids = tile * TILE + tl.arange(0, TILE)
+    x = tl.load(scores_ptr + row * V + ids, mask=ids < V, other=float("-inf"))
+    if tl.load(temperature_ptr + row) > 0:
+        kept = x >= tl.load(cutoff_ptr + row)
+        noise = gumbel_noise(tl.load(seed_ptr + row), tl.load(position_ptr + row), ids)
+        x = tl.where(kept, x + noise, float("-inf"))
+    best, index = tl.max(x, axis=0, return_indices=True, return_indices_tie_break_left=True)
+    tl.store(best_ptr + row * n_tiles + tile, best)
+    tl.store(best_id_ptr + row * n_tiles + tile, tile * TILE + index)
+
+
+@triton.jit
+def sampling_select_kernel(
+    ids_ptr,
+    logprob_ptr,
+    logprob_t_ptr,
+    counts_ptr,
+    best_ptr,
+    best_id_ptr,
+    logits_ptr,
+    scores_ptr,
+    lse_ptr,
+    penalized_ptr,
+    stride_l,
+    V,
+    n_tiles,
+    BLOCK_TILES: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK_TILES)
+    best = tl.load(best_ptr + row * n_tiles + i, mask=i < n_tiles, other=float("-inf"))
+    _, tile = tl.max(best, axis=0, return_indices=True, return_indices_tie_break_left=True)
+    chosen = tl.load(best_id_ptr + row * n_tiles + tile)
+    lse = tl.load(lse_ptr + row * 2)
+    logprob = tl.load(logits_ptr + row * stride_l + chosen) - lse
+    logprob_t = tl.load(scores_ptr + row * V + chosen) - tl.load(lse_ptr + row * 2 + 1)
+    valid = lse == lse
+    tl.store(ids_ptr + row, tl.where(valid, chosen, -1))
+    tl.store(logprob_ptr + row, logprob)
+    tl.store(logprob_t_ptr + row, logprob_t)
+    if valid & (tl.load(penalized_ptr + row) != 0):
+        count = counts_ptr + row * V + chosen
+        tl.store(count, tl.load(count) + 1)
+
+
+def sampling(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    repetition: Tensor,
+    presence: Tensor,
+    frequency: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    penalized: Tensor,
+    counts: Tensor,
+    in_prompt: Tensor,
+    banned: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids i32[S], logprob f32[S], logprob_t f32[S]) of logits[S, V] f32 (last dim contiguous).
+
+    Per row: temperature f32 (0 is greedy), top_k i32 (<= 0 or >= V is off), top_p f32 (1 is off),
+    min_p f32 (0 is off), repetition f32 (1 is off), presence f32, frequency f32, seed i64,
+    position i32, penalized u8 or bool; counts[S, V] i32, in_prompt[S, V] u8, banned[S, B] i32
+    (padded with -1), contiguous. Where `penalized`, counts[s, id] grows by one; elsewhere counts
+    and in_prompt are not read. top-k keeps every score equal to the k-th largest; top-p the
+    smallest set of highest scores whose share, of what min-p and top-k kept, reaches top_p, with
+    the ties of its last; equal draws go to the lower id. logprob is of the raw logits; logprob_t
+    of the penalized ones at the temperature (at 1 when greedy) before truncation. A row with NaN
+    or +inf gives id -1 and NaN.
+    """
+    n_rows, vocab = logits.shape
+    f32 = {"dtype": torch.float32, "device": logits.device}
+    i32 = {"dtype": torch.int32, "device": logits.device}
+    ids = torch.empty(n_rows, **i32)
+    logprob, logprob_t = torch.empty(n_rows, **f32), torch.empty(n_rows, **f32)
+    if n_rows == 0:
+        return ids, logprob, logprob_t
+    n_tiles = triton.cdiv(vocab, VOCAB_TILE)
+    block_tiles = triton.next_power_of_2(n_tiles)
+    scores = torch.empty((n_rows, vocab), **f32)
+    stats = torch.empty((n_rows, 4, n_tiles), **f32)
+    lse, cutoff = torch.empty((n_rows, 2), **f32), torch.empty(n_rows, **f32)
+    best = torch.empty((n_rows, n_tiles), **f32)
+    best_id = torch.empty((n_rows, n_tiles), **i32)
+    stride_l = logits.stride(0)
+    sampling_scores_kernel[(n_rows, n_tiles)](
+        scores,
+        stats,
+        logits,
+        temperature,
+        repetition,
+        presence,
+        frequency,
+        penalized,
+        counts,
+        in_prompt,
+        banned,
+        stride_l,
+        vocab,
+        n_tiles,
+        banned.shape[1],
+        TILE=VOCAB_TILE,
+        num_warps=4,
+    )
+    sampling_cutoff_kernel[(n_rows,)](
+        lse,
+        cutoff,
+        scores,
+        stats,
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        vocab,
+        n_tiles,
+        BLOCK=tuning.CUTOFF_BLOCK,
+        BLOCK_TILES=block_tiles,
+        num_warps=tuning.CUTOFF_WARPS,
+    )
+    sampling_draw_kernel[(n_rows, n_tiles)](
+        best,
+        best_id,
+        scores,
+        cutoff,
+        temperature,
+        seed,
+        position,
+        vocab,
+        n_tiles,
+        TILE=VOCAB_TILE,
+        num_warps=4,
+    )
+    sampling_select_kernel[(n_rows,)](
+        ids,
+        logprob,
+        logprob_t,
+        counts,
+        best,
+        best_id,
+        logits,
+        scores,
+        lse,
+        penalized,
+        stride_l,
+        vocab,
+        n_tiles,
+        BLOCK_TILES=block_tiles,
+        num_warps=4,
+    )
+    return ids, logprob, logprob_t
+
+
+@triton.jit
+def log_probs_tile_kernel(stats_ptr, logits_ptr, stride_l, V, n_tiles, TILE: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1)
+    ids = tile * TILE + tl.arange(0, TILE)
+    x = tl.load(logits_ptr + row * stride_l + ids, mask=ids < V, other=float("-inf"))
+    top, total = tile_statistics(x)
+    tl.store(stats_ptr + row * 2 * n_tiles + tile, top)
+    tl.store(stats_ptr + row * 2 * n_tiles + n_tiles + tile, total)
+
+
+@triton.jit
+def log_probs_kernel(
+    logprob_ptr,
+    stats_ptr,
+    logits_ptr,
+    ids_ptr,
+    stride_l,
+    V,
+    J,
+    n_tiles,
+    BLOCK_J: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    stats = stats_ptr + row * 2 * n_tiles
+    lse, _ = merge_statistics(stats, stats + n_tiles, n_tiles, BLOCK_TILES)
+    j = tl.arange(0, BLOCK_J)
+    ids = tl.load(ids_ptr + row * J + j, mask=j < J, other=-1).to(tl.int64)
+    inside = (ids >= 0) & (ids < V)
+    x = tl.load(logits_ptr + row * stride_l + ids, mask=inside, other=float("nan"))
+    tl.store(logprob_ptr + row * J + j, x - lse, mask=j < J)
+
+
+def log_probs(logits: Tensor, ids: Tensor) -> Tensor:
+    """f32[S, J]: log-softmax of logits[S, V] (f32, last dim contiguous) at ids[S, J] (i32, i64).
+
+    An id outside the vocabulary gives NaN.
+    """
+    n_rows, vocab = logits.shape
+    n_ids = ids.shape[1]
+    logprob = torch.empty((n_rows, n_ids), dtype=torch.float32, device=logits.device)
+    if logprob.numel() == 0:
+        return logprob
+    n_tiles = triton.cdiv(vocab, VOCAB_TILE)
+    stats = torch.empty((n_rows, 2, n_tiles), dtype=torch.float32, device=logits.device)
+    stride_l = logits.stride(0)
+    log_probs_tile_kernel[(n_rows, n_tiles)](
+        stats, logits, stride_l, vocab, n_tiles, TILE=VOCAB_TILE, num_warps=4
+    )
+    log_probs_kernel[(n_rows,)](
+        logprob,
+        stats,
+        logits,
+        ids.contiguous(),
+        stride_l,
+        vocab,
+        n_ids,
+        n_tiles,
+        BLOCK_J=triton.next_power_of_2(n_ids),
+        BLOCK_TILES=triton.next_power_of_2(n_tiles),
+        num_warps=4,
+    )
+    return logprob
