@@ -65,12 +65,12 @@ class ModelConfig:
     dtype: torch.dtype | None = None  # what the file says; None: as the weights are stored
 
     def __post_init__(self) -> None:
-        if not self.sliding_window:
-            object.__setattr__(self, "sliding_window", (None,) * self.num_hidden_layers)
         for name, (low, high) in _BOUNDS.items():
             value = getattr(self, name)
             if not low <= value <= high:
                 raise ValueError(f"{name} must be from {low} to {high}, is {value}")
+        if not self.sliding_window:
+            object.__setattr__(self, "sliding_window", (None,) * self.num_hidden_layers)
         self._check_choices()
         self._check_heads()
         self._check_rope()

@@ -68,7 +68,7 @@ def config_from_hf(
             **_sizes(fields, _MODELS[model_type]),
             **_features(fields, model_type),
             sliding_window=_sliding_window(fields, model_type),
-            rope=_rope(fields),
+            rope=_rope(fields, _MODELS[model_type]),
             **_tokens(fields, _MODELS[model_type], Fields(generation or {}, path)),
             dtype=_dtype(fields),
         )
@@ -162,7 +162,7 @@ def _sliding_window(fields: Fields, model_type: str) -> tuple[int | None, ...]:
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
-def _rope(fields: Fields) -> RopeConfig:
+def _rope(fields: Fields, defaults: _Defaults) -> RopeConfig:
     key = "rope_scaling" if fields.has("rope_scaling") else "rope_parameters"
     rope = fields.section(key) or Fields({}, fields.file)
     for name, value in rope.values.items():
@@ -180,7 +180,7 @@ def _rope(fields: Fields) -> RopeConfig:
         default=rope.integer("original_max_position_embeddings", default=None),
     )
     if original is None and rope_type in _NEEDS_ORIGINAL_LENGTH:
-        original = fields.integer("max_position_embeddings")
+        original = fields.integer("max_position_embeddings", defaults.max_position_embeddings)
     partial = fields.number("partial_rotary_factor", default=1.0)
     return RopeConfig(
         type=rope_type,
