@@ -5,16 +5,15 @@ A case builds its inputs and its float64 result once and loops over ISA levels a
 
 from __future__ import annotations
 
-import zlib
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-import fastllm.ops
 from fastllm import _C
 from fastllm.ops.registry import OPS, Impl, Op
+from fastllm.testing.check import assert_right, case_arguments, copies, results
 from fastllm.testing.opinfo import (
     Case,
     OpInfo,
@@ -38,47 +37,6 @@ def _cases() -> list[Any]:
     return found
 
 
-def _arguments(info: OpInfo, case: Case) -> tuple[Any, ...]:
-    # The seed depends on the case alone, so a case can be run by itself with the same numbers.
-    return case.make(generator(zlib.crc32(f"{info.name} {case.label}".encode())))
-
-
-def _copies(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Fresh storage with the same strides, so that ops which write into arguments start equal."""
-
-    def copy(arg: Any) -> Any:
-        if not isinstance(arg, Tensor):
-            return arg
-        twin = torch.empty_strided(arg.shape, arg.stride(), dtype=arg.dtype)
-        return twin.copy_(arg)
-
-    return tuple(copy(arg) for arg in args)
-
-
-def _results(op: Op, fn: Any, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """What a call gives: its outputs, and for a mutating op the arguments it wrote."""
-    args = _copies(args)
-    found = outputs(fn(*args))
-    written = [
-        arg
-        for arg, spec in zip(args, op.overload._schema.arguments, strict=False)
-        if spec.alias_info is not None and spec.alias_info.is_write
-    ]
-    return (*found, *written)
-
-
-def _assert_right(op: Op, info: OpInfo, fn: Any, args: tuple[Any, ...], what: str) -> None:
-    got = _results(op, fn, args)
-    exact = _results(op, info.exact, args)
-    peer = _results(op, info.peer or op.ref, args)
-    assert len(got) == len(exact) == len(peer)
-    for i, (g, e, p) in enumerate(zip(got, exact, peer, strict=True)):
-        if info.bitwise or not g.dtype.is_floating_point:
-            assert torch.equal(g, e.to(g.dtype)), f"{what}: output {i} differs"
-        else:
-            assert_within_bound(g, e, p, f"{what}: output {i}")
-
-
 def _bits(t: Tensor) -> Tensor:
     return t.contiguous().view(torch.uint8)
 
@@ -100,28 +58,28 @@ def test_native_is_within_the_bound_on_every_isa_and_thread_count(
     info: OpInfo, dtype: torch.dtype, case: Case
 ) -> None:
     op = OPS[info.name]
-    args = _arguments(info, case)
+    args = case_arguments(info, case)
     rows = _cpu_rows(op, args)
     assert rows, "no native CPU row serves this case"
     for isa in _C.isas():
         _C.set_isa(isa)
         for row in rows:
             torch.set_num_threads(1)
-            _assert_right(op, info, row.fn, args, f"{row.name} {isa}")
-            alone = _results(op, row.fn, args)
+            assert_right(op, info, row.fn, args, f"{row.name} {isa}")
+            alone = results(op, row.fn, args)
             torch.set_num_threads(2)
-            for a, b in zip(alone, _results(op, row.fn, args), strict=True):
+            for a, b in zip(alone, results(op, row.fn, args), strict=True):
                 assert torch.equal(_bits(a), _bits(b)), f"{isa}: the thread count changes bits"
 
 
 @pytest.mark.parametrize(("info", "dtype", "case"), _cases())
 def test_reference_is_within_the_bound(info: OpInfo, dtype: torch.dtype, case: Case) -> None:
     op = OPS[info.name]
-    _assert_right(op, info, op.ref, _arguments(info, case), "reference")
+    assert_right(op, info, op.ref, case_arguments(info, case), "reference")
 
 
 def _gradients(fn: Any, args: tuple[Any, ...], at: Any, upcast: bool) -> list[Tensor]:
-    leaves = list(_copies(args))
+    leaves = list(copies(args))
     for i in at:
         leaves[i] = (leaves[i].double() if upcast else leaves[i]).detach().requires_grad_()
     results = [r for r in outputs(fn(*leaves)) if r.dtype.is_floating_point]
@@ -143,15 +101,10 @@ def _gradients(fn: Any, args: tuple[Any, ...], at: Any, upcast: bool) -> list[Te
 )
 def test_gradients_are_within_the_bound(info: OpInfo, dtype: torch.dtype, case: Case) -> None:
     op = OPS[info.name]
-    args = _arguments(info, case)
+    args = case_arguments(info, case)
     at = tuple(info.grad_args)
     exact = _gradients(info.exact, args, at, upcast=True)
     peer = _gradients(info.peer or op.ref, args, at, upcast=False)
     for i, got, e, p in zip(at, _gradients(op, args, at, upcast=False), exact, peer, strict=True):
         assert got.dtype == args[i].dtype
         assert_within_bound(got, e, p, f"gradient of argument {i}")
-
-
-def test_every_op_has_an_opinfo() -> None:
-    assert fastllm.ops is not None
-    assert set(OPS) == set(INFOS)

@@ -1,0 +1,84 @@
+"""Output: rich tables in a terminal, aligned plain lines anywhere else."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@functools.cache
+def console() -> Console:
+    """The console of stdout."""
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=True)
+
+
+def heading(text: str) -> None:
+    """A section's title."""
+    if console().is_terminal:
+        console().print(f"\n[bold]{text}[/bold]")
+    else:
+        print(f"\n{text}")
+
+
+def facts(pairs: Sequence[tuple[str, object]]) -> None:
+    """Names and values, one pair a line, aligned."""
+    width = max(len(name) for name, _ in pairs)
+    for name, value in pairs:
+        print(f"  {name:{width}}  {value}")
+
+
+def table(
+    columns: Sequence[str], rows: Sequence[Sequence[object]], right: Sequence[str] = ()
+) -> None:
+    """A table; columns named in `right` are right-aligned. Plain text when not in a terminal."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    if not console().is_terminal:
+        for line in plain_table(columns, cells, right):
+            print(line)
+        return
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in columns:
+        drawn.add_column(name, justify="right" if name in right else "left", overflow="fold")
+    for row in cells:
+        drawn.add_row(*map(Text, row))
+    console().print(drawn)
+
+
+def plain_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()
+) -> list[str]:
+    """The lines of an aligned table."""
+    lines = [list(columns), *map(list, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    return [
+        "  ".join(
+            cell.rjust(width) if name in right else cell.ljust(width)
+            for cell, width, name in zip(line, widths, columns, strict=True)
+        ).rstrip()
+        for line in lines
+    ]
+
+
+def note(text: str) -> None:
+    """A line beside the output proper, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def human_bytes(count: float) -> str:
+    """`98.1 MB`: powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
