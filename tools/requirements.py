@@ -2,9 +2,9 @@
 
 Usage: python tools/requirements.py [EXTRA ...]
 
-Prints the build requirements, the dependencies and the named extras, one a line. pip cannot install these
-without also building the project, and `make` builds the project in a step of its own, so that a change of
-one C++ file costs one incremental build.
+Prints the build requirements, the dependencies and the named extras, one a line. pip cannot install
+these without also building the project, and `make` builds the project in a step of its own, so that
+a change of one C++ file costs one incremental build.
 """
 
 from __future__ import annotations

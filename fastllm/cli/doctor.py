@@ -73,9 +73,8 @@ def examine() -> dict[str, Any]:
 def show(report: dict[str, Any], *, short: bool) -> None:
     """Print a report of `examine`."""
     heading("Machine")
-    forced = (
-        f" (forced by FASTLLM_ISA={report['isa_forced_by']})" if report["isa_forced_by"] else ""
-    )
+    forced = report["isa_forced_by"]
+    chosen = report["isa"] + (f" (forced by FASTLLM_ISA={forced})" if forced else "")
     facts(
         [
             ("processor", f"{report['processor']}, {report['cores']} cores"),
