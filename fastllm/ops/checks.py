@@ -1,0 +1,22 @@
+"""When an argument check may look at a tensor's values and not only at its shape."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _C
+
+
+def values_readable(tensor: Tensor) -> bool:
+    """Whether reading `tensor` is free of side effects: a real CPU tensor, eager, no graph recorded.
+
+    Reading a CUDA tensor would synchronize, a fake one has no values, and the buffers of a graph
+    under capture hold what some later replay will overwrite.
+    """
+    return (
+        tensor.device.type == "cpu"
+        and type(tensor) is Tensor
+        and not torch.compiler.is_compiling()
+        and not _C.recording()
+    )

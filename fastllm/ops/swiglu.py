@@ -1,0 +1,72 @@
+"""SwiGLU (Shazeer, 2020): silu(gate) * up, between the two matmuls of a gated feed-forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .registry import Op
+
+
+def swiglu_ref(gate: Tensor, up: Tensor) -> Tensor:
+    """Plain PyTorch definition of `swiglu`: fp32 inside, one rounding to the dtype of `gate`."""
+    gate32 = gate.float()
+    return (gate32 * torch.sigmoid(gate32) * up.float()).to(gate.dtype).contiguous()
+
+
+def _swiglu_fake(gate: Tensor, up: Tensor) -> Tensor:
+    return gate.new_empty(gate.shape)
+
+
+def _save_swiglu(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _swiglu_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    # d silu(g) / dg = sigmoid(g) (1 + g (1 - sigmoid(g)))
+    gate, up = ctx.saved_tensors
+    gate32, dy32 = gate.float(), dy.float()
+    sigmoid = torch.sigmoid(gate32)
+    dgate = dy32 * up.float() * sigmoid * (1 + gate32 * (1 - sigmoid))
+    return dgate.to(gate.dtype), (dy32 * gate32 * sigmoid).to(up.dtype)
+
+
+_swiglu = Op(
+    "swiglu(Tensor gate, Tensor up) -> Tensor",
+    swiglu_ref,
+    fake=_swiglu_fake,
+    backward=_swiglu_backward,
+    setup_context=_save_swiglu,
+)
+
+
+@_swiglu.impl("triton", "cuda")
+def _swiglu_triton(gate: Tensor, up: Tensor) -> Tensor:
+    from ..kernels import swiglu as kernel
+
+    return kernel.swiglu(gate, up)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) * up`, elementwise; differentiable.
+
+    Args:
+        gate: `[..., I]`, float32 or bfloat16; it and `up` may be views of one `[..., 2 I]`.
+        up: shaped and typed like `gate`.
+
+    Returns:
+        Contiguous tensor shaped and typed like `gate`.
+
+    Raises:
+        ValueError: if `up` differs from `gate` in shape or dtype, or they are scalars.
+    """
+    if gate.ndim < 1:
+        raise ValueError("gate must have at least one dimension")
+    if up.shape != gate.shape or up.dtype != gate.dtype:
+        raise ValueError(
+            f"up must be {gate.dtype} of shape {tuple(gate.shape)} like gate, "
+            f"got {up.dtype} of {tuple(up.shape)}"
+        )
+    return _swiglu(gate, up)
