@@ -1,0 +1,112 @@
+"""Dense linear layer: y = x @ weight.T + bias, fp32 accumulation, one rounding.
+
+On the CPU every output is one fp32 accumulator over ascending K (pairs of columns in bf16), whatever the number of
+rows or threads and whether the weight is packed ahead or on the fly: a row's bits never change.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .registry import Op
+
+
+def linear_ref(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """Plain PyTorch definition of `linear`: products and sums in fp32, one rounding to the output dtype."""
+    y = x.float() @ weight.float().T
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(out_dtype or x.dtype)
+
+
+def _linear_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=out_dtype or x.dtype)
+
+
+def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, weight, bias, _ = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    x, weight = ctx.saved_tensors
+    g = dy.to(weight.dtype)
+    dx = g @ weight if ctx.needs_input_grad[0] else None
+    dweight = dbias = None
+    if ctx.needs_input_grad[1]:
+        dweight = g.flatten(0, -2).T @ x.flatten(0, -2) if x.dim() > 1 else torch.outer(g, x)
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
+        dbias = dy.float().reshape(-1, dy.shape[-1]).sum(0).to(ctx.bias_dtype)
+    return dx, dweight, dbias, None
+
+
+_linear = Op(
+    "linear(Tensor x, Tensor weight, Tensor? bias=None, ScalarType? out_dtype=None) -> Tensor",
+    linear_ref,
+    fake=_linear_fake,
+    backward=_linear_backward,
+    setup_context=_save_linear,
+)
+
+
+@_linear.impl("triton", "cuda")
+def _linear_cuda(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    from ..kernels import linear as kernel
+    from .registry import batch_invariant
+
+    return kernel.linear(x, weight, bias, out_dtype, batch_invariant=batch_invariant())
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """`x @ weight.T + bias` with fp32 accumulation; differentiable.
+
+    Args:
+        x: `[..., K]`, float32 or bfloat16.
+        weight: `[N, K]`, the dtype of `x`.
+        bias: `[N]`, float32 or bfloat16, added in fp32.
+        out_dtype: float32 or bfloat16; default that of `x`.
+
+    Returns:
+        Contiguous `[..., N]`.
+
+    Raises:
+        ValueError: on mismatched shapes or dtypes, naming the argument.
+    """
+    _check(x, weight, bias, out_dtype)
+    return _linear(x, weight, bias, out_dtype)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None) -> None:
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"x must be float32 or bfloat16, got {x.dtype}")
+    if x.dim() < 1 or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"weight must have shape [N, {x.shape[-1] if x.dim() else 'K'}] (the columns of x), got {tuple(weight.shape)}"
+        )
+    if weight.dtype != x.dtype:
+        raise ValueError(f"weight is {weight.dtype} and x is {x.dtype}: they must be the same")
+    check_output(bias, out_dtype, weight.shape[0])
+
+
+def check_output(bias: Tensor | None, out_dtype: torch.dtype | None, n: int) -> None:
+    """Raise ValueError unless bias and out_dtype fit an output of n columns."""
+    if bias is not None and (
+        tuple(bias.shape) != (n,) or bias.dtype not in (torch.float32, torch.bfloat16)
+    ):
+        raise ValueError(
+            f"bias must be float32 or bfloat16 of shape [{n}], got {bias.dtype} of {tuple(bias.shape)}"
+        )
+    if out_dtype not in (None, torch.float32, torch.bfloat16):
+        raise ValueError(f"out_dtype must be torch.float32 or torch.bfloat16, got {out_dtype}")
