@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fastllm.quantize.gguf_blocks import DENSE_DTYPES, block_type, dequantize, row_bytes
@@ -25,13 +26,13 @@ class StoredTensor:
 
     def __post_init__(self) -> None:
         block_type(self.format)  # raises on an unknown format
-        expected = self.shape
+        dtype, expected = DENSE_DTYPES.get(self.format, torch.uint8), self.shape
         if self.format not in DENSE_DTYPES:
             expected = (*self.shape[:-1], row_bytes(self.format, self.shape[-1]))
-        if tuple(self.data.shape) != expected:
+        if tuple(self.data.shape) != expected or self.data.dtype != dtype:
             raise ValueError(
-                f"data of a {self.format} tensor of shape {self.shape} must be {expected}, "
-                f"got {tuple(self.data.shape)}"
+                f"data of a {self.format} tensor of shape {self.shape} must be {dtype} {expected}, "
+                f"got {self.data.dtype} {tuple(self.data.shape)}"
             )
 
     @property
