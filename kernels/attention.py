@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .triton_compat import dot, exp2, fma
+from .triton_compat import cast, dot, exp2, fma
 
 SPLIT_POSITIONS = 512
 LOG2_E = 1.4426950408889634
@@ -153,7 +153,7 @@ def paged_attention_kernel(
         l = fma(l, alpha, tl.sum(p, axis=1))
         m = m_new
         v = tl.load(v_cache_ptr + base + kv_offsets, mask=stored, other=0.0)
-        acc = dot(p.to(v.dtype), v, acc * alpha[:, None])
+        acc = dot(cast(p, v.dtype), v, acc * alpha[:, None])
 
     H: tl.constexpr = KV_HEADS * GROUP
     if PARALLEL_SPLITS:
@@ -165,7 +165,7 @@ def paged_attention_kernel(
         m, l, acc = merge_splits(m_done, l_done, acc_done, m, l, acc)
         o = acc / tl.where(l > 0, l, 1.0)[:, None]  # l is 0 for a dead slot alone
         o_offsets = (t * H + head)[:, None] * D + d[None, :]
-        tl.store(o_ptr + o_offsets, o.to(o_ptr.dtype.element_ty), mask=mask_o)
+        tl.store(o_ptr + o_offsets, cast(o, o_ptr.dtype.element_ty), mask=mask_o)
 
 
 @triton.jit
@@ -209,7 +209,7 @@ def combine_splits_kernel(
         m, l, acc = merge_splits(m, l, acc, m2, l2, o2)
     o = acc / tl.where(l > 0, l, 1.0)[:, None]
     o_row = (t.to(tl.int64) * H + head) * D
-    tl.store(o_ptr + o_row + d, o.to(o_ptr.dtype.element_ty), mask=d < D)
+    tl.store(o_ptr + o_row + d, cast(o, o_ptr.dtype.element_ty), mask=d < D)
 
 
 def paged_attention(

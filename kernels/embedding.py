@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import tuning
 from .quant_format import block_codes, dense_rows, row_blocks
+from .triton_compat import cast
 
 
 @triton.jit
@@ -24,7 +25,7 @@ def embedding_kernel(
     row = tl.load(ids_ptr + token).to(tl.int64)
     inside = (row >= 0) & (row < n_rows)
     values = tl.load(weight_ptr + row * stride_w + cols, mask=inside & (cols < n_cols), other=0.0)
-    y = values.to(tl.float32).to(y_ptr.dtype.element_ty)
+    y = cast(values.to(tl.float32), y_ptr.dtype.element_ty)
     tl.store(y_ptr + token * n_cols + cols, y, mask=cols < n_cols)
 
 
@@ -55,8 +56,8 @@ def quant_embedding_kernel(
 
     cols = blocks[:, None] * 32 + tl.arange(0, 16)[None, :]
     y = y_ptr + token * n_blocks * 32 + cols
-    tl.store(y, lo.to(y_ptr.dtype.element_ty), mask=(blocks < n_blocks)[:, None])
-    tl.store(y + 16, hi.to(y_ptr.dtype.element_ty), mask=(blocks < n_blocks)[:, None])
+    tl.store(y, cast(lo, y_ptr.dtype.element_ty), mask=(blocks < n_blocks)[:, None])
+    tl.store(y + 16, cast(hi, y_ptr.dtype.element_ty), mask=(blocks < n_blocks)[:, None])
 
 
 def embedding(ids: Tensor, weight: Tensor, out_dtype: torch.dtype) -> Tensor:

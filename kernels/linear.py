@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .triton_compat import dot
+from .triton_compat import cast, dot
 
 
 @triton.jit
@@ -35,7 +35,7 @@ def store_outputs(y_ptr, acc, bias_ptr, rows_m, rows_n, M, N, HAS_BIAS: tl.const
     """Stores acc[BLOCK_N, BLOCK_M] (fp32) plus bias as y[M, N], rounded once."""
     if HAS_BIAS:
         acc += tl.load(bias_ptr + rows_n, mask=rows_n < N, other=0.0).to(tl.float32)[:, None]
-    y = tl.trans(acc).to(y_ptr.dtype.element_ty)
+    y = cast(tl.trans(acc), y_ptr.dtype.element_ty)
     mask = (rows_m < M)[:, None] & (rows_n < N)[None, :]
     tl.store(y_ptr + rows_m.to(tl.int64)[:, None] * N + rows_n[None, :], y, mask=mask)
 
@@ -96,7 +96,7 @@ def sum_splits_kernel(
         acc += tl.load(partial_ptr + (split * M + row) * N + cols, mask=mask, other=0.0)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_ptr + row * N + cols, acc.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + row * N + cols, cast(acc, y_ptr.dtype.element_ty), mask=mask)
 
 
 def linear(

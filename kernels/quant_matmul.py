@@ -18,7 +18,7 @@ from torch import Tensor
 from . import tuning
 from .linear import linear, store_outputs, sum_splits, tile_of_program
 from .quant_format import block_codes, dense_rows, row_blocks
-from .triton_compat import divide, dot, fma, round_even
+from .triton_compat import cast, divide, dot, fma, round_even
 
 
 @triton.jit
@@ -105,8 +105,8 @@ def quant_matmul_kernel(
             x_first = tl.load(x_rows + b * 32, mask=mask_m[None, :], other=0.0)
             x_second = tl.load(x_rows + b * 32 + 16, mask=mask_m[None, :], other=0.0)
             t = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-            t = dot(first.to(x_first.dtype), x_first, t)
-            t = dot(second.to(x_second.dtype), x_second, t)
+            t = dot(cast(first, x_first.dtype), x_first, t)
+            t = dot(cast(second, x_second.dtype), x_second, t)
             d = block_scale(scales_ptr, row_blocks_n + b, mask_n, 0, N_SCALES)
             acc = fma(t, tl.broadcast_to(d, (BLOCK_N, BLOCK_M)), acc)
             if FORMAT == "q4_1":

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .triton_compat import rsqrt
+from .triton_compat import cast, rsqrt
 
 
 @triton.jit
@@ -49,7 +49,7 @@ def rms_norm_kernel(
     rstd = rsqrt(tl.sum(x * x, axis=1) / N + eps)
     weight = tl.load(weight_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
     y = x * rstd[:, None] * weight[None, :]
-    tl.store(y_ptr + y_offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + y_offsets, cast(y, y_ptr.dtype.element_ty), mask=mask)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype | None = None) -> Tensor:

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .triton_compat import cast
+
 
 @triton.jit
 def rope_kernel(
@@ -41,9 +43,9 @@ def rope_kernel(
     y_rows = y_ptr + token * H * D + heads[:, None] * D
     x1 = tl.load(x_rows + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     x2 = tl.load(x_rows + HALF + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_rows + cols[None, :], (x1 * cos - x2 * sin).to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_rows + cols[None, :], cast(x1 * cos - x2 * sin, y_ptr.dtype.element_ty), mask=mask)
     tl.store(
-        y_rows + HALF + cols[None, :], (x2 * cos + x1 * sin).to(y_ptr.dtype.element_ty), mask=mask
+        y_rows + HALF + cols[None, :], cast(x2 * cos + x1 * sin, y_ptr.dtype.element_ty), mask=mask
     )
     if BLOCK_REST > 0:
         rest = 2 * HALF + tl.arange(0, BLOCK_REST)[None, :]

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
+from .triton_compat import cast
 
 
 @triton.jit
@@ -20,7 +21,7 @@ def swiglu_kernel(
     gate = tl.load(gate_ptr + row * stride_gm + cols, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * stride_um + cols, mask=mask, other=0.0).to(tl.float32)
     y = gate / (1.0 + tl.exp(-gate)) * up
-    tl.store(y_ptr + row * n_cols + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + row * n_cols + cols, cast(y, y_ptr.dtype.element_ty), mask=mask)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

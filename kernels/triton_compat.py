@@ -13,19 +13,35 @@ from triton import knobs
 # `TRITON_INTERPRET=1` must be set before triton is imported: triton's own library functions are
 # wrapped at import as well.
 INTERPRET = bool(knobs.runtime.interpret)
-UPCAST_DOT = tl.constexpr(INTERPRET)
+EMULATE = tl.constexpr(INTERPRET)
 
 
 @triton.jit
 def dot(a, b, acc):
     """acc + a @ b, accumulated in acc's dtype (fp32, or int32 for int8 operands).
 
-    The interpreter keeps bf16 as its 16-bit pattern and multiplies the patterns (errors near
-    1e11), so there operands are widened first. fp32 operands are multiplied in fp32, never TF32.
+    fp32 operands are multiplied in fp32, never TF32. The interpreter multiplies the bit patterns
+    of bf16 operands (errors near 1e11), and its BLAS sums a row in an order that depends on the
+    row's place in the tile; there floats are multiplied in fp64 and rounded once.
     """
-    if UPCAST_DOT and a.dtype.is_floating():
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    if EMULATE and a.dtype.is_floating():
+        a64, b64 = a.to(tl.float32).to(tl.float64), b.to(tl.float32).to(tl.float64)
+        return tl.dot(a64, b64, acc.to(tl.float64), out_dtype=tl.float64).to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """x (fp32, or small integers) in `dtype`, rounded to nearest even.
+
+    The interpreter truncates to bf16 and stores integers as bf16's bit pattern; there the
+    fraction bits that bf16 lacks are rounded away first.
+    """
+    if EMULATE and dtype == tl.bfloat16:
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        return bits.to(tl.float32, bitcast=True).to(dtype)
+    return x.to(dtype)
 
 
 @triton.jit

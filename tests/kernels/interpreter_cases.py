@@ -1,0 +1,646 @@
+"""Every Triton kernel under the interpreter, against plain float64 PyTorch.
+
+`TRITON_INTERPRET=1` must be set before triton is imported, so the cases run in a process of their
+own: `TRITON_INTERPRET=1 python interpreter_cases.py [--full]` prints {case: outcome} as JSON, and
+test_triton_interpreter.py reads it. An outcome is the largest error in units of the case's bound
+(right when at most 1), or the exception's text. Kernels are imported inside the cases: pytest
+itself imports this file only for the names.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from itertools import product
+
+import torch
+from torch import Tensor
+
+Case = Callable[[], float]
+BF16, F32 = torch.bfloat16, torch.float32
+NAMES = {BF16: "bf16", F32: "f32", torch.float16: "f16"}
+
+
+def excess(y: Tensor, ref: Tensor, dtype: torch.dtype | None = None) -> float:
+    """max|y - ref| over the bound: one unit in the last place of max|ref| in y's dtype.
+
+    In fp32 the bound is 32 such units: sums of up to 1,000 terms round that often.
+    """
+    assert y.shape == ref.shape, f"{tuple(y.shape)} is not {tuple(ref.shape)}"
+    assert dtype is None or y.dtype == dtype, f"{y.dtype} is not {dtype}"
+    if ref.numel() == 0:
+        return 0.0
+    top = max(ref.abs().max().item(), 1e-30)
+    ulp = 2.0 ** math.floor(math.log2(top)) * torch.finfo(y.dtype).eps
+    bound = ulp * (32 if y.dtype == F32 else 1)
+    return ((y.double() - ref).abs().max() / bound).item()
+
+
+def same(a: Tensor, b: Tensor) -> float:
+    """0 when a and b are equal bit for bit, else infinity."""
+    return 0.0 if a.dtype == b.dtype and torch.equal(a, b) else math.inf
+
+
+def randn(*shape: int, dtype: torch.dtype = F32, seed: int = 0) -> Tensor:
+    """Normal values, the same for the same shape and seed."""
+    generator = torch.Generator().manual_seed(seed + 1000 * sum(shape))
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+# --- element-wise ops ---------------------------------------------------------------------------
+
+
+def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    x = x.double()
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.double()
+
+
+def rms_norm_case(shape: tuple[int, ...], dtype: torch.dtype, out: torch.dtype | None) -> float:
+    from fastllm.kernels.rms_norm import rms_norm
+
+    x, weight = randn(*shape, dtype=dtype), randn(shape[-1], dtype=dtype, seed=1)
+    return excess(rms_norm(x, weight, 1e-5, out), rms_norm_ref(x, weight, 1e-5), out or dtype)
+
+
+def rms_norm_strided() -> float:
+    """Heads of a fused qkv projection: [T, H, D] whose strides are neither packed nor mergeable."""
+    from fastllm.kernels.rms_norm import rms_norm
+
+    x = randn(5, 12, 32)[:, 2:9, :]
+    weight = randn(32, seed=1)
+    return excess(rms_norm(x, weight, 1e-6), rms_norm_ref(x, weight, 1e-6))
+
+
+def add_rms_norm_case(shape: tuple[int, ...], dtype: torch.dtype) -> float:
+    from fastllm.kernels.rms_norm import add_rms_norm
+
+    x, residual = randn(*shape, dtype=dtype), randn(*shape, seed=2)
+    weight = randn(shape[-1], dtype=dtype, seed=1)
+    y, h = add_rms_norm(x, residual, weight, 1e-5)
+    expected = residual + x.float()
+    return max(same(h, expected), excess(y, rms_norm_ref(expected, weight, 1e-5), dtype))
+
+
+def rope_case(dtype: torch.dtype, heads: int, dim: int, half: int) -> float:
+    from fastllm.kernels.rope import rope
+
+    x = randn(7, heads + 3, dim, dtype=dtype)[:, 1 : heads + 1]
+    angle = randn(50, half, seed=3)
+    cos, sin = angle.cos(), angle.sin()
+    positions = torch.tensor([0, 3, 49, 7, 7, 1, 20], dtype=torch.int32)
+    c, s = cos.double()[positions][:, None], sin.double()[positions][:, None]
+    x1, x2, rest = x.double().split((half, half, dim - 2 * half), -1)
+    ref = torch.cat((x1 * c - x2 * s, x2 * c + x1 * s, rest), -1)
+    return excess(rope(x, positions, cos, sin), ref, dtype)
+
+
+def swiglu_case(shape: tuple[int, ...], dtype: torch.dtype) -> float:
+    from fastllm.kernels.swiglu import swiglu
+
+    both = randn(*shape[:-1], 2 * shape[-1], dtype=dtype)
+    gate, up = both.chunk(2, -1)
+    g = gate.double()
+    return excess(swiglu(gate, up), g * torch.sigmoid(g) * up.double(), dtype)
+
+
+def embedding_case(dtype: torch.dtype, out: torch.dtype, ids_dtype: torch.dtype) -> float:
+    from fastllm.kernels.embedding import embedding
+
+    weight = randn(11, 70, dtype=dtype)
+    ids = torch.tensor([[0, 10, 3], [3, 11, -1]], dtype=ids_dtype)
+    ref = torch.zeros(2, 3, 70, dtype=F32)
+    for i, j in product(range(2), range(3)):
+        if 0 <= ids[i, j] < 11:
+            ref[i, j] = weight[ids[i, j]].float()
+    return same(embedding(ids, weight, out), ref.to(out))
+
+
+# --- packed weights -----------------------------------------------------------------------------
+
+
+def pack(format: str, n: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(data, scales, dequantized float64) of a random packed weight, one row per group."""
+    generator = torch.Generator().manual_seed(n + k)
+    blocks = k // 32
+    scales = torch.rand((n, blocks, 2 if format == "q4_1" else 1, 1), generator=generator)
+    scales = (scales * 0.2 - 0.1).half()
+    if format == "q8_0":
+        codes = torch.randint(-128, 128, (n, blocks, 32), generator=generator)
+        data = codes.to(torch.int8).view(torch.uint8)
+    else:
+        codes = torch.randint(0, 16, (n, blocks, 32), generator=generator)
+        data = (codes[..., :16] | codes[..., 16:] << 4).to(torch.uint8)
+    value = (codes - 8 if format == "q4_0" else codes).double() * scales[:, :, 0].double()
+    if format == "q4_1":
+        value += scales[:, :, 1].double()
+    return data.view(n, blocks, -1, 1, 4), scales, value.reshape(n, k)
+
+
+def pack_dense(dtype: torch.dtype, n: int, k: int) -> tuple[Tensor, Tensor]:
+    """(data, weight[n, k]) of a dense packed weight; bf16 pads columns to an even number."""
+    weight = randn(n, k, dtype=dtype)
+    if dtype == F32:
+        return weight.view(n, k, 1), weight
+    padded = torch.nn.functional.pad(weight, (0, k % 2))
+    return padded.view(n, -1, 1, 2), weight
+
+
+def quant_embedding_case(format: str, out: torch.dtype) -> float:
+    from fastllm.kernels.embedding import quant_embedding
+
+    data, scales, value = pack(format, 9, 96)
+    ids = torch.tensor([8, 0, 5, 9, -1])
+    ref = torch.cat((value[ids[:3]], torch.zeros(2, 96, dtype=torch.float64)))
+    return excess(quant_embedding(ids, data, scales, format, 9, out), ref, out)
+
+
+def quant_embedding_dense(dtype: torch.dtype) -> float:
+    from fastllm.kernels.embedding import quant_embedding
+
+    data, weight = pack_dense(dtype, 9, 40)
+    ids = torch.tensor([8, 0, 5], dtype=torch.int32)
+    y = quant_embedding(ids, data, torch.empty(0), NAMES[dtype], 9, dtype)
+    return same(y, weight[ids])
+
+
+def divide_127(amax: Tensor) -> Tensor:
+    """127 / amax rounded once; torch computes `127 / t` as 127 * (1 / t)."""
+    return torch.full_like(amax, 127) / amax
+
+
+def quantized_activation(x: Tensor) -> Tensor:
+    """x as its int8 blocks represent it, in float64."""
+    blocks = x.float().view(x.shape[0], -1, 32)
+    amax = blocks.abs().amax(-1, keepdim=True)
+    inverse = torch.where(amax > 0, divide_127(amax), 0)
+    return ((blocks * inverse).round().double() * (amax / 127).double()).view(x.shape)
+
+
+def quant_matmul_case(
+    format: str, activation: str, m: int, n: int = 70, k: int = 160, bias: bool = False, **mode: bool
+) -> float:
+    from fastllm.kernels.quant_matmul import quant_matmul
+
+    dtype = F32 if activation == "fp32" else BF16
+    data, scales, value = pack(format, n, k)
+    x = randn(m, k, dtype=dtype)
+    x[0, :32] = 0
+    b = randn(n, seed=4) if bias else None
+    seen = quantized_activation(x) if activation == "int8" else x.double()
+    ref = seen @ value.T + (b.double() if bias else 0)
+    y = quant_matmul(x, data, scales, format, n, b, activation, F32, **mode)
+    return excess(y, ref, F32)
+
+
+def quant_matmul_dense(dtype: torch.dtype, k: int) -> float:
+    from fastllm.kernels.quant_matmul import quant_matmul
+
+    data, weight = pack_dense(dtype, 20, k)
+    x = randn(3, k, dtype=dtype, seed=5)
+    mode = "bf16" if dtype == BF16 else "fp32"
+    y = quant_matmul(x, data, torch.empty(0), NAMES[dtype], 18, None, mode)
+    return excess(y, x.double() @ weight[:18].double().T, dtype)
+
+
+def quantize_activation_exact() -> float:
+    """Codes, scales and sums equal the definition bit for bit, ties and zero blocks included."""
+    from fastllm.kernels.quant_matmul import quantize_activation
+
+    x = randn(5, 96)
+    x[0, :32] = 0
+    x[1, :32] = torch.arange(32) + 0.5  # 127 / amax scales these; ties come from the next row
+    x[2, :3] = torch.tensor([127.0, 2.5, 3.5])
+    x[2, 3:32] = 0
+    blocks = x.view(5, 3, 32)
+    amax = blocks.abs().amax(-1)
+    inverse = torch.where(amax > 0, divide_127(amax), 0)
+    codes = (blocks * inverse[..., None]).round()
+    scale = amax / 127
+    q, dx, sums = quantize_activation(x, paired=False)
+    paired, _, _ = quantize_activation(x, paired=True)
+    halves = torch.stack((codes[..., :16], codes[..., 16:]), -1).reshape(5, 96)
+    return max(
+        same(q, codes.reshape(5, 96).to(torch.int8)),
+        same(paired, halves.to(torch.int8)),
+        same(dx, scale),
+        same(sums, scale * codes.sum(-1)),
+    )
+
+
+def int8_rows_are_independent() -> float:
+    """A row alone and among 20 others: the same bits, through different tiles."""
+    from fastllm.kernels.quant_matmul import quant_matmul
+
+    data, scales, _ = pack("q4_1", 40, 96)
+    x = randn(21, 96, dtype=BF16)
+    all_rows = quant_matmul(x, data, scales, "q4_1", 40, None, "int8")
+    one = quant_matmul(x[13:14], data, scales, "q4_1", 40, None, "int8")
+    return same(all_rows[13:14], one)
+
+
+def linear_case(
+    dtype: torch.dtype,
+    m: int,
+    n: int = 70,
+    k: int = 100,
+    bias: bool = False,
+    out: torch.dtype | None = None,
+    **mode: bool,
+) -> float:
+    from fastllm.kernels.linear import linear
+
+    x = randn(m, k + 12, dtype=dtype)[:, :k]
+    weight = randn(n, k, dtype=dtype, seed=6)
+    b = randn(n, dtype=dtype, seed=4) if bias else None
+    ref = x.double() @ weight.double().T + (b.double() if bias else 0)
+    return excess(linear(x, weight, b, out, **mode), ref, out or dtype)
+
+
+# --- attention ----------------------------------------------------------------------------------
+
+
+class Cache:
+    """A paged cache of shuffled pages, NaN where nothing was written, and its sequences."""
+
+    def __init__(self, lengths: list[int], kv_heads: int, dim: int, dtype: torch.dtype) -> None:
+        self.k_rows = [randn(n, kv_heads, dim, dtype=dtype, seed=i) for i, n in enumerate(lengths)]
+        self.v_rows = [randn(n, kv_heads, dim, dtype=dtype, seed=90 + i) for i, n in enumerate(lengths)]
+        width = max(1, *(math.ceil(n / 64) for n in lengths))
+        n_pages = len(lengths) * width + 1
+        order = torch.randperm(n_pages, generator=torch.Generator().manual_seed(0))
+        self.block_table = order[: len(lengths) * width].to(torch.int32).view(-1, width)
+        shape = (n_pages, kv_heads, 64, dim)
+        self.k = torch.full(shape, math.nan, dtype=dtype)
+        self.v = torch.full(shape, math.nan, dtype=dtype)
+
+    def fill(self, end: list[int]) -> None:
+        """Writes tokens 0..end of every sequence, page by page."""
+        for seq, n in enumerate(end):
+            for i in range(n):
+                page = self.block_table[seq, i // 64].item()
+                self.k[page, :, i % 64] = self.k_rows[seq][i]
+                self.v[page, :, i % 64] = self.v_rows[seq][i]
+
+    def append(self, begin: list[int], end: list[int]) -> tuple[Tensor, Tensor]:
+        """Appends tokens begin..end of every sequence; (cu_seqlens_q, cache_seqlens)."""
+        from fastllm.kernels.attention import append_kv
+
+        spans = list(zip(begin, end, strict=True))
+        cu_seqlens = torch.tensor([0, *(e - b for b, e in spans)], dtype=torch.int32).cumsum(0)
+        cu_seqlens, lens = cu_seqlens.to(torch.int32), torch.tensor(end, dtype=torch.int32)
+        k = torch.cat([rows[b:e] for rows, (b, e) in zip(self.k_rows, spans, strict=True)])
+        v = torch.cat([rows[b:e] for rows, (b, e) in zip(self.v_rows, spans, strict=True)])
+        append_kv(k, v, self.k, self.v, self.block_table, cu_seqlens, lens)
+        return cu_seqlens, lens
+
+
+def attention_ref(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Tensor:
+    """Causal attention of the last q tokens over k, v, in float64: [T, H, D]."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (t.double().repeat_interleave(group, 1) for t in (k, v))
+    s = torch.einsum("qhd,khd->hqk", q.double(), k) * scale
+    position = torch.arange(len(k) - len(q), len(k))[:, None]
+    key = torch.arange(len(k))[None, :]
+    hidden = (key > position) | ((key < position - window) if window >= 0 else False)
+    return torch.einsum("hqk,khd->qhd", s.masked_fill(hidden, -math.inf).softmax(-1), v)
+
+
+def attend(
+    cache: Cache, q: Tensor, cu_seqlens: Tensor, lens: Tensor, window: int = -1, **mode: bool
+) -> Tensor:
+    from fastllm.kernels.attention import paged_attention
+
+    scale = q.shape[-1] ** -0.5
+    return paged_attention(
+        q, cache.k, cache.v, cache.block_table, cu_seqlens, lens, scale, window, **mode
+    )
+
+
+def attention_case(
+    dtype: torch.dtype,
+    begin: list[int],
+    end: list[int],
+    heads: tuple[int, int] = (4, 2),
+    dim: int = 16,
+    window: int = -1,
+    **mode: bool,
+) -> float:
+    """Tokens begin..end of each sequence attend to 0..end of it, the earlier ones cached before."""
+    cache = Cache(end, heads[1], dim, dtype)
+    cache.fill(begin)
+    cu_seqlens, lens = cache.append(begin, end)
+    q = randn(int(cu_seqlens[-1]), heads[0] + 1, dim, dtype=dtype, seed=7)[:, 1:]
+    o = attend(cache, q, cu_seqlens, lens, window, **mode)
+    ref = [
+        attention_ref(q[cu_seqlens[i] : cu_seqlens[i + 1]], k, v, dim**-0.5, window)
+        for i, (k, v) in enumerate(zip(cache.k_rows, cache.v_rows, strict=True))
+    ]
+    return excess(o, torch.cat(ref), dtype)
+
+
+def attention_dead_slots() -> float:
+    """A slot of cache length 0 writes nothing to the cache and gets zeros."""
+    from fastllm.kernels.attention import append_kv
+
+    cache = Cache([5, 1, 70], 1, 16, F32)
+    cache.fill([4, 0, 69])
+    before = cache.k[cache.block_table[1].long()].clone()
+    cu_seqlens = torch.tensor([0, 1, 2, 3], dtype=torch.int32)
+    lens = torch.tensor([5, 0, 70], dtype=torch.int32)
+    rows = randn(3, 1, 16)
+    rows[0], rows[2] = cache.k_rows[0][4], cache.k_rows[2][69]
+    v_rows = torch.cat((cache.v_rows[0][4:], rows[1:2], cache.v_rows[2][69:]))
+    append_kv(rows, v_rows, cache.k, cache.v, cache.block_table, cu_seqlens, lens)
+    untouched = torch.equal(before.isnan(), cache.k[cache.block_table[1].long()].isnan())
+    q = randn(3, 2, 16, seed=8)
+    o = attend(cache, q, cu_seqlens, lens)
+    ref = [attention_ref(q[i : i + 1], cache.k_rows[i], cache.v_rows[i], 0.25, -1) for i in (0, 2)]
+    ref.insert(1, torch.zeros(1, 2, 16, dtype=torch.float64))
+    return excess(o, torch.cat(ref)) if untouched else math.inf
+
+
+def attention_bits(dtype: torch.dtype, window: int) -> float:
+    """Whole prompt, chunks, and single tokens by parallel splits: the same bits."""
+    length, dim = 600, 16
+    cache = Cache([length], 2, dim, dtype)
+    q = randn(length, 4, dim, dtype=dtype, seed=9)
+    cache.fill([length])
+
+    def part_of(begin: int, end: int) -> Tensor:
+        cu_seqlens = torch.tensor([0, end - begin], dtype=torch.int32)
+        lens = torch.tensor([end], dtype=torch.int32)
+        return attend(cache, q[begin:end], cu_seqlens, lens, window=window)
+
+    whole = part_of(0, length)
+    worst = 0.0
+    for begin, end in ((0, 37), (500, 530), (511, 512), (512, 513), (63, 64), (599, 600)):
+        part = part_of(begin, end)
+        worst = max(worst, same(part, whole[begin:end]))
+    return worst
+
+
+# --- sampling -----------------------------------------------------------------------------------
+
+
+def philox(seed: int, counter: tuple[int, int, int, int]) -> int:
+    """First word of Philox4x32-10, from the definition, in Python integers."""
+    mask = 0xFFFFFFFF
+    c, k = list(counter), [seed & mask, seed >> 32 & mask]
+    for _ in range(10):
+        low, high = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [high >> 32 ^ c[1] ^ k[0], high & mask, low >> 32 ^ c[3] ^ k[1], low & mask]
+        k = [(k[0] + 0x9E3779B9) & mask, (k[1] + 0xBB67AE85) & mask]
+    return c[0]
+
+
+def philox_known_answer() -> float:
+    """The published vector of Random123 (all-zero key and counter), and the kernel's words."""
+    from fastllm.kernels import sampling
+
+    assert philox(0, (0, 0, 0, 0)) == 0x6627E8D5, hex(philox(0, (0, 0, 0, 0)))
+    seed, position, vocab = 0x9ABCDEF0_12345678 - 2**64, 77, 600
+    params = sampling_parameters(1, vocab, temperature=1.0, seed=seed, position=position)
+    ids, _, _ = sampling.sampling(torch.zeros(1, vocab), **params)
+    words = [philox(seed, (i, position, 0, 0)) >> 9 for i in range(vocab)]
+    return 0.0 if ids.item() == words.index(max(words)) else math.inf
+
+
+def sampling_parameters(rows: int, vocab: int, **values: float) -> dict[str, Tensor]:
+    """All parameter buffers of `sampling`, off unless given."""
+    defaults = {
+        "temperature": (0.0, F32),
+        "top_k": (0, torch.int32),
+        "top_p": (1.0, F32),
+        "min_p": (0.0, F32),
+        "repetition": (1.0, F32),
+        "presence": (0.0, F32),
+        "frequency": (0.0, F32),
+        "seed": (0, torch.int64),
+        "position": (0, torch.int32),
+        "penalized": (0, torch.uint8),
+    }
+    buffers = {
+        name: torch.full((rows,), values.get(name, value), dtype=dtype)
+        for name, (value, dtype) in defaults.items()
+    }
+    buffers["counts"] = torch.zeros((rows, vocab), dtype=torch.int32)
+    buffers["in_prompt"] = torch.zeros((rows, vocab), dtype=torch.uint8)
+    buffers["banned"] = torch.full((rows, 3), -1, dtype=torch.int32)
+    return buffers
+
+
+def processed_ref(logits: Tensor, p: dict[str, Tensor]) -> Tensor:
+    """Logits after bans, penalties and temperature, float64."""
+    x = logits.double()
+    for row in range(len(x)):
+        x[row, p["banned"][row][p["banned"][row] >= 0].long()] = -math.inf
+        if p["penalized"][row]:
+            count, r = p["counts"][row], p["repetition"][row].double()
+            seen = (count > 0) | (p["in_prompt"][row] > 0)
+            x[row] = torch.where(seen, torch.where(x[row] > 0, x[row] / r, x[row] * r), x[row])
+            x[row] -= p["presence"][row].double() * (count > 0)
+            x[row] -= p["frequency"][row].double() * count
+        if p["temperature"][row] > 0:
+            x[row] /= p["temperature"][row].double()
+    return x
+
+
+def kept_ref(z: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
+    """Mask of the scores z[V] that min-p, top-k, top-p keep in this order."""
+    kept = z.exp() >= min_p * z.max().exp() if min_p > 0 else torch.ones_like(z, dtype=torch.bool)
+    if 0 < top_k < len(z):
+        kept &= z >= z.topk(top_k).values[-1]
+    if top_p < 1:
+        p = torch.where(kept, z, -math.inf).softmax(-1)
+        order = p.argsort(descending=True)
+        before = p[order].cumsum(0) - p[order]
+        last = p[order][before < top_p][-1] if top_p > 0 else p.max()
+        kept &= p >= last
+    return kept
+
+
+def sampling_case(vocab: int, rows: int = 3, **values: float) -> float:
+    """Id, log-probs and counts of each row against the definition; noise from the reference."""
+    from fastllm.kernels.sampling import sampling
+
+    logits = randn(rows, vocab, seed=11) * 4
+    p = sampling_parameters(rows, vocab, **values)
+    p["seed"] += torch.arange(rows)
+    if values.get("penalized"):
+        p["counts"] = (randn(rows, vocab, seed=12) > 1.5).int() * 2
+        p["in_prompt"] = (randn(rows, vocab, seed=13) > 1).to(torch.uint8)
+        p["banned"][0, :2] = logits[0].topk(2).indices.int()
+    z = processed_ref(logits, p)
+    expected = []
+    for row in range(rows):
+        score = z[row].clone()
+        if p["temperature"][row] > 0:
+            kept = kept_ref(z[row], *(p[name][row].item() for name in ("top_k", "top_p", "min_p")))
+            words = [
+                philox(p["seed"][row].item(), (i, p["position"][row].item(), 0, 0))
+                for i in range(vocab)
+            ]
+            u = (torch.tensor(words, dtype=torch.float64).div(512).floor() + 0.5) / 2**23
+            score = torch.where(kept, score - (-u.log()).log(), -math.inf)
+        expected.append(score.argmax().item())
+    counts = p["counts"].clone()
+    ids, logprob, logprob_t = sampling(logits, **p)
+    at = torch.tensor(expected)[:, None]
+    if p["penalized"].any():
+        counts.scatter_add_(1, at, torch.ones_like(at, dtype=torch.int32))
+    assert ids.tolist() == expected, f"{ids.tolist()} is not {expected}"
+    return max(
+        same(p["counts"], counts),
+        excess(logprob, logits.double().log_softmax(-1).gather(1, at)[:, 0], F32),
+        excess(logprob_t, z.log_softmax(-1).gather(1, at)[:, 0], F32),
+    )
+
+
+def sampling_cutoff_case(vocab: int, ties: bool, **values: float) -> float:
+    """Over 24 seeds only kept ids are drawn, and more than one when more than one is kept."""
+    from fastllm.kernels.sampling import sampling
+
+    rows = 24
+    logits = randn(1, vocab, seed=14).expand(rows, vocab).contiguous() * 2
+    if ties:
+        logits = logits.round()
+    p = sampling_parameters(rows, vocab, temperature=1.0, **values)
+    p["seed"] += torch.arange(rows)
+    top_k, top_p = int(values.get("top_k", 0)), values.get("top_p", 1.0)
+    kept = kept_ref(logits[0].double(), top_k, top_p, values.get("min_p", 0.0))
+    drawn = set(sampling(logits, **p)[0].tolist())
+    assert all(kept[i] for i in drawn), f"{drawn} holds ids that are cut off"
+    assert (len(drawn) > 1) == (int(kept.sum()) > 1), f"{len(drawn)} of {int(kept.sum())} drawn"
+    return 0.0
+
+
+def sampling_bad_rows() -> float:
+    """NaN gives id -1 in its row alone; equal maxima give the lowest id; counts stay."""
+    from fastllm.kernels.sampling import sampling
+
+    logits = randn(3, 1030)
+    logits[0, 700] = math.nan
+    logits[1, [600, 1029]] = 50.0
+    p = sampling_parameters(3, 1030, penalized=1)
+    ids, logprob, _ = sampling(logits, **p)
+    assert ids.tolist() == [-1, 600, logits[2].argmax().item()], ids.tolist()
+    assert logprob.isnan().tolist() == [True, False, False]
+    return 0.0 if p["counts"].sum(1).tolist() == [0, 1, 1] else math.inf
+
+
+def log_probs_case(vocab: int) -> float:
+    from fastllm.kernels.sampling import log_probs
+
+    logits = randn(3, vocab + 5)[:, :vocab]
+    ids = torch.tensor([[0, vocab - 1], [vocab // 2, 1], [3, 3]])
+    return excess(log_probs(logits, ids), logits.double().log_softmax(-1).gather(1, ids), F32)
+
+
+# --- the tables ---------------------------------------------------------------------------------
+
+
+def quick_cases() -> dict[str, Case]:
+    """Cases of the normal run."""
+    cases: dict[str, Case] = {}
+
+    def add(name: str, run: Callable[..., float], *args: object, **kwargs: object) -> None:
+        cases[name] = lambda: run(*args, **kwargs)
+
+    for dtype in (F32, BF16):
+        d = NAMES[dtype]
+        for shape in ((1, 1), (3, 100), (2, 3, 64), (2, 576), (0, 8)):
+            add(f"rms_norm {d} {shape}", rms_norm_case, shape, dtype, None)
+        for shape in ((3, 100), (5, 64)):
+            add(f"add_rms_norm {d} {shape}", add_rms_norm_case, shape, dtype)
+        add(f"rope {d} partial", rope_case, dtype, 3, 20, 6)
+        add(f"rope {d} whole", rope_case, dtype, 5, 64, 32)
+        for shape in ((3, 100), (2, 2, 1030), (0, 4)):
+            add(f"swiglu {d} {shape}", swiglu_case, shape, dtype)
+        add(f"quant_embedding {d}", quant_embedding_dense, dtype)
+        for m in (0, 1, 17, 40):
+            add(f"linear {d} m={m}", linear_case, dtype, m)
+        add(f"linear {d} bias", linear_case, dtype, 5, bias=True, out=F32)
+        add(f"linear {d} split K", linear_case, dtype, 3, k=1030, bias=True, batch_invariant=False)
+        add(f"quant_matmul {d} odd K", quant_matmul_dense, dtype, 37)
+        add(f"attention {d} one token", attention_case, dtype, [0], [1])
+        add(f"attention {d} prompts", attention_case, dtype, [0, 0, 0], [70, 3, 40])
+        add(f"attention {d} chunks", attention_case, dtype, [64, 5], [130, 30])
+        add(f"attention {d} decode", attention_case, dtype, [599, 20, 511], [600, 21, 512])
+        add(f"attention {d} window", attention_case, dtype, [0, 600], [150, 601], window=40)
+        add(f"attention {d} odd heads", attention_case, dtype, [0], [9], heads=(3, 3), dim=20)
+        add(f"attention {d} same bits", attention_bits, dtype, -1)
+    add("rms_norm f32 to bf16", rms_norm_case, (3, 100), F32, BF16)
+    add("rms_norm strided", rms_norm_strided)
+    add("attention bf16 same bits, window", attention_bits, BF16, 100)
+    add("attention f32 dead slots", attention_dead_slots)
+    add("attention bf16 fast", attention_case, BF16, [0, 5], [70, 6], batch_invariant=False)
+    add("embedding bf16", embedding_case, BF16, F32, torch.int64)
+    add("embedding f16", embedding_case, torch.float16, BF16, torch.int32)
+    for format in ("q4_0", "q4_1", "q8_0"):
+        add(f"quant_embedding {format}", quant_embedding_case, format, BF16)
+        for mode, m in (("int8", 1), ("int8", 19), ("bf16", 1), ("bf16", 19), ("fp32", 3)):
+            add(f"quant_matmul {format} {mode} m={m}", quant_matmul_case, format, mode, m)
+    add("quant_matmul q4_1 bias", quant_matmul_case, "q4_1", "bf16", 2, bias=True)
+    for mode in ("int8", "bf16"):
+        fast = {"k": 1056, "bias": True, "batch_invariant": False}
+        add(f"quant_matmul q4_1 {mode} split K", quant_matmul_case, "q4_1", mode, 2, **fast)
+    add("quantize_activation", quantize_activation_exact)
+    add("quant_matmul int8 rows", int8_rows_are_independent)
+    add("sampling greedy", sampling_case, 1000)
+    add("sampling penalties", sampling_case, 600, penalized=1, repetition=1.3, presence=0.5, frequency=0.2)
+    add("sampling temperature", sampling_case, 600, temperature=0.8, seed=2**40 + 5, position=9)
+    add("sampling truncated", sampling_case, 600, temperature=1.5, top_k=9, top_p=0.9, min_p=0.01)
+    add("sampling top-k", sampling_cutoff_case, 520, False, top_k=3)
+    add("sampling top-k ties", sampling_cutoff_case, 520, True, top_k=2)
+    add("sampling top-p", sampling_cutoff_case, 520, False, top_p=0.35)
+    add("sampling min-p", sampling_cutoff_case, 520, False, min_p=0.4)
+    add("sampling top-p 0", sampling_cutoff_case, 520, False, top_p=0.0)
+    add("sampling philox", philox_known_answer)
+    add("sampling bad rows", sampling_bad_rows)
+    add("log_probs", log_probs_case, 1300)
+    return cases
+
+
+def full_cases() -> dict[str, Case]:
+    """Further shapes for the full run, among them every tile of the tables."""
+    cases: dict[str, Case] = {}
+    for dtype, m, n, k in product((F32, BF16), (33, 65, 129), (3, 130), (31, 64, 200)):
+        cases[f"linear {NAMES[dtype]} {m}x{n}x{k}"] = lambda a=(dtype, m, n, k): linear_case(*a)
+    for format, mode, m in product(("q4_0", "q4_1", "q8_0"), ("int8", "bf16", "fp32"), (33, 65, 129)):
+        name = f"quant_matmul {format} {mode} m={m}"
+        cases[name] = lambda a=(format, mode, m): quant_matmul_case(*a, n=130, k=96, bias=True)
+    for dtype, dim, heads in product((F32, BF16), (64, 96, 128), ((2, 1), (7, 1), (2, 2))):
+        name = f"attention {NAMES[dtype]} {heads} {dim}"
+        cases[name] = lambda a=(dtype, [3, 0, 520], [40, 66, 523], heads, dim): attention_case(*a)
+    for dtype, window in product((F32, BF16), (0, 63, 511)):
+        cases[f"attention {NAMES[dtype]} same bits, window {window}"] = lambda a=(
+            dtype,
+            window,
+        ): attention_bits(*a)
+    for vocab, top_k, top_p, min_p in product((7, 4100), (0, 1, 50), (0.2, 0.99, 1.0), (0.0, 0.1)):
+        values = {"temperature": 0.7, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        name = f"sampling V={vocab} " + " ".join(f"{k}={v}" for k, v in values.items())
+        cases[name] = lambda v=vocab, p=values: sampling_case(v, 2, **p)
+    return cases
+
+
+def main() -> None:
+    """Runs the quick cases, or with --full the others, and prints {name: outcome} as JSON."""
+    torch.set_num_threads(1)
+    outcomes = {}
+    for name, run in (full_cases() if "--full" in sys.argv else quick_cases()).items():
+        start = time.perf_counter()
+        try:
+            outcome = {"excess": run()}
+        except BaseException:
+            outcome = {"failure": traceback.format_exc(limit=-4)}
+        outcomes[name] = outcome | {"seconds": round(time.perf_counter() - start, 2)}
+    print(json.dumps(outcomes))
+
+
+if __name__ == "__main__":
+    main()
