@@ -3,9 +3,8 @@
 Chat templates come with model files, so they are programs of strangers. Jinja's sandbox keeps them
 from Python's internals but not from `range(10**5)` nested four deep or `'a' * 10**10`. Signals work
 in the main thread only, a trace function cannot interrupt C code, and a child process costs more
-than the model's tokenizer. So cost is counted, not timed: before anything is done a `Budget` is
-charged for it. It is sound because every way to spend is shut
-or metered:
+than the model's tokenizer. So cost is counted, not timed: a `Budget` is charged before anything is
+done. That is sound because every way to spend is shut or metered:
 
 - loops and macros: `instrument` puts a charge of the body's size at the head of each body;
 - operators: `+ * ** %` are intercepted, `~`, comparisons and slices rewritten into metered filters;
