@@ -3,11 +3,13 @@
 `Op` holds an op's schema, reference, fake and backward; `Op.impl` adds a row to its backend table.
 A call takes one of three roads, decided here once:
 
-- traced (torch.compile, FakeTensor, a tensor subclass, a dispatch mode, functorch): `torch.ops.fastllm.<op>`;
+- traced (torch.compile, FakeTensor, a tensor subclass, a dispatch mode, functorch): the torch
+  library's op, `torch.ops.fastllm.<op>`;
 - eager with a gradient to record: one generic `autograd.Function` made from the op's backward;
 - eager without: the first row of the table that supports the arguments, called directly.
 
-`Library.define` + `impl` is used because `torch.library.custom_op` costs 3 to 9 times more per call.
+`Library.define` + `impl` is used because `torch.library.custom_op` costs 3 to 9 times more per
+call.
 """
 
 from __future__ import annotations
@@ -18,11 +20,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
+from torch.nn import Parameter
+
+from .. import _C
 
 LIBRARY = torch.library.Library("fastllm", "DEF")
 OPS: dict[str, Op] = {}
 DEVICES = ("cpu", "cuda")
-_TENSOR_TYPES = (torch.Tensor, torch.nn.Parameter)
+_PLAIN_TYPES = frozenset({int, float, bool, str, type(None), torch.dtype})
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_functorch_level = torch._C._functorch.maybe_current_level
+# What a choice needs of an Impl: function, variants, when.
+_Row = tuple[Callable[..., Any], frozenset[str], Callable[..., bool] | None]
 
 _batch_invariant = False
 
@@ -59,9 +69,11 @@ class Op:
     """An op of the package; call it like a function.
 
     Args:
-        schema: torch schema without the namespace, e.g. `"swiglu(Tensor gate, Tensor up) -> Tensor"`.
-        ref: plain PyTorch definition of right, rounding points included; the last row of every table.
-        fake: output shapes and dtypes from input shapes (defaults to the reference, which is shape-exact).
+        schema: torch schema without the namespace: `"swiglu(Tensor gate, Tensor up) -> Tensor"`.
+        ref: plain PyTorch definition of right, rounding points included; the last row of every
+            table.
+        fake: output shapes and dtypes from input shapes (defaults to the reference, which is
+            shape-exact).
         backward: `(ctx, *grad_outputs) -> gradients of every input`; `None`: not differentiable.
         setup_context: stores on ctx what backward needs; `(ctx, inputs, output)`.
         variant: `(*args) -> str`: which variant of the table these arguments need.
@@ -84,6 +96,7 @@ class Op:
         self.setup_context = setup_context
         self.variant = variant
         self.tables: dict[str, list[Impl]] = {device: [] for device in DEVICES}
+        self._rows: dict[tuple[str, torch.dtype], tuple[_Row, ...]] = {}
         OPS[self.name] = self
         LIBRARY.define(schema)
         LIBRARY.impl(self.name, self._run, "CPU")
@@ -117,38 +130,68 @@ class Op:
         def add(fn: Callable[..., Any]) -> Callable[..., Any]:
             row = Impl(name, device, fn, frozenset(dtypes), frozenset(variants), when, opt_in)
             self.tables[device].append(row)
+            self._rows.clear()
             return fn
 
         return add
 
     def select(self, args: tuple[Any, ...]) -> Callable[..., Any]:
-        """The implementation that serves `args`: the first row that declares support, at last `ref`."""
-        first = _first_floating(args)
-        if first is None:
-            return self.ref
+        """The implementation that serves `args`: the first row that supports them, at last `ref`."""
+        for arg in args:
+            if isinstance(arg, Tensor) and arg.dtype.is_floating_point:
+                return self._choose(arg, args)
+        return self._reference(args)
+
+    def _choose(self, first: Tensor, args: tuple[Any, ...]) -> Callable[..., Any]:
+        # `first` is the first floating tensor of args. The rows left after device and dtype are
+        # cached: this runs in every eager call.
+        device = "cpu" if first.is_cpu else first.device.type
+        dtype = first.dtype
+        rows = self._rows.get((device, dtype))
+        if rows is None:
+            rows = self._rows[device, dtype] = tuple(
+                (row.fn, row.variants, row.when)
+                for row in self.tables.get(device, ())
+                if not row.opt_in and dtype in row.dtypes
+            )
         variant = self.variant(*args) if self.variant is not None else None
-        for row in self.tables.get(first.device.type, ()):
-            if (
-                not row.opt_in
-                and first.dtype in row.dtypes
-                and (variant is None or variant in row.variants)
-                and (row.when is None or row.when(*args))
-            ):
-                return row.fn
+        for fn, variants, when in rows:
+            if (variant is None or variant in variants) and (when is None or when(*args)):
+                return fn
+        return self._reference(args)
+
+    def _reference(self, args: tuple[Any, ...]) -> Callable[..., Any]:
+        if _C.recording():
+            raise NoImplementation(
+                f"a graph cannot record fastllm.ops.{self.name}: it has no native kernel for "
+                f"({', '.join(map(_describe, args))})"
+            )
         return self.ref
 
     def __call__(self, *args: Any) -> Any:
-        if _must_trace(args):
+        if is_compiling() or _dispatch_modes() or _functorch_level():
             return self.overload(*args)
-        if torch.is_grad_enabled() and _any_requires_grad(args):
-            if self._function is None:
-                if self.mutable or not _any_requires_grad(args):
-                    return self._run(*args)
+        first = None
+        needs_grad = False
+        for arg in args:
+            kind = type(arg)
+            if kind is Tensor or kind is Parameter:
+                if first is None and arg.dtype.is_floating_point:
+                    first = arg
+                if arg.requires_grad:
+                    needs_grad = True
+            elif kind not in _PLAIN_TYPES and isinstance(arg, Tensor):
+                return self.overload(*args)
+        if needs_grad and torch.is_grad_enabled():
+            if self._function is not None:
+                return self._function.apply(*args)
+            if not self.mutable:
                 raise RuntimeError(
-                    f"fastllm.ops.{self.name} has no backward: call it under torch.no_grad(), or detach its inputs"
+                    f"fastllm.ops.{self.name} has no backward: call it under torch.no_grad(), "
+                    "or detach its inputs"
                 )
-            return self._function.apply(*args)
-        return self._run(*args)
+        fn = self._choose(first, args) if first is not None else self._reference(args)
+        return fn(*args)
 
     def _run(self, *args: Any) -> Any:
         return self.select(args)(*args)
@@ -157,23 +200,10 @@ class Op:
         return f"Op({self.schema})"
 
 
-def _first_floating(args: tuple[Any, ...]) -> Tensor | None:
-    for arg in args:
-        if isinstance(arg, Tensor) and arg.dtype.is_floating_point:
-            return arg
-    return None
-
-
-def _any_requires_grad(args: tuple[Any, ...]) -> bool:
-    return any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
-
-
-def _must_trace(args: tuple[Any, ...]) -> bool:
-    if torch.compiler.is_compiling():
-        return True
-    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.maybe_current_level():
-        return True
-    return any(isinstance(arg, Tensor) and type(arg) not in _TENSOR_TYPES for arg in args)
+def _describe(arg: Any) -> str:
+    if isinstance(arg, Tensor):
+        return f"{_short(arg.dtype)}{list(arg.shape)} strides {list(arg.stride())} on {arg.device}"
+    return repr(arg)
 
 
 def _autograd_function(op: Op) -> type[torch.autograd.Function]:
