@@ -136,7 +136,7 @@ class Op:
         return add
 
     def select(self, args: tuple[Any, ...]) -> Callable[..., Any]:
-        """The implementation that serves `args`: the first row that supports them, at last `ref`."""
+        """The implementation that serves `args`: the first row that supports them, else `ref`."""
         for arg in args:
             if isinstance(arg, Tensor) and arg.dtype.is_floating_point:
                 return self._choose(arg, args)
@@ -207,7 +207,7 @@ def _describe(arg: Any) -> str:
 
 
 def _autograd_function(op: Op) -> type[torch.autograd.Function]:
-    """The eager twin of `register_autograd`, made from the same backward (21 us a call against 43)."""
+    """The eager twin of `register_autograd`, made from the same backward (21 us a call, not 43)."""
 
     class Function(torch.autograd.Function):
         @staticmethod

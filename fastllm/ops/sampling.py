@@ -222,6 +222,13 @@ def _log_probs_cuda(logits: Tensor, ids: Tensor) -> Tensor:
     return kernel.log_probs(logits, ids)
 
 
+@_top_log_probs.impl("triton", "cuda", dtypes=(torch.float32,))
+def _top_log_probs_cuda(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    from ..kernels import sampling as kernel
+
+    return kernel.top_log_probs(logits, k)
+
+
 def sampling(
     logits: Tensor,
     temperature: Tensor,
