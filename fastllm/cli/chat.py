@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from .answering import load, print_stream, sampling_params
 from .console import note
 from .parsing import add_config, add_model_options, add_sampling_options, command_parser
-from .answering import load, print_stream, sampling_params
 
 if TYPE_CHECKING:
     from ..engine.llm import LLM

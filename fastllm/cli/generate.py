@@ -8,9 +8,9 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from .answering import load, print_stream, sampling_params
 from .console import note
 from .parsing import add_config, add_model_options, add_sampling_options, command_parser
-from .answering import load, print_stream, sampling_params
 
 if TYPE_CHECKING:
     from ..engine.llm import LLM
