@@ -36,3 +36,7 @@ class ModelNotFoundError(FastLLMError, LookupError):
 
 class ChatTemplateError(FastLLMError, ValueError):
     """A chat template is malformed, refuses the messages, or exceeds the limits of the sandbox."""
+
+
+class NumericalError(FastLLMError, ArithmeticError):
+    """A computation gave NaN or infinity where a number is needed."""

@@ -1,0 +1,1 @@
+"""Generation: requests, paged cache, scheduler, captured decode steps, and the `LLM` class."""

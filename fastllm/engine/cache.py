@@ -1,0 +1,98 @@
+"""The paged KV cache: one block of pages per layer, a free list, reference counts.
+
+A page holds the K and V of `page_size` positions of one sequence in every layer. Its content is
+final once it is full, so sequences that share a prefix share its full pages.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastllm.models.config import ModelConfig
+from fastllm.ops.attention import PAGE_SIZE
+
+
+class PagedCache:
+    """`layers[i]` is (k, v), each `[num_pages, kv_heads, page_size, head_dim]`.
+
+    On the CPU memory is reserved, not touched: a page costs nothing until it is written.
+    """
+
+    def __init__(
+        self, config: ModelConfig, num_pages: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shape = (
+            config.num_hidden_layers,
+            2,
+            num_pages,
+            config.num_key_value_heads,
+            PAGE_SIZE,
+            config.head_dim,
+        )
+        self._block = _reserve(shape, dtype, device)
+        self.layers: list[tuple[Tensor, Tensor]] = [(layer[0], layer[1]) for layer in self._block]
+        self.num_pages = num_pages
+        self._free = list(range(num_pages - 1, -1, -1))  # a stack: last used, warmest
+        self._users = [0] * num_pages
+
+    @property
+    def free_pages(self) -> int:
+        """How many pages nobody uses."""
+        return len(self._free)
+
+    def allocate(self, count: int) -> list[int]:
+        """Take `count` pages. Raises RuntimeError if there are fewer: ask `free_pages` first."""
+        if count > len(self._free):
+            raise RuntimeError(
+                f"{count} pages of KV cache are needed, {len(self._free)} of {self.num_pages} are "
+                "free: wait until the generations in progress end"
+            )
+        pages = [self._free.pop() for _ in range(count)]
+        for page in pages:
+            self._users[page] = 1
+        return pages
+
+    def allocate_for(self, tokens: int) -> list[int]:
+        """Take the pages of a sequence of `tokens` positions."""
+        return self.allocate(pages_for(tokens))
+
+    def share(self, pages: list[int]) -> None:
+        """Count one more user of each page."""
+        for page in pages:
+            self._users[page] += 1
+
+    def release(self, pages: list[int]) -> None:
+        """Give pages back; a page is free when its last user has."""
+        for page in reversed(pages):
+            self._users[page] -= 1
+            if self._users[page] == 0:
+                self._free.append(page)
+
+    def copy_page(self, target: int, source: int) -> None:
+        """Copy the K and V of a page in every layer."""
+        self._block[:, :, target].copy_(self._block[:, :, source])
+
+    def clear_pages(self, pages: list[int]) -> None:
+        """Zero pages that hold NaN or infinity, before somebody else's positions share them."""
+        self._block[:, :, pages] = 0
+
+
+def page_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes of one page, K and V of all layers."""
+    values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return values * PAGE_SIZE * dtype.itemsize
+
+
+def pages_for(tokens: int) -> int:
+    """Pages that hold `tokens` positions."""
+    return -(-tokens // PAGE_SIZE)
+
+
+def _reserve(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros. On the CPU numpy's calloc maps them lazily, torch.zeros would write every page."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    bits = {2: np.int16, 4: np.int32}[dtype.itemsize]
+    return torch.from_numpy(np.zeros(shape, bits)).view(dtype)

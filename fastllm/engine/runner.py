@@ -1,0 +1,190 @@
+"""Runs the model: prompts eagerly, decode steps as captured graphs over static buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastllm.engine.cache import PagedCache, pages_for
+from fastllm.engine.sampler import Sampler
+from fastllm.engine.static import StaticArrays
+from fastllm.graph import record
+from fastllm.models.decoder import Decoder
+from fastllm.nn.batch import Batch
+
+LOGITS_ROWS = 64  # rows of logits made at once where many are wanted: 12 MB for 49,152 tokens
+
+
+class Runner:
+    """`inputs` and `sampler` hold what a decode step reads; row i belongs to slot i.
+
+    A step is captured once for 1, 2, 4, ... slots, when it is first needed, and serves every number
+    of sequences up to that: slots without a sequence have `cache_seqlens` 0.
+    """
+
+    def __init__(
+        self, model: Decoder, cache: PagedCache, *, slots: int, max_pages: int, graphs: bool
+    ) -> None:
+        self.model = model
+        self.cache = cache
+        self.slots = slots
+        self.graphs = graphs
+        self.sampler = Sampler(slots, model.config.vocab_size, model.device)
+        self.inputs = StaticArrays(
+            {
+                "ids": ((slots,), np.int32),
+                "positions": ((slots,), np.int32),
+                "cache_seqlens": ((slots,), np.int32),
+                "cu_seqlens_q": ((slots + 1,), np.int32),
+                "block_table": ((slots, max_pages), np.int32),
+            },
+            model.device,
+        )
+        self.inputs.arrays["cu_seqlens_q"][:] = np.arange(slots + 1)
+        self._steps: dict[int, _Step] = {}
+
+    # Slots
+
+    def set_slot(self, slot: int, token: int, position: int, pages: Sequence[int]) -> None:
+        """Make a slot continue a sequence with `token` at `position`."""
+        arrays = self.inputs.arrays
+        arrays["ids"][slot] = token
+        arrays["positions"][slot] = position
+        arrays["cache_seqlens"][slot] = position + 1
+        arrays["block_table"][slot, : len(pages)] = pages
+
+    def free_slot(self, hole: int, last: int) -> None:
+        """Move slot `last` into `hole` and make `last` a dead one."""
+        arrays = self.inputs.arrays
+        names = ("ids", "positions", "cache_seqlens", "block_table")
+        if hole != last:
+            for name in names:
+                arrays[name][hole] = arrays[name][last]
+            self.sampler.move(last, hole)
+        for name in names:
+            arrays[name][last] = 0
+        self.sampler.clear(last)
+
+    # Decode
+
+    def decode(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """One token for each of the first `count` slots: (ids, raw log-probabilities).
+
+        The slots then stand at the next position, with the new token as input. The arrays are
+        overwritten by the next step. An id of -1 says that the logits had NaN or no finite value.
+        """
+        step = self._step(count)
+        self.inputs.upload()
+        self.sampler.static.upload()
+        ids, logprobs = step()
+        arrays = self.inputs.arrays
+        arrays["ids"][:count] = ids[:count]
+        arrays["positions"][:count] += 1
+        arrays["cache_seqlens"][:count] += 1
+        return ids[:count], logprobs[:count]
+
+    def last_logits(self, count: int) -> Tensor:
+        """Logits [count, vocab] of the last `decode(count)`."""
+        return self._step(count).logits[:count]
+
+    def _step(self, count: int) -> _Step:
+        size = min(1 << (count - 1).bit_length(), self.slots)
+        if size not in self._steps:
+            self._steps[size] = self._make_step(size)
+        return self._steps[size]
+
+    def _make_step(self, size: int) -> _Step:
+        t = self.inputs.tensors
+        batch = Batch(
+            ids=t["ids"][:size],
+            positions=t["positions"][:size],
+            cu_seqlens_q=t["cu_seqlens_q"][: size + 1],
+            cache_seqlens=t["cache_seqlens"][:size],
+            block_table=t["block_table"][:size],
+        )
+
+        def run() -> tuple[Tensor, Tensor, Tensor]:
+            logits = self.model(batch, self.cache.layers)
+            # the drawn token's place in its sequence is the number of tokens before it
+            ids, logprobs, _ = self.sampler(logits, batch.cache_seqlens)
+            return ids, logprobs, logits
+
+        if not self.graphs:
+            return _Step(run, None)
+        # Capturing runs the step: with every slot dead it changes neither cache nor penalties.
+        lengths = self.inputs.arrays["cache_seqlens"]
+        penalized = self.sampler.static.arrays["penalized"]
+        kept = lengths.copy(), penalized.copy()
+        lengths[:], penalized[:] = 0, 0
+        self.inputs.upload()
+        self.sampler.static.upload()
+        try:
+            graph, outputs = record(run, self.model.device)
+        finally:
+            lengths[:], penalized[:] = kept
+        return _Step(graph.replay, outputs)
+
+    # Prompts
+
+    @torch.no_grad()
+    def prefill(
+        self, ids: Sequence[Sequence[int]], starts: Sequence[int], pages: Sequence[Sequence[int]]
+    ) -> Tensor:
+        """Write stretches of prompts to the cache: ids[i] stand at positions starts[i], ... of the
+        sequence whose pages are pages[i]. Returns the final norm's output, [tokens, hidden]."""
+        lengths = [len(part) for part in ids]
+        stops = [start + n for start, n in zip(starts, lengths, strict=True)]
+        table = np.zeros((len(ids), pages_for(max(stops))), np.int32)
+        for row, (own, stop) in enumerate(zip(pages, stops, strict=True)):
+            used = pages_for(stop)
+            table[row, :used] = own[:used]
+        positions = [np.arange(a, b) for a, b in zip(starts, stops, strict=True)]
+        batch = Batch(
+            ids=self._tensor(np.concatenate([np.asarray(part, np.int32) for part in ids])),
+            positions=self._tensor(np.concatenate(positions)),
+            cu_seqlens_q=self._tensor(np.concatenate([[0], np.cumsum(lengths)])),
+            cache_seqlens=self._tensor(np.asarray(stops)),
+            block_table=self._tensor(table),
+        )
+        return self.model.hidden(batch, self.cache.layers)
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 [rows, vocab] for rows of `prefill`'s result."""
+        return self.model.logits(hidden)
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array.astype(np.int32, copy=False)).to(self.model.device)
+
+
+class _Step:
+    """A decode step, captured or eager; returns (ids, log-probabilities) as arrays."""
+
+    def __init__(
+        self, run: Callable[[], tuple[Tensor, Tensor, Tensor] | None],
+        outputs: tuple[Tensor, Tensor, Tensor] | None,
+    ) -> None:  # fmt: skip
+        self._run = run
+        self._eager = outputs is None
+        if outputs is not None:
+            self._keep(outputs)
+
+    def _keep(self, outputs: tuple[Tensor, Tensor, Tensor]) -> None:
+        self._ids, self._logprobs, self.logits = outputs
+        if self._ids.device.type == "cpu":  # views: replays change what they show
+            self._arrays = self._ids.numpy(), self._logprobs.numpy()
+
+    def __call__(self) -> tuple[np.ndarray, np.ndarray]:
+        if self._eager:
+            with torch.no_grad():
+                outputs = self._run()
+            assert outputs is not None, "an eager step returns its outputs"
+            self._keep(outputs)
+        else:
+            self._run()
+        if self._ids.device.type != "cpu":
+            return self._ids.cpu().numpy(), self._logprobs.cpu().numpy()
+        return self._arrays

@@ -1,0 +1,100 @@
+"""Sampling parameters of every slot, in static buffers that the captured step reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastllm.engine.request import MAX_BANNED, SamplingParams
+from fastllm.engine.static import StaticArrays
+from fastllm.ops.sampling import sampling
+
+_KINDS = {
+    "temperature": np.float32,
+    "top_k": np.int32,
+    "top_p": np.float32,
+    "min_p": np.float32,
+    "repetition": np.float32,
+    "presence": np.float32,
+    "frequency": np.float32,
+    "seed": np.int64,
+    "penalized": np.uint8,
+}
+
+
+class Sampler:
+    """Row i of every buffer belongs to slot i."""
+
+    def __init__(self, slots: int, vocab_size: int, device: torch.device) -> None:
+        fields = {name: ((slots,), kind) for name, kind in _KINDS.items()}
+        self.static = StaticArrays({**fields, "banned": ((slots, MAX_BANNED), np.int32)}, device)
+        self._arrays = self.static.arrays
+        self._arrays["banned"][:] = -1
+        # Large, and touched for penalized slots only: numpy's zeros take no memory until then.
+        self.counts = _lazy_zeros((slots, vocab_size), np.int32, device)
+        self.in_prompt = _lazy_zeros((slots, vocab_size), np.uint8, device)
+
+    def set(
+        self, slot: int, params: SamplingParams, seed: int, prompt_ids: Sequence[int],
+        banned: Sequence[int],
+    ) -> None:  # fmt: skip
+        """Give a slot to a new sample; `banned` ids cannot be drawn until `unban`."""
+        penalized = (
+            params.repetition_penalty != 1
+            or params.presence_penalty != 0
+            or params.frequency_penalty != 0
+        )
+        values = {
+            "temperature": params.temperature,
+            "top_k": max(params.top_k, 0),
+            "top_p": params.top_p,
+            "min_p": params.min_p,
+            "repetition": params.repetition_penalty,
+            "presence": params.presence_penalty,
+            "frequency": params.frequency_penalty,
+            "seed": seed,
+            "penalized": penalized,
+        }
+        for name, value in values.items():
+            self._arrays[name][slot] = value
+        self._arrays["banned"][slot] = -1
+        self._arrays["banned"][slot, : len(banned)] = banned
+        if penalized:
+            self.counts[slot].zero_()
+            self.in_prompt[slot].zero_()
+            self.in_prompt[slot, torch.tensor(prompt_ids, device=self.in_prompt.device)] = 1
+
+    def unban(self, slot: int) -> None:
+        """Let every id be drawn."""
+        self._arrays["banned"][slot] = -1
+
+    def move(self, source: int, target: int) -> None:
+        """Make `target` what `source` is."""
+        for array in self._arrays.values():
+            array[target] = array[source]
+        if self._arrays["penalized"][source]:
+            self.counts[target] = self.counts[source]
+            self.in_prompt[target] = self.in_prompt[source]
+
+    def clear(self, slot: int) -> None:
+        """Leave a slot in the cheapest state: greedy, without penalties."""
+        self._arrays["temperature"][slot] = 0
+        self._arrays["penalized"][slot] = 0
+
+    def __call__(self, logits: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw for the first slots: (ids, log-probabilities, log-probabilities at temperature)."""
+        rows = logits.shape[0]
+        t = {name: tensor[:rows] for name, tensor in self.static.tensors.items()}
+        return sampling(
+            logits, t["temperature"], t["top_k"], t["top_p"], t["min_p"], t["repetition"],
+            t["presence"], t["frequency"], t["seed"], positions, t["penalized"],
+            self.counts[:rows], self.in_prompt[:rows], t["banned"],
+        )  # fmt: skip
+
+
+def _lazy_zeros(shape: tuple[int, int], kind: type, device: torch.device) -> Tensor:
+    zeros = torch.from_numpy(np.zeros(shape, kind))
+    return zeros if device.type == "cpu" else zeros.to(device)

@@ -1,0 +1,135 @@
+"""A sample in the making: its tokens, pages, slot, and when it ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fastllm.engine.request import CompletionOutput, Logprob, RequestOutput, SamplingParams
+from fastllm.models.detokenizer import Detokenizer, StopMatcher
+from fastllm.models.tokenizer import Tokenizer
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """A prompt, its parameters and its samples."""
+
+    request_id: str
+    prompt: str | None
+    prompt_ids: list[int]
+    params: SamplingParams
+    seed: int
+    max_tokens: int  # what params and the context allow
+    end_ids: frozenset[int]  # the model's own ends of sequence, empty with ignore_eos
+    tokenizer: Tokenizer | None  # None: no text is made
+    samples: list[Sequence] = field(default_factory=list)
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    shared_pages: list[int] | None = None  # of the prefilled prompt, kept for samples to come
+    error: Exception | None = None
+
+    def __post_init__(self) -> None:
+        self.samples = [Sequence(self, index) for index in range(self.params.n)]
+        if self.params.prompt_logprobs is not None:
+            self.prompt_logprobs = [None]
+
+    @property
+    def finished(self) -> bool:
+        """Whether every sample has ended."""
+        return all(sample.finish_reason is not None for sample in self.samples)
+
+    def output(self) -> RequestOutput:
+        """The state now; the deltas are what was added since the previous call."""
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self.prompt,
+            prompt_token_ids=self.prompt_ids,
+            prompt_logprobs=self.prompt_logprobs,
+            outputs=[sample.output() for sample in self.samples],
+            finished=self.finished,
+            seed=self.seed,
+        )
+
+
+class Sequence:
+    """One sample of a request."""
+
+    __slots__ = (
+        "_delta", "_detokenizer", "_stops", "cumulative_logprob", "finish_reason", "index",
+        "logprobs", "pages", "prefilled", "request", "slot", "stop_reason", "text", "token_ids",
+    )  # fmt: skip
+
+    def __init__(self, request: Request, index: int) -> None:
+        params = request.params
+        self.request = request
+        self.index = index
+        self.token_ids: list[int] = []
+        self.logprobs: list[dict[int, Logprob]] | None = None
+        if params.logprobs is not None:
+            self.logprobs = []
+        self.cumulative_logprob = 0.0
+        self.finish_reason: str | None = None
+        self.stop_reason: int | str | None = None
+        self.text = ""
+        self._delta = ""
+        self._detokenizer: Detokenizer | None = None
+        self._stops: StopMatcher | None = None
+        if request.tokenizer is not None:
+            self._detokenizer = request.tokenizer.detokenizer()
+        if params.stop:
+            self._stops = StopMatcher(params.stop, params.include_stop_str_in_output)
+        self.pages: list[int] = []
+        self.prefilled = 0  # positions of the prompt in the cache
+        self.slot = -1
+
+    @property
+    def seed(self) -> int:
+        """Of this sample: samples of one request differ by their seeds alone."""
+        return (self.request.seed + self.index + 2**63) % 2**64 - 2**63
+
+    def append(self, token: int, logprob: float) -> None:
+        """Add a token; sets `finish_reason` if the sample ends with it."""
+        request, params = self.request, self.request.params
+        self.token_ids.append(token)
+        self.cumulative_logprob += logprob
+        count = len(self.token_ids)
+        may_stop = count >= params.min_tokens
+        ended = may_stop and (token in request.end_ids or token in params.stop_token_ids)
+        if ended:
+            self.stop_reason = token if token in params.stop_token_ids else None
+        elif self._detokenizer is not None:
+            self._add_text(self._detokenizer.push(token), may_stop)
+        if ended or self.stop_reason is not None:
+            self._finish("stop")
+        elif count >= request.max_tokens:
+            self._finish("length")
+
+    def _add_text(self, text: str, may_stop: bool = True) -> None:
+        if self._stops is not None:
+            text = self._stops.push(text, may_stop)
+            if self._stops.matched is not None:
+                self.stop_reason = self._stops.matched
+        self._delta += text
+
+    def _finish(self, reason: str) -> None:
+        """Flush held text: a stop string may be complete only now."""
+        if self._detokenizer is not None and (self._stops is None or self._stops.matched is None):
+            self._add_text(self._detokenizer.flush())
+            if self._stops is not None and self._stops.matched is None:
+                self._delta += self._stops.flush()
+            elif self._stops is not None:
+                reason = "stop"
+        self.finish_reason = reason
+
+    def output(self) -> CompletionOutput:
+        """The state now, and what is new since the previous call."""
+        delta, self._delta = self._delta, ""
+        self.text += delta
+        return CompletionOutput(
+            index=self.index,
+            text=self.text,
+            token_ids=list(self.token_ids),
+            cumulative_logprob=self.cumulative_logprob,
+            logprobs=None if self.logprobs is None else list(self.logprobs),
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+            delta=delta,
+        )

@@ -1,0 +1,116 @@
+"""The decoder: one dense pre-norm transformer for Llama, SmolLM, Mistral, Qwen2 and Qwen3.
+
+The residual stream is float32; blocks compute in bfloat16 or float32; logits are float32. Whole
+prompts, chunks of prompts, batched decode steps and captured graphs all run this one forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastllm.models.config import ModelConfig
+from fastllm.models.rope_scaling import rope_tables
+from fastllm.nn.attention import Attention
+from fastllm.nn.batch import Batch
+from fastllm.nn.embedding import Embedding
+from fastllm.nn.linear import Linear, ParallelLinear
+from fastllm.nn.mlp import MLP
+from fastllm.nn.norm import RMSNorm
+
+
+class DecoderLayer(nn.Module):
+    """Attention and feed-forward; the norms run fused with the additions before them."""
+
+    def __init__(self, config: ModelConfig, layer: int, activation: str) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(
+            config.hidden_size,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            window_left=config.window_left(layer),
+            bias=config.attention_bias,
+            output_bias=config.attention_output_bias,
+            norm_eps=config.rms_norm_eps if config.qk_norm else None,
+            activation=activation,
+        )
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(
+            config.hidden_size,
+            config.intermediate_size,
+            bias=config.mlp_bias,
+            activation=activation,
+        )
+
+
+class DecoderBody(nn.Module):
+    """Embedding, layers, final norm: everything that Hugging Face names `model.*`."""
+
+    def __init__(self, config: ModelConfig, activation: str) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, layer, activation) for layer in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Decoder(nn.Module):
+    """A causal language model; its weights are empty (device meta) until a loader fills them.
+
+    dtype: what blocks compute in. max_positions: length of the rotary tables, thus of a sequence.
+    """
+
+    def __init__(
+        self, config: ModelConfig, *, dtype: torch.dtype, activation: str, max_positions: int,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.config = config
+        self.dtype = dtype
+        self.activation = activation
+        self.max_positions = max_positions
+        self.model = DecoderBody(config, activation)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, False, activation)
+        cos, sin = rope_tables(config, max_positions)
+        self.register_buffer("rope_cos", cos.to(device), persistent=False)
+        self.register_buffer("rope_sin", sin.to(device), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return self.rope_cos.device
+
+    def parallel_linears(self) -> Iterator[tuple[str, ParallelLinear]]:
+        """Every group of linears that may run as one product, with its module's name."""
+        for i, layer in enumerate(self.model.layers):
+            yield f"model.layers.{i}.self_attn", layer.self_attn.qkv
+            yield f"model.layers.{i}.mlp", layer.mlp.gate_up
+
+    def forward(self, batch: Batch, cache: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """Logits of every token, float32 [T, vocab]."""
+        return self.logits(self.hidden(batch, cache))
+
+    def hidden(self, batch: Batch, cache: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """The final norm's output, [T, hidden] in the compute dtype.
+
+        cache: (k, v) pages of every layer; K and V of the batch's tokens are written to them.
+        """
+        tables = (self.rope_cos, self.rope_sin)
+        residual = self.model.embed_tokens(batch.ids)  # float32 [T, hidden]
+        layers = self.model.layers
+        x = layers[0].input_layernorm(residual, self.dtype)
+        following = [layer.input_layernorm for layer in layers[1:]] + [self.model.norm]
+        for layer, next_norm, pages in zip(layers, following, cache, strict=True):
+            y = layer.self_attn(x, batch, tables, pages)
+            x, residual = layer.post_attention_layernorm.after_add(y, residual)
+            x, residual = next_norm.after_add(layer.mlp(x), residual)
+        return x
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x [R, hidden], from `hidden` -> float32 [R, vocab]."""
+        return self.lm_head(x, torch.float32)

@@ -1,0 +1,235 @@
+"""Models from files and back: GGUF files and Hugging Face directories in, directories out.
+
+Loading packs one weight at a time and gives the file's pages back, so that a loaded model is its
+packed form and nothing else. Quantized weights stay as they are quantized.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from fastllm.models.config import ModelConfig
+from fastllm.models.decoder import Decoder
+from fastllm.models.names import resolve
+from fastllm.models.safetensors_files import save_directory
+from fastllm.models.stored_tensor import StoredTensor
+from fastllm.models.tokenizer import Tokenizer
+from fastllm.models.weights import WeightSource, open_weights
+from fastllm.nn.linear import Linear, ParallelLinear
+from fastllm.quantize.gguf_blocks import QUANTIZED_FORMATS
+from fastllm.quantize.packed import PackedWeight, pack, unpack
+
+DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "f32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+}
+ACTIVATIONS = ("int8", "bf16", "fp32")
+
+
+def load_model(
+    path: str | os.PathLike[str] | WeightSource,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    activation: str | None = None,
+    max_positions: int | None = None,
+) -> Decoder:
+    """A model for inference: packed weights alone, none of them trainable.
+
+    Args:
+        path: a GGUF file, a Hugging Face directory, a name that `resolve` knows, or opened weights.
+        dtype: what blocks compute in: float32 or bfloat16. Default: bfloat16 for quantized files,
+            else what config.json says (float16 becomes bfloat16), else bfloat16.
+        device: "cpu" (default) or "cuda".
+        activation: how inputs meet quantized weights: "int8", "bf16", "fp32". Default: "int8" on
+            the CPU, `dtype` on a GPU. Dense weights know only their dtype.
+        max_positions: the longest sequence; default that of the configuration.
+
+    Raises:
+        ModelNotFoundError, ModelFileError: naming file, tensor and remedy.
+        ValueError: on a dtype, device or activation that does not exist or does not fit.
+    """
+    source = open_weights(resolve(path)) if isinstance(path, str | os.PathLike) else path
+    where = check_device(device)
+    compute, mode = choose_compute(source, dtype, where, activation)
+    model = Decoder(
+        source.config,
+        dtype=compute,
+        activation=mode,
+        max_positions=max_positions or source.config.max_position_embeddings,
+        device=where,
+    )
+    _Loader(source, compute, where).fill(model)
+    return model.eval()
+
+
+def check_device(device: torch.device | str | None) -> torch.device:
+    """The device of that name. Raises ValueError if fastllm or this machine has none such."""
+    where = torch.device("cpu" if device is None else device)
+    if where.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be 'cpu' or 'cuda', got {str(device)!r}")
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda' was asked for, but torch sees no CUDA device; use 'cpu'")
+    return where
+
+
+def choose_compute(
+    source: WeightSource, dtype: torch.dtype | str | None, device: torch.device,
+    activation: str | None,
+) -> tuple[torch.dtype, str]:  # fmt: skip
+    """Compute dtype and activation mode of a load; see `load_model`."""
+    quantized = _is_quantized(source)
+    chosen = DTYPES.get(str(dtype).removeprefix("torch.")) if dtype is not None else None
+    if dtype is not None and chosen is None:
+        raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {dtype!r}")
+    if activation not in (None, *ACTIVATIONS):
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if chosen is None and activation in ("bf16", "fp32"):
+        chosen = DTYPES[activation]
+    if chosen is None:
+        stored = None if quantized else source.config.dtype
+        chosen = torch.float32 if stored == torch.float32 else torch.bfloat16
+    own = "bf16" if chosen == torch.bfloat16 else "fp32"
+    if activation is None:
+        return chosen, "int8" if quantized and device.type == "cpu" else own
+    if activation == "int8" and not quantized:
+        raise ValueError("activation 'int8' needs quantized weights, and this model has none")
+    if activation not in ("int8", own):
+        raise ValueError(
+            f"activation {activation!r} does not fit dtype {chosen}: use 'int8' or {own!r}"
+        )
+    return chosen, activation
+
+
+def _is_quantized(source: WeightSource) -> bool:
+    # q and k are left out: looking at them can mean reordering their rows
+    kinds = ("o_proj.weight", "v_proj.weight", "up_proj.weight", "down_proj.weight")
+    names = [n for n in source.names if n.endswith(kinds) or n == "model.embed_tokens.weight"]
+    return any(source.get(name).format in QUANTIZED_FORMATS for name in names)
+
+
+class _Loader:
+    """Fills a decoder's modules, in the order of the forward pass, from one source."""
+
+    def __init__(self, source: WeightSource, dtype: torch.dtype, device: torch.device) -> None:
+        self.source = source
+        self.dense = "bf16" if dtype == torch.bfloat16 else "f32"
+        self.device = device
+
+    def fill(self, model: Decoder) -> None:
+        body = model.model
+        body.embed_tokens.packed = self._pack(["model.embed_tokens.weight"])[0]
+        body.embed_tokens.weight = None
+        for name, group in model.parallel_linears():
+            self._fill_group(group, [f"{name}.{member}" for member in _members(group)])
+        for name, module in model.named_modules():
+            if isinstance(module, Linear) and module.weight is not None and module.packed is None:
+                self._fill_linear(module, name, body.embed_tokens.packed)
+        self._fill_vectors(model)
+        self.source.release()
+
+    def _fill_group(self, group: ParallelLinear, names: Sequence[str]) -> None:
+        for member, name in zip(group.members, names, strict=True):
+            self._fill_bias(member, name)
+        packs = self._pack([f"{name}.weight" for name in names])
+        if len(packs) == 1:
+            group.set_packed(packs[0])
+        for i, member in enumerate(group.members):
+            member.weight = None
+            member.packed = packs[i] if len(packs) > 1 else None
+
+    def _fill_linear(self, linear: Linear, name: str, embedding: PackedWeight) -> None:
+        self._fill_bias(linear, name)
+        tied = name == "lm_head" and self.source.config.tie_word_embeddings
+        linear.packed = embedding if tied else self._pack([f"{name}.weight"])[0]
+        linear.weight = None
+
+    def _fill_bias(self, linear: Linear, name: str) -> None:
+        if linear.bias is not None:
+            linear.bias = self._vector(f"{name}.bias")
+
+    def _fill_vectors(self, model: Decoder) -> None:
+        for name, parameter in list(model.named_parameters()):
+            if parameter.is_meta:
+                owner, _, attribute = name.rpartition(".")
+                setattr(model.get_submodule(owner), attribute, self._vector(name))
+
+    def _vector(self, name: str) -> nn.Parameter:
+        """A norm's weight or a bias as it is stored; float16 becomes float32."""
+        data = self.source.get(name).data
+        kept = data.float() if data.dtype == torch.float16 else data.clone()
+        return nn.Parameter(kept.to(self.device), requires_grad=False)
+
+    def _pack(self, names: Sequence[str]) -> list[PackedWeight]:
+        """One packed weight of all the rows if the formats are equal, else one of each."""
+        stored = [self.source.get(name) for name in names]
+        formats = [self._format(s) for s in stored]
+        if len({(f, s.data.dtype) for f, s in zip(formats, stored, strict=True)}) == 1:
+            rows = stored[0].data if len(stored) == 1 else torch.cat([s.data for s in stored])
+            count = sum(s.shape[0] for s in stored)
+            packs = [pack(formats[0], rows, count, stored[0].shape[1], self.device)]
+        else:
+            packs = [
+                pack(f, s.data, *s.shape, self.device) for f, s in zip(formats, stored, strict=True)
+            ]
+        del stored
+        for name in names:
+            self.source.release(name)
+        return packs
+
+    def _format(self, stored: StoredTensor) -> str:
+        return stored.format if stored.format in QUANTIZED_FORMATS else self.dense
+
+
+def _members(group: ParallelLinear) -> tuple[str, ...]:
+    return ("q_proj", "k_proj", "v_proj") if len(group.members) == 3 else ("gate_proj", "up_proj")
+
+
+def save_pretrained(
+    model: Decoder, directory: str | os.PathLike[str], tokenizer: Tokenizer | None = None,
+    *, overwrite: bool = False,
+) -> None:  # fmt: skip
+    """Write a Hugging Face directory that transformers and `load_model` read.
+
+    Raises ValueError for quantized weights, which that format cannot hold, and FileExistsError if
+    the directory exists and `overwrite` is false.
+    """
+    config = replace(model.config, dtype=model.dtype)
+    save_directory(directory, hf_tensors(model), config.to_hf(), overwrite=overwrite)
+    if tokenizer is not None:
+        tokenizer.save(directory)
+
+
+def hf_tensors(model: Decoder) -> dict[str, Tensor]:
+    """Every weight, in Hugging Face layout and under its name, in the order of the model."""
+    found = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    for name, group in model.parallel_linears():
+        if group.packed is not None:
+            names = [f"{name}.{member}.weight" for member in _members(group)]
+            parts = _dense(group.packed, names).split(group.sizes)
+            found.update(zip(names, parts, strict=True))
+    for name, module in model.named_modules():
+        packed = getattr(module, "packed", None)
+        if isinstance(packed, PackedWeight) and f"{name}.weight" not in found:
+            found[f"{name}.weight"] = _dense(packed, [name])
+    return {name: found[name] for name in _names(model.config)}
+
+
+def _names(config: ModelConfig) -> Iterable[str]:
+    return config.weight_shapes()
+
+
+def _dense(packed: PackedWeight, names: Sequence[str]) -> Tensor:
+    if packed.format in QUANTIZED_FORMATS:
+        raise ValueError(
+            f"{names[0]} is quantized ({packed.format}), which a Hugging Face directory cannot "
+            "hold; load the unquantized model to save it"
+        )
+    return unpack(packed).to(packed.data.dtype)

@@ -1,0 +1,1 @@
+"""Modules built from the ops. State dict names are Hugging Face's."""

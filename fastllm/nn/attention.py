@@ -1,0 +1,49 @@
+"""Grouped-query attention over the paged cache, with rotary positions and optional QK-norm."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from fastllm.nn.batch import Batch
+from fastllm.nn.linear import Linear, ParallelLinear
+from fastllm.nn.norm import RMSNorm
+from fastllm.ops.attention import paged_attention, rope_append_kv
+
+
+class Attention(nn.Module):
+    """Grouped queries: `heads` of q for `kv_heads` of k and v.
+
+    window_left: keys before its own that a query sees, -1 = all. norm_eps: of the RMSNorm over
+    each head of q and k, None: there is none.
+    """
+
+    def __init__(
+        self, hidden: int, *, heads: int, kv_heads: int, head_dim: int, window_left: int = -1,
+        bias: bool = False, output_bias: bool = False, norm_eps: float | None = None,
+        activation: str = "bf16",
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.softmax_scale = float(head_dim**-0.5)
+        self.window_left = window_left
+        q_size, kv_size = heads * head_dim, kv_heads * head_dim
+        self.q_proj = Linear(hidden, q_size, bias, activation)
+        self.k_proj = Linear(hidden, kv_size, bias, activation)
+        self.v_proj = Linear(hidden, kv_size, bias, activation)
+        self.o_proj = Linear(q_size, hidden, output_bias, activation)
+        self.q_norm = None if norm_eps is None else RMSNorm(head_dim, norm_eps)
+        self.k_norm = None if norm_eps is None else RMSNorm(head_dim, norm_eps)
+        self.qkv = ParallelLinear((self.q_proj, self.k_proj, self.v_proj))
+
+    def forward(
+        self, x: Tensor, batch: Batch, rope_tables: tuple[Tensor, Tensor],
+        cache: tuple[Tensor, Tensor],
+    ) -> Tensor:  # fmt: skip
+        """x [T, hidden] -> [T, hidden]; K and V of the tokens are appended to `cache`."""
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv(x))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        places = (batch.block_table, batch.cu_seqlens_q, batch.cache_seqlens)
+        q = rope_append_kv(q, k, v, batch.positions, *rope_tables, *cache, *places)
+        o = paged_attention(q, *cache, *places, self.softmax_scale, self.window_left)
+        return self.o_proj(o.flatten(1))

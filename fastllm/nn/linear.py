@@ -1,0 +1,106 @@
+"""Linear layers over plain or packed weights.
+
+A layer owns its weight as a parameter in Hugging Face layout [out, in], or, in inference loads, as
+a `PackedWeight` alone. With both, the packed form is a cache of the parameter: it is never saved,
+and whoever changes the parameter calls `pack_()` afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastllm.ops.linear import linear
+from fastllm.ops.quant_matmul import quant_matmul
+from fastllm.quantize.packed import PackedWeight, pack
+
+
+class Linear(nn.Module):
+    """y = x W^T + b. `activation` ("int8", "bf16", "fp32") is how inputs meet quantized weights."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, activation: str) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.activation = activation
+        weight = torch.empty(out_features, in_features, device="meta")
+        self.weight: nn.Parameter | None = nn.Parameter(weight, requires_grad=False)
+        self.bias: nn.Parameter | None = None
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, device="meta"), requires_grad=False)
+        self.packed: PackedWeight | None = None
+
+    def pack_(self) -> None:
+        """Make the packed cache again from the parameter."""
+        if self.weight is None:
+            raise ValueError("this layer holds a packed weight alone: there is nothing to pack")
+        self.packed = pack_parameter(self.weight)
+
+    def forward(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+        """x [..., in] -> [..., out] in `out_dtype` or the dtype of x."""
+        if self.packed is not None:
+            return packed_product(x, self.packed, self.bias, self.activation, out_dtype)
+        return linear(x, self.weight, self.bias, out_dtype)
+
+    def extra_repr(self) -> str:
+        kind = "parameter" if self.packed is None else self.packed.format
+        return f"{self.in_features}, {self.out_features}, {kind}"
+
+
+class ParallelLinear:
+    """Linears of one input as one product: q, k and v, or gate and up.
+
+    The members stay the owners of parameters and names; this is not a module and saves nothing.
+    Once `packed` is set the members' own packed weights are not needed.
+    """
+
+    def __init__(self, members: Sequence[Linear]) -> None:
+        self.members = tuple(members)
+        self.sizes = [m.out_features for m in members]
+        self.packed: PackedWeight | None = None
+        self.bias: Tensor | None = None
+
+    def pack_(self) -> None:
+        """Make one packed weight again from the members' parameters."""
+        weights = [m.weight for m in self.members if m.weight is not None]
+        if len(weights) != len(self.members):
+            raise ValueError("a member holds a packed weight alone: there is nothing to pack")
+        self.set_packed(pack_parameter(torch.cat([w.detach() for w in weights])))
+
+    def set_packed(self, packed: PackedWeight) -> None:
+        """Serve the product from `packed`, the members' rows one after another."""
+        self.packed = packed
+        biases = [m.bias for m in self.members]
+        self.bias = None
+        if any(b is not None for b in biases):
+            self.bias = torch.cat([
+                torch.zeros(m.out_features, dtype=torch.float32, device=packed.data.device)
+                if m.bias is None else m.bias.detach().float() for m in self.members
+            ])  # fmt: skip
+
+    def __call__(self, x: Tensor) -> Sequence[Tensor]:
+        """One output [..., size] per member: views of one product if they are packed together."""
+        if self.packed is None:
+            return [member(x) for member in self.members]
+        y = packed_product(x, self.packed, self.bias, self.members[0].activation, None)
+        return y.split(self.sizes, dim=-1)
+
+
+def packed_product(
+    x: Tensor,
+    packed: PackedWeight,
+    bias: Tensor | None,
+    activation: str,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
+    """x [..., K] times a packed weight [N, K], plus bias."""
+    return quant_matmul(
+        x, packed.data, packed.scales, packed.format, packed.n, bias, activation, out_dtype
+    )
+
+
+def pack_parameter(weight: Tensor) -> PackedWeight:
+    """Pack a [out, in] float32 or bfloat16 tensor for its own device."""
+    format = "f32" if weight.dtype == torch.float32 else "bf16"
+    return pack(format, weight.detach(), *weight.shape, device=weight.device)
