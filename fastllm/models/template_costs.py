@@ -89,12 +89,24 @@ def small(value: Any) -> Any:
     return value
 
 
-def materialized(value: Any) -> Any:
-    """A list in place of an iterator (of map, select, reverse...), so that it can be weighed. What
-    it is made from was charged already, and so is each step of it."""
+def materialized(value: Any, budget: Budget) -> Any:
+    """A list in place of an iterator (of map, select, reverse...), so that it can be weighed."""
     if isinstance(value, Iterator) and not isinstance(value, runtime.LoopContext):
-        return list(value)
+        items = []
+        for item in value:
+            budget.spend(1)
+            items.append(item)
+        return items
     return value
+
+
+# Filters and tests that do not read through the items of their value. They cost a step, or a step
+# for each item where GROWTH says so: `messages | length` in a loop must not count every message.
+SHALLOW = frozenset(
+    "boolean callable count d default defined escaped false filter first integer items"
+    " iterable last length list map mapping none number reject rejectattr reverse sameas select"
+    " selectattr sequence test true undefined".split()
+)
 
 
 # What a filter or a method adds to the size of its arguments, charged before it runs. The first
@@ -168,7 +180,7 @@ def _length(values: Any) -> int:
 
 GROWTH: dict[str, Callable[..., None]] = {
     **dict.fromkeys(("rfind", "rindex", "rpartition", "strip", "lstrip", "rstrip"), _grow_scan),
-    **dict.fromkeys(("first", "last", "list", "map", "max", "min"), _grow_sequence),
+    **dict.fromkeys(("list", "map", "max", "min", "reverse"), _grow_sequence),
     **dict.fromkeys(("reject", "rejectattr", "select", "selectattr", "unique"), _grow_sequence),
     **dict.fromkeys(("dictsort", "groupby", "sort"), _grow_sort),
     "format": grow_format,

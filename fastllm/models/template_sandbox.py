@@ -35,6 +35,7 @@ from fastllm.models.template_costs import (
     CHARS_PER_UNIT,
     GROWTH,
     MAX_DEPTH,
+    SHALLOW,
     Budget,
     check_ints,
     grow_format,
@@ -50,7 +51,7 @@ _STR_METHODS = frozenset(
     " swapcase title upper".split()
 )
 _LIST_METHODS = frozenset(("copy", "count", "index"))
-_DICT_METHODS = frozenset(("copy", "get", "items", "keys", "values"))
+_DICT_METHODS = frozenset(("get", "items", "keys", "values"))
 _LOOP_METHODS = frozenset(("changed", "cycle"))
 _FILTERS = (
     "abs capitalize count d default dictsort e escape first float groupby indent int items join"
@@ -112,7 +113,8 @@ class _Instrument(NodeTransformer):
         self.generic_visit(node)
         node.expr = _weighed(node.expr)
         for operand in node.ops:
-            operand.expr = _weighed(operand.expr)
+            is_lookup = operand.op in ("in", "notin")
+            operand.expr = _weighed(operand.expr, "!searched" if is_lookup else "!weighed")
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
@@ -142,8 +144,8 @@ def _filter(value: nodes.Expr, name: str, *args: nodes.Expr) -> nodes.Filter:
     return nodes.Filter(value, name, list(args), [], None, None)
 
 
-def _weighed(node: nodes.Expr) -> nodes.Expr:
-    return node if isinstance(node, nodes.Const) else _filter(node, "!weighed")
+def _weighed(node: nodes.Expr, how: str = "!weighed") -> nodes.Expr:
+    return node if isinstance(node, nodes.Const) else _filter(node, how)
 
 
 def instrument(tree: nodes.Template) -> nodes.Template:
@@ -172,6 +174,7 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
         self.filters["tojson"] = self._tojson
         self.filters["!spend"] = self.budget.spend
         self.filters["!weighed"] = self._weighed
+        self.filters["!searched"] = self._searched
         self.filters["!concat"] = self._concat
         self.filters["!slice"] = self._slice
         tests: dict[str, Any] = dict(self.tests)
@@ -188,8 +191,9 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
 
         @functools.wraps(function)  # keeps jinja_pass_arg
         def metered(*args: Any, **kwargs: Any) -> Any:
-            values = [materialized(value) for value in args[skip:]]
-            self.budget.weigh(*values, *kwargs.values())
+            values = [materialized(value, self.budget) for value in args[skip:]]
+            read = values[1:] if name in SHALLOW else values
+            self.budget.weigh(*read, *kwargs.values())
             if growth is not None:
                 growth(self.budget, *values, **kwargs)
             return small(function(*args[:skip], *values, **kwargs))
@@ -199,6 +203,10 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
     def _weighed(self, value: Any) -> Any:
         self.budget.weigh(value)
         return value
+
+    def _searched(self, value: Any) -> Any:
+        """The right side of `in`: a dict is not read through."""
+        return value if isinstance(value, dict) else self._weighed(value)
 
     def _concat(self, values: list[Any]) -> str:
         self.budget.weigh(values)
@@ -247,8 +255,10 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
 
     def call(self, context: runtime.Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         self.budget.spend(5)
-        args = tuple(map(materialized, args))
-        self._check_call(obj, args, kwargs)
+        args = tuple(materialized(arg, self.budget) for arg in args)
+        # The compiled code also hands the context its loop and block variables, under these names.
+        named = {k: v for k, v in kwargs.items() if k not in ("_loop_vars", "_block_vars")}
+        self._check_call(obj, args, named)
         if self._depth >= MAX_DEPTH:
             raise ChatTemplateError(f"the chat template nests calls more than {MAX_DEPTH} deep")
         self._depth += 1
@@ -273,7 +283,8 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
             raise SecurityError(
                 f"the method {name!r} of {type(owner).__name__} is not available in chat templates"
             )
-        self.budget.weigh(owner)
+        if not isinstance(owner, dict):  # whose methods do not look at the values
+            self.budget.weigh(owner)
         growth = GROWTH.get(name) if isinstance(owner, str) else None
         if growth is not None and name == "join":
             growth(self.budget, *args, owner)
