@@ -178,9 +178,7 @@ def _yarn(fields: Fields, factor: float) -> dict[str, Any]:
     }
 
 
-def _longrope(
-    fields: Fields, factors: Mapping[str, tuple[float, ...] | None]
-) -> dict[str, Any]:
+def _longrope(fields: Fields, factors: Mapping[str, tuple[float, ...] | None]) -> dict[str, Any]:
     return {
         "short_factor": factors["rope_factors_short.weight"],
         "long_factor": factors["rope_factors_long.weight"],

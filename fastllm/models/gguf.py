@@ -118,9 +118,7 @@ class MetadataArray(Sequence[Scalar]):
 
     __slots__ = ("_buffer", "_count", "_path", "_start", "_type", "_values", "name")
 
-    def __init__(
-        self, cursor: _Cursor, name: str, value_type: int, count: int, start: int
-    ) -> None:
+    def __init__(self, cursor: _Cursor, name: str, value_type: int, count: int, start: int) -> None:
         self.name = name
         self._path = cursor.path
         self._buffer = cursor.buffer
@@ -270,7 +268,11 @@ def _map(path: Path) -> mmap.mmap:
 
 def _read_header(cursor: _Cursor) -> tuple[int, int, int]:
     if cursor.buffer[:4] != MAGIC:
-        raise cursor.fail("magic", f"is {cursor.buffer[:4]!r}, not {MAGIC!r}: not a GGUF file")
+        raise cursor.fail(
+            "magic",
+            f"is {cursor.buffer[:4]!r}, not {MAGIC!r}: not a GGUF file",
+            "Give a .gguf file, or the directory that holds config.json and .safetensors files",
+        )
     cursor.pos = 4
     version = cursor.integer("<I", "version")
     if version not in (2, 3):

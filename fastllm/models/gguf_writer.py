@@ -67,7 +67,7 @@ def _chunks(
     yield bytes(header) + bytes(-len(header) % alignment)
     for tensor in tensors.values():
         raw = tensor.data.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        yield memoryview(raw.numpy())
+        yield raw.numpy().data
         yield bytes(-tensor.nbytes % alignment)
 
 

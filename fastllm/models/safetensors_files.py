@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -177,9 +177,7 @@ def read_header(file: Path) -> dict[str, SafetensorsEntry]:
     return entries
 
 
-def _read_entry(
-    file: Path, name: str, info: object
-) -> tuple[SafetensorsEntry, tuple[int, int]]:
+def _read_entry(file: Path, name: str, info: object) -> tuple[SafetensorsEntry, tuple[int, int]]:
     if not isinstance(info, dict):
         raise ModelFileError(file, name, f"must be described by an object, is {describe(info)}")
     dtype, shape, span = info.get("dtype"), info.get("shape"), info.get("data_offsets")
@@ -200,7 +198,7 @@ def _read_entry(
     return SafetensorsEntry(file, dtype, tuple(shape), nbytes), (span[0], span[1])
 
 
-def _is_sizes(value: Any) -> bool:
+def _is_sizes(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(
         isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 1 << 62 for v in value
     )

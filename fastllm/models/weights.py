@@ -68,6 +68,11 @@ def open_weights(path: str | os.PathLike[str]) -> GGUFWeights | SafetensorsWeigh
     """
     path = Path(path)
     if path.is_dir():
+        files = sorted(path.glob("*.gguf"))
+        if files and not (path / "config.json").exists():
+            raise ModelFileError(
+                path, "config.json", "is not in the directory", f"Give the GGUF file: {files[0]}"
+            )
         return SafetensorsWeights(path)
     return GGUFWeights(GGUFFile.open(path))
 

