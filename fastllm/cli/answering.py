@@ -32,7 +32,7 @@ def load(options: Namespace) -> LLM:
     start = time.perf_counter()
     llm = LLM(
         options.model,
-        dtype=getattr(torch, options.dtype) if options.dtype else None,
+        dtype=options.dtype,
         device=options.device,
         activation=options.activation,
         max_model_len=options.max_model_len,

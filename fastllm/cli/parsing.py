@@ -63,7 +63,7 @@ def add_model_options(parser: Parser) -> None:
         default=None,
         help="what quantized weights are multiplied with (default: int8)",
     )
-    group.add_argument("--device", default=None, help="cpu or cuda (default: cuda if there is one)")
+    group.add_argument("--device", default=None, help="cpu or cuda (default: cpu)")
     group.add_argument(
         "--max-model-len",
         type=int,

@@ -1,0 +1,128 @@
+"""`fastllm bench`: measure suites beside their peers; a table on screen, rows in a JSON file."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from .console import heading, note, table
+from .parsing import command_parser
+
+if TYPE_CHECKING:
+    from ..testing.suite import BenchCase, Row, Settings, Work
+
+DESCRIPTION = """
+Measures fastllm beside PyTorch, transformers and llama.cpp (what is installed of them). Ours and
+peers alternate in one run, medians count, and a ratio above 1 means that fastllm is better; lines
+that we lose stay. "bound" is what the machine could do at most, measured in the same run: its
+read bandwidth or the peak of torch's matrix product, whichever is the tighter.
+
+Without a suite, lists the suites and how long they take. `all` runs every one of them.
+"""
+
+EXAMPLES = """
+fastllm bench
+fastllm bench decode prefill --quick
+fastllm bench linear --json linear.json
+fastllm bench decode --model ./model.gguf
+fastllm bench all --json bench/results/cpu.json
+"""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the command."""
+    parser = command_parser("bench", DESCRIPTION, EXAMPLES)
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help="names of suites, or all")
+    parser.add_argument("--quick", action="store_true", help="fewer cases, shorter timing")
+    parser.add_argument(
+        "--model", default="smollm2", help="of end-to-end suites (default: smollm2)"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads, ours and peers'")
+    parser.add_argument("--json", metavar="FILE", default=None, help="write the rows to FILE")
+    options = parser.parse_args(list(argv))
+    suites = find_suites()
+    if not options.suites:
+        rows = [[name, s.SECONDS, s.TITLE] for name, s in suites.items()]
+        table(["suite", "seconds", "what it measures"], rows, right=["seconds"])
+        return 0
+    names = list(suites) if options.suites == ["all"] else options.suites
+    for name in names:
+        if name not in suites:
+            raise ValueError(f"no suite named {name!r}; there are {', '.join(suites)}")
+    import torch
+
+    from ..testing.suite import Settings
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    settings = Settings(quick=options.quick, model=options.model, device=options.device)
+    measured = [row for name in names for row in measure(suites[name], settings)]
+    if options.json:
+        write_rows(Path(options.json), measured)
+    return 0
+
+
+def find_suites() -> dict[str, ModuleType]:
+    """The installed suites by name."""
+    import fastllm.bench
+
+    found = {}
+    for module in pkgutil.iter_modules(fastllm.bench.__path__):
+        if module.name.startswith("bench_"):
+            suite = importlib.import_module(f"fastllm.bench.{module.name}")
+            found[suite.SUITE] = suite
+    return found
+
+
+def measure(suite: ModuleType, settings: Settings) -> list[Row]:
+    """Run one suite and print its table."""
+    from ..testing import machine
+    from ..testing.suite import run_cases
+
+    notes: dict[str, None] = {}
+    start = time.perf_counter()
+
+    def report(case: BenchCase, row: Row, work: Work) -> None:
+        note(f"  {case}: {row.value:g} {row.unit}")
+        notes.update(dict.fromkeys(work.notes))
+
+    heading(f"{suite.SUITE}: {suite.TITLE}")
+    note(machine.device_name(settings.device))
+    rows = run_cases(suite.cases(settings), report)
+    show(rows)
+    for line in notes:
+        print(f"  {line}")
+    print(f"  {time.perf_counter() - start:.0f} s")
+    return rows
+
+
+def show(rows: Sequence[Row]) -> None:
+    """A table of rows: ours, each peer with its ratio, percent of the bound."""
+    peers = list(dict.fromkeys(name for row in rows for name in row.peers))
+    ratios = [f"vs {name}" for name in peers]
+    columns = ["case", "dtype", "fastllm", *(c for p in zip(peers, ratios, strict=True) for c in p)]
+    lines = []
+    for row in rows:
+        cells: list[object] = [row.case, row.dtype, f"{row.value:g} {row.unit}"]
+        for name in peers:
+            known = name in row.peers
+            cells += [f"{row.peers[name]:g}", f"{row.ratio[name]:.2f}x"] if known else ["", ""]
+        share = row.percent_of_bound
+        lines.append([*cells, f"{share:.0f}%" if share is not None else ""])
+    table([*columns, "of bound"], lines, right=[*columns[2:], "of bound"])
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Write rows as a JSON list, one row a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(asdict(row), ensure_ascii=False) for row in rows]
+    path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+    print(f"{len(rows)} rows written to {path}")
