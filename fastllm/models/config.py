@@ -198,12 +198,14 @@ class ModelConfig:
     def from_directory(cls, directory: str | os.PathLike[str]) -> ModelConfig:
         """From config.json, and generation_config.json if it is there."""
         from fastllm.models.config_hf import config_from_hf
-        from fastllm.models.fields import read_json_object
+        from fastllm.models.fields import MAX_CONFIG_BYTES, read_json_object
 
         path = Path(directory) / "config.json"
         generation_path = path.with_name("generation_config.json")
-        generation = read_json_object(generation_path) if generation_path.exists() else None
-        return config_from_hf(read_json_object(path), path, generation)
+        generation = None
+        if generation_path.exists():
+            generation = read_json_object(generation_path, MAX_CONFIG_BYTES)
+        return config_from_hf(read_json_object(path, MAX_CONFIG_BYTES), path, generation)
 
     @classmethod
     def from_gguf(

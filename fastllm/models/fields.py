@@ -15,7 +15,8 @@ from typing import Any, Final
 
 from fastllm.errors import ModelFileError
 
-MAX_JSON_BYTES = 64 << 20  # the largest index files of 1,000-shard models are under 10 MiB
+MAX_JSON_BYTES = 16 << 20  # the index of a model of a trillion parameters takes 8 MiB
+MAX_CONFIG_BYTES = 1 << 20
 MAX_INTEGER = 1 << 63
 
 _REQUIRED: Final = object()
@@ -138,13 +139,15 @@ class Fields:
         return Fields(value, self.file, f"{self.prefix}{key}.")
 
 
-def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_json_object(
+    path: str | os.PathLike[str], max_bytes: int = MAX_JSON_BYTES
+) -> dict[str, Any]:
     """A JSON file whose top level is an object. Raises ModelFileError on anything else."""
     path = Path(path)
     try:
-        if not path.is_file() or path.stat().st_size > MAX_JSON_BYTES:
+        if not path.is_file() or path.stat().st_size > max_bytes:
             raise ModelFileError(
-                path, "file", f"does not exist or is not a file of at most {MAX_JSON_BYTES} bytes"
+                path, "file", f"does not exist or is not a file of at most {max_bytes} bytes"
             )
         raw = path.read_bytes()
     except OSError as error:

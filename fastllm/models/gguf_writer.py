@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastllm.models.gguf import DEFAULT_ALIGNMENT, MAGIC, MetadataArray
+from fastllm.models.gguf import DEFAULT_ALIGNMENT, MAGIC
+from fastllm.models.gguf_metadata import MetadataArray
 from fastllm.models.stored_tensor import StoredTensor
 from fastllm.quantize.gguf_blocks import TYPE_IDS
 

@@ -241,6 +241,7 @@ def test_bad_layer_types_are_refused() -> None:
         ('{"a": ' * 100_000, "nested too deeply"),
         ('{"a": ' + "9" * 5000 + "}", "not valid JSON"),
         ("\xff", "not valid JSON"),
+        ("{}" + " " * (1 << 20), "at most 1048576 bytes"),
     ],
 )
 def test_bad_json_is_refused(text: str, message: str, tmp_path: Path) -> None:

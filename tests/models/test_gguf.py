@@ -247,6 +247,21 @@ HOSTILE = {
     "nested arrays": (
         dict(pairs=[string("k") + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 1000]),
         "nests arrays"),
+    "a million pairs": (
+        dict(counts=(0, 1 << 20), data=bytes(16 << 20)),
+        "metadata_kv_count: claims 1048576 items, more than the allowed 65536",
+    ),
+    "a million tensors": (
+        dict(counts=(1 << 20, 0), data=bytes(64 << 20)),
+        "tensor_count: claims 1048576 items, more than the allowed 65536",
+    ),
+    "a million nested arrays": (
+        dict(
+            pairs=[string("k") + struct.pack("<IIQ", 9, 9, 1 << 20)],
+            data=bytes(16 << 20),
+        ),
+        "k: claims 1048576 items, more than the allowed 65536",
+    ),
     "value type": (dict(pairs=[string("k") + struct.pack("<II", 13, 0)]), "unknown value type 13"),
     "element type": (
         dict(pairs=[string("k") + struct.pack("<IIQ", 9, 99, 0)]), "unknown element type 99"),
