@@ -292,7 +292,7 @@ def test_the_other_kind_of_path_is_explained(tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match=r"Give the GGUF file: .*m\.gguf"):
         open_weights(tmp_path)
     save_directory(tmp_path / "m", {"w": torch.ones(1)}, {})
-    with pytest.raises(ModelFileError, match="the directory that holds config.json"):
+    with pytest.raises(ModelFileError, match=r"the directory that holds config\.json"):
         open_weights(tmp_path / "m" / "model.safetensors")
 
 
