@@ -130,6 +130,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "fastllm's native kernels; called by fastllm.ops only";
 
   op(m, "rms_norm", &Kernels::rms_norm, rms_norm_args);
+  op(m, "quant_matmul", &Kernels::quant_matmul, quant_matmul_args);
+  op(m, "pack", &Kernels::pack, pack_args);
 
   m.def("isa", active_isa, "the active instruction-set level");
   m.def("isas", supported_isas, "the levels that this processor runs, ascending");

@@ -24,8 +24,73 @@ struct RmsNormArgs {
 };
 RmsNormArgs rms_norm_args(Tensor y, Tensor x, Tensor weight, Tensor residual, Tensor h, double eps);
 
+// How a weight is packed; the layouts are described in fastllm/ops/packed_layout.py.
+enum class Format : uint8_t { q4_0, q4_1, q8_0, bf16, f32 };
+enum class Activation : uint8_t { int8, bf16, fp32 };
+
+// Where a product goes: y[m, n] = round(sums + bias).
+struct MatmulOutput {
+  void* y;           // [m, n] contiguous
+  const void* bias;  // [n], or null
+  DType y_type, bias_type;
+  int64_t n;
+};
+
+// y = x @ W.T + bias with W [n, k] packed. Few rows are bound by the bytes of W, many by multiplications.
+struct QuantMatmulArgs {
+  MatmulOutput out;
+  const void* x;  // [m, k], rows contiguous
+  const void* data;
+  const uint16_t* scales;
+  void* scratch;  // prepared_bytes(m, k) for rows that all threads share, or null: each prepares its own
+  DType x_type;
+  Format format;
+  Activation activation;
+  int64_t m, k, x_stride;
+};
+QuantMatmulArgs quant_matmul_args(Tensor y, Tensor x, Tensor data, Tensor scales, int64_t format, int64_t n,
+                                  Tensor bias, int64_t activation, Tensor scratch);
+
+// y = x @ weight.T + bias, weight [n, k] in rows: panels are packed on the way, with the sums of quant_matmul.
+struct LinearArgs {
+  MatmulOutput out;
+  const void* x;       // [m, k], rows contiguous
+  const void* weight;  // [n, k], rows contiguous
+  void* scratch;       // as in QuantMatmulArgs
+  DType type;          // of x and weight
+  int64_t m, k, x_stride, weight_stride;
+};
+LinearArgs linear_args(Tensor y, Tensor x, Tensor weight, Tensor bias, Tensor scratch);
+
+// y[i] = row ids[i] of a table, zeros for an id outside it.
+struct EmbeddingArgs {
+  void* y;  // [count, k] contiguous
+  const void* ids;
+  const void* data;  // dense: [n, k], rows contiguous
+  const uint16_t* scales;
+  DType y_type, ids_type, data_type;
+  bool packed;
+  Format format;
+  int64_t count, n, k, row_stride;
+};
+EmbeddingArgs embedding_args(Tensor y, Tensor ids, Tensor weight);
+EmbeddingArgs quant_embedding_args(Tensor y, Tensor ids, Tensor data, Tensor scales, int64_t format, int64_t n);
+
+// Rows of a file (GGUF blocks) or of a dense tensor into panels of 16 interleaved rows.
+struct PackArgs {
+  void* data;
+  uint16_t* scales;
+  const void* rows;  // [n, bytes of a row] or [n, k]
+  DType rows_type;
+  Format format;
+  int64_t n, k, row_stride;
+};
+PackArgs pack_args(Tensor data, Tensor scales, Tensor rows, int64_t format, int64_t n, int64_t k);
+
 struct Kernels {
   Kernel<RmsNormArgs>* rms_norm;
+  Kernel<QuantMatmulArgs>* quant_matmul;
+  Kernel<PackArgs>* pack;
 };
 
 namespace generic {

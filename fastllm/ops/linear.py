@@ -57,6 +57,17 @@ _linear = Op(
 )
 
 
+def prepared_rows(x2: Tensor) -> Tensor | None:
+    """Memory in which all threads prepare the rows of x `[m, k]` together; None: each thread prepares its own.
+
+    A few rows are prepared faster than threads can meet; the sizes are those of `prepared_bytes` in csrc.
+    """
+    m, k = x2.shape
+    if m <= 16 and m * k <= 65536:
+        return None
+    return torch.empty((m + 12) * (4 * k + k // 32 * 8 + 64), dtype=torch.uint8)
+
+
 @_linear.impl("triton", "cuda")
 def _linear_cuda(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype | None = None

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _C
 from . import packed_layout as layout
-from .linear import check_output, linear_ref
+from .linear import check_output, linear_ref, prepared_rows
 from .registry import Op, batch_invariant
 
 ACTIVATIONS = ("int8", "bf16", "fp32")
@@ -23,11 +24,13 @@ VARIANTS = (*(f"{f}/{a}" for f in layout.QUANTIZED for a in ACTIVATIONS), *layou
 def quantize_activation_ref(x: Tensor) -> tuple[Tensor, Tensor]:
     """x `[M, K]` -> integers as float32 `[M, K/32, 32]` and their scale dx `[M, K/32]`.
 
-    dx = amax / 127 and q = round-to-nearest-even(x * (127 / amax)) over every 32 columns; a block of zeros gives 0.
+    dx = amax / 127 and q = round-to-nearest-even(x * (127 / amax)) over every 32 columns; a block of
+    zeros (or of values below 4e-37) gives 0, NaN or infinity in a block makes its dx NaN or infinite.
     """
     blocks = x.float().unflatten(-1, (-1, layout.BLOCK))
     amax = blocks.abs().amax(-1)
-    inverse = torch.where(amax > 0, 127.0 / amax, 0.0)
+    inverse = torch.full_like(amax, 127.0) / amax  # a number / tensor is rounded twice by torch
+    inverse = torch.where(torch.isinf(inverse), 0.0, inverse)  # zeros, or too small a block
     return torch.round(blocks * inverse.unsqueeze(-1)), amax / 127.0
 
 
@@ -125,6 +128,37 @@ _quant_matmul = Op(
     setup_context=_save,
     variant=_variant,
 )
+
+
+def _native_layout(x: Tensor, data: Tensor, scales: Tensor, format: str, *_: Any) -> bool:
+    return layout.rows_of(data, format) == layout.ROWS_PER_GROUP["cpu"] and x.stride(-1) == 1
+
+
+@_quant_matmul.impl("native", "cpu", variants=VARIANTS, when=_native_layout)
+def _quant_matmul_cpu(
+    x: Tensor,
+    data: Tensor,
+    scales: Tensor,
+    format: str,
+    n: int,
+    bias: Tensor | None,
+    activation: str,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    x2 = x.reshape(-1, x.shape[-1])
+    y = torch.empty((x2.shape[0], n), dtype=out_dtype or x.dtype)
+    _C.quant_matmul(
+        y,
+        x2,
+        data,
+        scales,
+        layout.FORMATS.index(format),
+        n,
+        bias,
+        ACTIVATIONS.index(activation),
+        prepared_rows(x2),
+    )
+    return y.view(*x.shape[:-1], n)
 
 
 def _one_row_per_group(x: Tensor, data: Tensor, scales: Tensor, format: str, *_: Any) -> bool:

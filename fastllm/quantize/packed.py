@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import _C
 from ..ops import packed_layout as layout
 from .gguf_blocks import row_bytes
 
@@ -76,6 +77,14 @@ def pack(
     """
     _check_rows(format, rows, n, k)
     per_group = rows_per_group(device)
+    if rows.device.type == "cpu" and torch.device(device).type == "cpu":
+        data = torch.empty(
+            layout.data_shape(format, n, k, per_group),
+            dtype=layout.DENSE.get(format, torch.uint8),
+        )
+        scales = torch.empty(layout.scales_shape(format, n, k, per_group), dtype=torch.float16)
+        _C.pack(data, scales, rows, layout.FORMATS.index(format), n, k)
+        return PackedWeight(data, scales, format, n, k)
     return pack_ref(format, rows.to(device), n, k, per_group)
 
 

@@ -1,0 +1,29 @@
+#include "common/scratch.h"
+
+#include <cstdlib>
+#include <new>
+
+namespace fastllm {
+namespace {
+
+struct Buffer {
+  void* data = nullptr;
+  size_t bytes = 0;
+  ~Buffer() { std::free(data); }
+};
+thread_local Buffer buffers[static_cast<int>(Scratch::count)];
+
+}  // namespace
+
+void* thread_scratch(Scratch slot, size_t bytes) {
+  Buffer& buffer = buffers[static_cast<int>(slot)];
+  if (buffer.bytes < bytes) {
+    std::free(buffer.data);
+    buffer.bytes = (bytes + bytes / 2 + 4095) / 4096 * 4096;
+    buffer.data = std::aligned_alloc(64, buffer.bytes);
+    if (!buffer.data) throw std::bad_alloc();
+  }
+  return buffer.data;
+}
+
+}  // namespace fastllm

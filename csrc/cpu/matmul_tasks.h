@@ -1,0 +1,84 @@
+// What all products share: how rows of x are grouped, how outputs are cut into tasks, how a tile of fp32
+// sums becomes y. None of it touches the order of summation, so none of it changes a bit of the result.
+#pragma once
+#include "common/scratch.h"
+#include "cpu/packed.h"
+#include "ops.h"
+
+namespace fastllm::FASTLLM_ISA {
+
+// Rows of a tile that kernels are compiled for, the smallest that holds `rows`.
+FASTLLM_INLINE int tile_rows(int64_t rows, int most) {
+  const int fit = rows <= 1 ? 1 : rows <= 2 ? 2 : rows <= 4 ? 4 : rows <= 6 ? 6 : 12;
+  return fit < most ? fit : most;
+}
+
+// Prepared rows lie in groups of `width`, interleaved, so that a tile walks one pointer; the last group is
+// padded with zeros to a whole tile.
+struct RowGroups {
+  int64_t rows, width, row_bytes;
+  char* base;
+  int64_t groups() const { return (rows + width - 1) / width; }
+  int64_t group_bytes() const { return width * row_bytes; }
+  char* group(int64_t g) const { return base + g * group_bytes(); }
+};
+
+// Columns of y are cut into strips of kStrip panels, rows into blocks that stay in the L2 cache; a task is
+// a run of strips of one block. Rows vary slowest, so a block of x is reused by consecutive tasks.
+struct Tasks {
+  int64_t strips, run, runs, groups_per_block, blocks;
+  int64_t count() const { return runs * blocks; }
+};
+constexpr int64_t kRowBlockBytes = 512 << 10;
+constexpr int64_t kTasksPerThread = 8;
+
+FASTLLM_INLINE Tasks make_tasks(const RowGroups& rows, int64_t n, int strip_panels, const Team& team) {
+  const int64_t columns = static_cast<int64_t>(strip_panels) * kPanelRows;
+  Tasks t;
+  t.strips = (n + columns - 1) / columns;
+  const int64_t groups = rows.groups();
+  int64_t fit = kRowBlockBytes / (rows.group_bytes() + 1);
+  if (fit < 1) fit = 1;
+  t.blocks = (groups + fit - 1) / fit;
+  const int64_t wanted = kTasksPerThread * team.size;
+  while (t.blocks * t.strips < wanted && t.blocks < groups) ++t.blocks;
+  t.groups_per_block = t.blocks ? (groups + t.blocks - 1) / t.blocks : 1;
+  if (t.groups_per_block > 0) t.blocks = (groups + t.groups_per_block - 1) / t.groups_per_block;
+  t.run = t.strips * t.blocks / wanted;
+  if (t.run < 1) t.run = 1;
+  if (t.run > t.strips) t.run = t.strips;
+  t.runs = t.run ? (t.strips + t.run - 1) / t.run : 0;
+  return t;
+}
+
+template <class Y>
+FASTLLM_INLINE void store_row(Y* y, const float* sums, const MatmulOutput& o, int64_t column, int64_t n) {
+  int64_t c = 0;
+  for (; c + VL <= n; c += VL) {
+    vf v = vload(sums + c);
+    if (o.bias && o.bias_type == DType::bf16) v = v + load(static_cast<const uint16_t*>(o.bias) + column + c);
+    if (o.bias && o.bias_type == DType::f32) v = v + load(static_cast<const float*>(o.bias) + column + c);
+    store(y + c, v);
+  }
+  for (; c < n; ++c) {
+    float v = sums[c];
+    if (o.bias && o.bias_type == DType::bf16) v = v + load1(static_cast<const uint16_t*>(o.bias) + column + c);
+    if (o.bias && o.bias_type == DType::f32) v = v + load1(static_cast<const float*>(o.bias) + column + c);
+    store1(y + c, v);
+  }
+}
+
+// Adds the bias and rounds `rows` rows of a tile whose sums lie `stride` apart into y at (row, column).
+FASTLLM_INLINE void store_tile(const MatmulOutput& o, const float* sums, int64_t stride, int64_t row,
+                               int64_t rows, int64_t column) {
+  const int64_t n = o.n - column < stride ? o.n - column : stride;
+  for (int64_t m = 0; m < rows; ++m) {
+    const int64_t at = (row + m) * o.n + column;
+    if (o.y_type == DType::bf16)
+      store_row(static_cast<uint16_t*>(o.y) + at, sums + m * stride, o, column, n);
+    else
+      store_row(static_cast<float*>(o.y) + at, sums + m * stride, o, column, n);
+  }
+}
+
+}  // namespace fastllm::FASTLLM_ISA

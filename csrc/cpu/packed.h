@@ -1,0 +1,89 @@
+// Packed weights as kernels see them: panels of 16 rows, so that lane r of a 16-lane vector is row r.
+// The layouts are described in fastllm/ops/packed_layout.py.
+#pragma once
+#include "cpu/simd.h"
+
+namespace fastllm::FASTLLM_ISA {
+
+constexpr int kPanelRows = 16;
+constexpr int NV = kPanelRows / VL;  // vectors to a panel
+constexpr int kBlock = 32;           // columns under one scale
+
+// Per format: words of 4 bytes a block and row, scales a block and row, what is added to a signed code
+// to make it unsigned.
+struct Q4_0 {
+  static constexpr bool nibbles = true;
+  static constexpr int words = 4, scales = 1, offset = 8;
+};
+struct Q4_1 {
+  static constexpr bool nibbles = true;
+  static constexpr int words = 4, scales = 2, offset = 0;
+};
+struct Q8_0 {
+  static constexpr bool nibbles = false;
+  static constexpr int words = 8, scales = 1, offset = 128;
+};
+template <class F>
+constexpr int64_t block_bytes = F::words * 4 * kPanelRows;
+template <class F>
+constexpr int64_t block_scales = F::scales * kPanelRows;
+
+FASTLLM_INLINE vi vloadi(const void* p) {
+  vi v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+FASTLLM_INLINE vi splat_word(const void* p) {
+  int32_t word;
+  __builtin_memcpy(&word, p, sizeof word);
+  return vseti(word);
+}
+
+// fp16 to fp32, exact.
+FASTLLM_INLINE vf vload_f16(const uint16_t* p) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+  return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  const vi half = (vi)_mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i*)p));
+  const vi magnitude = (half & 0x7fff) << 13;
+  const vf finite = vbits(magnitude) * 0x1p112f;  // moves the exponent bias; right for denormals too
+  const vi special = magnitude | 0x7f800000;
+  return vbits((magnitude >= (0x7c00 << 13) ? special : vbits(finite)) | (half & 0x8000) << 16);
+#endif
+}
+FASTLLM_INLINE float f16_to_f32(uint16_t half) {
+  const uint32_t magnitude = (half & 0x7fffu) << 13;
+  const uint32_t finite =
+      __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, magnitude) * 0x1p112f);
+  const uint32_t bits = magnitude >= (0x7c00u << 13) ? magnitude | 0x7f800000u : finite;
+  return __builtin_bit_cast(float, bits | (half & 0x8000u) << 16);
+}
+
+FASTLLM_INLINE __m128i fold_128(vi x, __m128i (*op)(__m128i, __m128i)) {
+#if defined(__AVX512F__)
+  const __m256i half = _mm512_castsi512_si256((__m512i)x), top = _mm512_extracti64x4_epi64((__m512i)x, 1);
+  const __m128i a = op(_mm256_castsi256_si128(half), _mm256_castsi256_si128(top));
+  const __m128i b = op(_mm256_extracti128_si256(half, 1), _mm256_extracti128_si256(top, 1));
+  __m128i v = op(a, b);
+#elif defined(__AVX2__)
+  __m128i v = op(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+#else
+  __m128i v = (__m128i)x;
+#endif
+  v = op(v, _mm_shuffle_epi32(v, 0x4e));
+  return op(v, _mm_shuffle_epi32(v, 0xb1));
+}
+FASTLLM_INLINE __m128i max_128(__m128i a, __m128i b) { return _mm_max_epi32(a, b); }
+FASTLLM_INLINE __m128i add_128(__m128i a, __m128i b) { return _mm_add_epi32(a, b); }
+FASTLLM_INLINE __m128i addf_128(__m128i a, __m128i b) {
+  return _mm_castps_si128(_mm_add_ps(_mm_castsi128_ps(a), _mm_castsi128_ps(b)));
+}
+FASTLLM_INLINE int32_t reduce_max(vi x) { return _mm_cvtsi128_si32(fold_128(x, max_128)); }
+FASTLLM_INLINE int32_t reduce_add(vi x) { return _mm_cvtsi128_si32(fold_128(x, add_128)); }
+FASTLLM_INLINE float reduce_add(vf x) {
+  return _mm_cvtss_f32(_mm_castsi128_ps(fold_128(vbits(x), addf_128)));
+}
+
+}  // namespace fastllm::FASTLLM_ISA
