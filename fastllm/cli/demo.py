@@ -1,0 +1,130 @@
+"""`fastllm demo`: the machine, three answers, and a table of speeds as text, JSON and a picture."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import bench, doctor
+from .answering import load, print_stream, sampling_params
+from .console import console, heading, note
+from .parsing import add_model_options, add_sampling_options, command_parser
+
+if TYPE_CHECKING:
+    from ..testing.suite import BenchCase, Row, Work
+
+DESCRIPTION = """
+Shows what the machine offers and that every op is right on it, streams the answers to three
+prompts, and measures generation and reading of prompts beside transformers (in whichever of
+bfloat16 and float32 is faster) and llama.cpp, if they are installed, on the same model file.
+Writes demo.json and demo.png.
+"""
+
+EXAMPLES = """
+fastllm demo
+fastllm demo --model ./model.gguf --out results
+fastllm demo --no-measure
+"""
+
+PROMPTS = (
+    "Why is the sky blue? Answer in two sentences.",
+    "Write a haiku about autumn rain.",
+    "List three uses of a paper clip.",
+)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the command."""
+    parser = command_parser("demo", DESCRIPTION, EXAMPLES)
+    parser.add_argument("--model", default="smollm2", help="default: smollm2")
+    parser.add_argument("--out", default="out", metavar="FOLDER", help="default: out")
+    parser.add_argument("--no-measure", action="store_true", help="only doctor and the answers")
+    add_sampling_options(parser, temperature=0.0, max_tokens=96)
+    add_model_options(parser)
+    options = parser.parse_args(list(argv))
+    report = doctor.examine()
+    doctor.show(report, short=True)
+    heading("Three prompts")
+    llm = load(options)
+    params = sampling_params(options)
+    for prompt in PROMPTS:
+        console().print(f"\n> {prompt}", style="bold", markup=False)
+        _, speed = print_stream(
+            llm.chat([{"role": "user", "content": prompt}], params, stream=True)
+        )
+        note(f"[{speed}]")
+    del llm
+    if not options.no_measure:
+        _measure(options.model, options.device or "cpu", Path(options.out))
+    return 1 if any(outcome["problem"] for outcome in report["self_test"]) else 0
+
+
+def _measure(model: str, device: str, folder: Path) -> None:
+    from ..testing.suite import Settings, run_cases
+
+    heading("Speed beside its peers, measured in turn on the same file")
+    settings = Settings(quick=True, model=model, device=device)
+    suites = bench.find_suites()
+    notes: dict[str, None] = {}
+
+    def report(case: BenchCase, row: Row, work: Work) -> None:
+        note(f"  {case}: {row.value:g} {row.unit}")
+        notes.update(dict.fromkeys(work.notes))
+
+    firsts = (itertools.islice(suites[name].cases(settings), 1) for name in ("prefill", "decode"))
+    rows = run_cases(itertools.chain.from_iterable(firsts), report)
+    bench.show(rows)
+    for line in notes:
+        print(f"  {line}")
+    bench.write_rows(folder / "demo.json", rows)
+    if find_spec("matplotlib") is None:
+        print("matplotlib is not installed, so there is no picture (pip install matplotlib)")
+        return
+    print(f"picture: {draw(rows, folder / 'demo.png').resolve()}")
+
+
+def draw(rows: Sequence[Row], path: Path) -> Path:
+    """Bars of ours and the peers, one panel a row, with the machine's bound as a dashed line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(
+        len(rows), 1, figsize=(8, 0.9 + 1.5 * len(rows)), layout="constrained", squeeze=False
+    )
+    for axes, row in zip(panels[:, 0], rows, strict=True):
+        _panel(axes, row)
+    figure.suptitle(f"{rows[0].device}", fontsize=9, color="#555555")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return path
+
+
+def _panel(axes: Any, row: Row) -> None:
+    values = {"fastllm": row.value, **row.peers}
+    names = sorted(values, key=lambda name: values[name])
+    colors = ["#1f6feb" if name == "fastllm" else "#b8c0cc" for name in names]
+    bars = axes.barh(names, [values[name] for name in names], color=colors, height=0.62)
+    labels = [
+        f"{values[name]:,.0f}" + (f"  ({row.ratio[name]:.2f}x)" if name in row.ratio else "")
+        for name in names
+    ]
+    axes.bar_label(bars, labels, padding=4, fontsize=9)
+    axes.set_title(f"{row.suite}: {row.case}, {row.unit}", loc="left", fontsize=10)
+    widest = max(values.values())
+    if row.bound is not None and row.bound < 2.5 * widest:
+        axes.axvline(row.bound, color="#d1242f", linestyle="--", linewidth=1)
+        axes.annotate(
+            "machine's bound", (row.bound, 1.0), xycoords=("data", "axes fraction"),
+            xytext=(-4, -4), textcoords="offset points", ha="right", va="top",
+            fontsize=8, color="#d1242f",
+        )  # fmt: skip
+        widest = max(widest, row.bound)
+    axes.set_xlim(0, 1.18 * widest)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
