@@ -130,6 +130,11 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "fastllm's native kernels; called by fastllm.ops only";
 
   op(m, "rms_norm", &Kernels::rms_norm, rms_norm_args);
+  op(m, "rope", &Kernels::rope, rope_args);
+  op(m, "swiglu", &Kernels::swiglu, swiglu_args);
+  op(m, "append_kv", &Kernels::append_kv, append_kv_args);
+  op(m, "rope_append_kv", &Kernels::rope_append_kv, rope_append_kv_args);
+  op(m, "paged_attention", &Kernels::paged_attention, paged_attention_args);
   op(m, "quant_matmul", &Kernels::quant_matmul, quant_matmul_args);
   op(m, "pack", &Kernels::pack, pack_args);
 

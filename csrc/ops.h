@@ -87,8 +87,88 @@ struct PackArgs {
 };
 PackArgs pack_args(Tensor data, Tensor scales, Tensor rows, int64_t format, int64_t n, int64_t k);
 
+// y[tokens, heads, dim] = x with the first 2 * half dimensions of every head rotated (half-split layout).
+struct RopeArgs {
+  void* y;        // contiguous
+  const void* x;  // heads contiguous
+  const int32_t* positions;
+  const float *cos, *sin;  // [table_rows, half]
+  DType dtype;
+  int64_t tokens, heads, dim, half, table_rows, x_token_stride, x_head_stride;
+};
+RopeArgs rope_args(Tensor y, Tensor x, Tensor positions, Tensor cos, Tensor sin);
+
+// y[outer, inner, n] = silu(gate) * up.
+struct SwigluArgs {
+  void* y;
+  const void *gate, *up;
+  DType dtype;
+  int64_t outer, inner, n, gate_outer, gate_inner, up_outer, up_inner;
+};
+SwigluArgs swiglu_args(Tensor y, Tensor gate, Tensor up);
+
+// Where the tokens of each sequence lie: rows of q, k, v and pages of the cache (see cpu/paging.h).
+struct Paging {
+  const int32_t *block_table, *cu_seqlens, *cache_seqlens;
+  int64_t sequences, table_width, table_stride, tokens, num_pages, page_size;
+};
+constexpr int64_t kMaxHeadDim = 512;
+
+// The caches that new keys and values go to: [num_pages, kv_heads, page_size, dim | value_dim], the bytes
+// of a (page, head) interleaved: K [page/16][dim/w][16][w], V [page/w][dim][w], w = 2 for bf16, 1 for f32.
+struct KvTarget {
+  void *k_cache, *v_cache;
+  Paging paging;
+  DType dtype;
+  int64_t kv_heads, dim, value_dim;
+};
+struct Rows {  // [tokens, heads, dim], heads contiguous; strides in elements
+  const void* data;
+  int64_t token_stride, head_stride;
+};
+struct AppendKvArgs {
+  KvTarget to;
+  Rows k, v;
+};
+AppendKvArgs append_kv_args(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor block_table,
+                            Tensor cu_seqlens, Tensor cache_seqlens);
+
+struct RopeAppendKvArgs {
+  KvTarget to;
+  Rows q, k, v;
+  void* q_out;  // [tokens, heads, dim] contiguous
+  const int32_t* positions;
+  const float *cos, *sin;  // [table_rows, half]
+  int64_t heads, half, table_rows;
+};
+RopeAppendKvArgs rope_append_kv_args(Tensor q_out, Tensor q, Tensor k, Tensor v, Tensor positions,
+                                     Tensor cos, Tensor sin, Tensor k_cache, Tensor v_cache,
+                                     Tensor block_table, Tensor cu_seqlens, Tensor cache_seqlens);
+
+// o[tokens, heads, value_dim]: causal attention over the paged cache. Positions are cut into splits of
+// 512; with `partials` the splits of a row may run on several threads, to the same bits.
+struct PagedAttentionArgs {
+  void* o;
+  Rows q;
+  const void *k_cache, *v_cache;
+  Paging paging;
+  float* partials;  // [splits, tokens, heads, value_dim rounded up to 16 + 16], or null
+  DType dtype;
+  int64_t heads, kv_heads, dim, value_dim;
+  int64_t window_left;  // -1: no window
+  float scale;
+};
+PagedAttentionArgs paged_attention_args(Tensor o, Tensor q, Tensor k_cache, Tensor v_cache,
+                                        Tensor block_table, Tensor cu_seqlens, Tensor cache_seqlens,
+                                        Tensor partials, double scale, int64_t window_left);
+
 struct Kernels {
   Kernel<RmsNormArgs>* rms_norm;
+  Kernel<RopeArgs>* rope;
+  Kernel<SwigluArgs>* swiglu;
+  Kernel<AppendKvArgs>* append_kv;
+  Kernel<RopeAppendKvArgs>* rope_append_kv;
+  Kernel<PagedAttentionArgs>* paged_attention;
   Kernel<QuantMatmulArgs>* quant_matmul;
   Kernel<PackArgs>* pack;
 };

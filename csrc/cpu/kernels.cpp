@@ -4,11 +4,21 @@
 namespace fastllm::FASTLLM_ISA {
 
 Kernel<RmsNormArgs> rms_norm;
+Kernel<RopeArgs> rope;
+Kernel<SwigluArgs> swiglu;
+Kernel<AppendKvArgs> append_kv;
+Kernel<RopeAppendKvArgs> rope_append_kv;
+Kernel<PagedAttentionArgs> paged_attention;
 Kernel<QuantMatmulArgs> quant_matmul;
 Kernel<PackArgs> pack;
 
 const Kernels kernels = {
     .rms_norm = rms_norm,
+    .rope = rope,
+    .swiglu = swiglu,
+    .append_kv = append_kv,
+    .rope_append_kv = rope_append_kv,
+    .paged_attention = paged_attention,
     .quant_matmul = quant_matmul,
     .pack = pack,
 };

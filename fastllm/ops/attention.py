@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _C
 from .paged_cache import (
     PAGE_SIZE,
     check_paging,
@@ -24,7 +25,7 @@ from .paged_cache import (
     write_pages,
 )
 from .registry import Op, batch_invariant
-from .rope import check_rope, rope_ref
+from .rope import check_rope, rope_ref, tables_contiguous
 
 __all__ = [
     "PAGE_SIZE",
@@ -156,6 +157,88 @@ _paged_attention = Op(
     paged_attention_ref,
     fake=_paged_attention_fake,
 )
+
+
+_TILE = 64  # positions the native kernel takes at once; a page holds a whole number of them
+_SPLIT = 512  # positions of a split, the unit that decode may run on another thread
+_MAX_HEAD_DIM = 512
+
+
+def _native_cache(k_cache: Tensor, v_cache: Tensor, block_table: Tensor) -> bool:
+    return (
+        k_cache.shape[2] % _TILE == 0
+        and k_cache.shape[3] % 2 == 0
+        and max(k_cache.shape[3], v_cache.shape[3]) <= _MAX_HEAD_DIM
+        and block_table.stride(-1) == 1
+    )
+
+
+def _native_append(
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, *_: Tensor
+) -> bool:
+    last_contiguous = k.stride(-1) == 1 and v.stride(-1) == 1
+    return last_contiguous and _native_cache(k_cache, v_cache, block_table)
+
+
+@_append_kv.impl("native", "cpu", when=_native_append)
+def _append_kv_cpu(*args: Tensor) -> None:
+    _C.append_kv(*args)
+
+
+def _native_rope_append(
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, *cache: Tensor
+) -> bool:
+    return q.stride(-1) == 1 and tables_contiguous(cos, sin) and _native_append(k, v, *cache)
+
+
+@_rope_append_kv.impl("native", "cpu", when=_native_rope_append)
+def _rope_append_kv_cpu(q: Tensor, *args: Tensor) -> Tensor:
+    rotated = torch.empty(q.shape, dtype=q.dtype)
+    _C.rope_append_kv(rotated, q, *args)
+    return rotated
+
+
+def _native_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, *_: Any
+) -> bool:
+    dims_fit = k_cache.shape[3] % 8 == 0 and v_cache.shape[3] % 8 == 0
+    return q.stride(-1) == 1 and dims_fit and _native_cache(k_cache, v_cache, block_table)
+
+
+@_paged_attention.impl("native", "cpu", when=_native_attention)
+def _paged_attention_cpu(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens_q: Tensor,
+    cache_seqlens: Tensor,
+    softmax_scale: float,
+    window_left: int = -1,
+) -> Tensor:
+    tokens, heads, _ = q.shape
+    value_dim = v_cache.shape[3]
+    o = torch.empty(tokens, heads, value_dim, dtype=q.dtype)
+    # With few tokens a sequence there are few tasks: let its splits run on several threads. The
+    # bits are the same either way, and what the system has not mapped costs nothing.
+    partials = None
+    positions = block_table.shape[1] * k_cache.shape[2]
+    if tokens <= 4 * block_table.shape[0] and positions > _SPLIT:
+        row = -(-value_dim // 16) * 16 + 16
+        partials = torch.empty(-(-positions // _SPLIT) * tokens * heads * row)
+    _C.paged_attention(
+        o,
+        q,
+        k_cache,
+        v_cache,
+        block_table,
+        cu_seqlens_q,
+        cache_seqlens,
+        partials,
+        softmax_scale,
+        window_left,
+    )
+    return o
 
 
 @_append_kv.impl("triton", "cuda")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _C
 from .checks import values_readable
 from .registry import Op
 
@@ -48,6 +49,22 @@ _rope = Op(
     backward=_rope_backward,
     setup_context=_save_rope,
 )
+
+
+def _native_rope(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    return x.stride(-1) == 1 and positions.is_contiguous() and tables_contiguous(cos, sin)
+
+
+def tables_contiguous(cos: Tensor, sin: Tensor) -> bool:
+    """Whether kernels can index the tables by row."""
+    return cos.is_contiguous() and sin.is_contiguous()
+
+
+@_rope.impl("native", "cpu", when=_native_rope)
+def _rope_cpu(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    y = torch.empty(x.shape, dtype=x.dtype)
+    _C.rope(y, x, positions, cos, sin)
+    return y
 
 
 @_rope.impl("triton", "cuda")

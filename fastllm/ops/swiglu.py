@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _C
 from .registry import Op
 
 
@@ -40,6 +41,17 @@ _swiglu = Op(
     backward=_swiglu_backward,
     setup_context=_save_swiglu,
 )
+
+
+def _native_swiglu(gate: Tensor, up: Tensor) -> bool:
+    return gate.ndim <= 3 and gate.stride(-1) == 1 and up.stride(-1) == 1
+
+
+@_swiglu.impl("native", "cpu", when=_native_swiglu)
+def _swiglu_cpu(gate: Tensor, up: Tensor) -> Tensor:
+    y = torch.empty(gate.shape, dtype=gate.dtype)
+    _C.swiglu(y, gate, up)
+    return y
 
 
 @_swiglu.impl("triton", "cuda")

@@ -1,0 +1,108 @@
+#include "api/paging.h"
+#include "api/rope.h"
+#include "common/check.h"
+#include "ops.h"
+
+namespace fastllm {
+
+Paging paging_of(const char* op, const Tensor& k_cache, const Tensor& v_cache,
+                 const Tensor& block_table, const Tensor& cu_seqlens, const Tensor& cache_seqlens,
+                 int64_t tokens) {
+  check(k_cache.ndim == 4 && v_cache.ndim == 4 && is_float(k_cache) && v_cache.dtype == k_cache.dtype,
+        op, "k_cache and v_cache must be f32 or bf16 [num_pages, kv_heads, page_size, head_dim]");
+  for (int i = 0; i < 3; ++i)
+    check(k_cache.shape[i] == v_cache.shape[i], op,
+          "k_cache and v_cache must agree in pages, heads and page size");
+  check(k_cache.contiguous() && v_cache.contiguous(), op, "the caches must be contiguous");
+  check(k_cache.shape[1] > 0, op, "k_cache has no heads");
+  check(k_cache.shape[2] > 0 && k_cache.shape[2] % 64 == 0, op,
+        "page_size must be a multiple of 64, the tile of the kernels");
+  check(k_cache.shape[3] > 0 && k_cache.shape[3] % 2 == 0 && k_cache.shape[3] <= kMaxHeadDim &&
+            v_cache.shape[3] > 0 && v_cache.shape[3] <= kMaxHeadDim,
+        op, "the head dims must lie between 1 and 512, that of K even");
+  check(cache_seqlens.ndim == 1 && cache_seqlens.dtype == DType::i32 && cache_seqlens.contiguous(),
+        op, "cache_seqlens must be contiguous int32 [S]");
+  const int64_t sequences = cache_seqlens.shape[0];
+  check(cu_seqlens.ndim == 1 && cu_seqlens.dtype == DType::i32 && cu_seqlens.contiguous() &&
+            cu_seqlens.shape[0] == sequences + 1,
+        op, "cu_seqlens_q must be contiguous int32 [S + 1]");
+  check(block_table.ndim == 2 && block_table.dtype == DType::i32 &&
+            block_table.shape[0] == sequences && rows_contiguous(block_table),
+        op, "block_table must be int32 [S, pages] with contiguous rows");
+  return {.block_table = block_table.as<int32_t>(),
+          .cu_seqlens = cu_seqlens.as<int32_t>(),
+          .cache_seqlens = cache_seqlens.as<int32_t>(),
+          .sequences = sequences,
+          .table_width = block_table.shape[1],
+          .table_stride = block_table.stride[0],
+          .tokens = tokens,
+          .num_pages = k_cache.shape[0],
+          .page_size = k_cache.shape[2]};
+}
+
+namespace {
+
+Rows rows_of(const char* op, const Tensor& t, const Tensor& cache, int64_t tokens, const char* what) {
+  check(t.ndim == 3 && t.dtype == cache.dtype && rows_contiguous(t) && t.shape[0] == tokens &&
+            t.shape[1] == cache.shape[1] && t.shape[2] == cache.shape[3],
+        op, what);
+  return {t.data, t.stride[0], t.stride[1]};
+}
+
+KvTarget target_of(const char* op, int64_t tokens, const Tensor& k_cache, const Tensor& v_cache,
+                   const Tensor& block_table, const Tensor& cu_seqlens, const Tensor& cache_seqlens) {
+  const Paging paging =
+      paging_of(op, k_cache, v_cache, block_table, cu_seqlens, cache_seqlens, tokens);
+  return {.k_cache = k_cache.data,
+          .v_cache = v_cache.data,
+          .paging = paging,
+          .dtype = k_cache.dtype,
+          .kv_heads = k_cache.shape[1],
+          .dim = k_cache.shape[3],
+          .value_dim = v_cache.shape[3]};
+}
+
+constexpr const char* kBadK = "k must be [T, Hk, D] of the cache's dtype with contiguous D";
+constexpr const char* kBadV = "v must be [T, Hk, Dv] of the cache's dtype with contiguous Dv";
+
+}  // namespace
+
+AppendKvArgs append_kv_args(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor block_table,
+                            Tensor cu_seqlens, Tensor cache_seqlens) {
+  const char* op = "append_kv";
+  check(k.ndim == 3, op, kBadK);
+  const int64_t tokens = k.shape[0];
+  const KvTarget to =
+      target_of(op, tokens, k_cache, v_cache, block_table, cu_seqlens, cache_seqlens);
+  return {.to = to,
+          .k = rows_of(op, k, k_cache, tokens, kBadK),
+          .v = rows_of(op, v, v_cache, tokens, kBadV)};
+}
+
+RopeAppendKvArgs rope_append_kv_args(Tensor q_out, Tensor q, Tensor k, Tensor v, Tensor positions,
+                                     Tensor cos, Tensor sin, Tensor k_cache, Tensor v_cache,
+                                     Tensor block_table, Tensor cu_seqlens, Tensor cache_seqlens) {
+  const char* op = "rope_append_kv";
+  check(q.ndim == 3 && rows_contiguous(q) && q.dtype == k_cache.dtype, op,
+        "q must be [T, H, D] of the cache's dtype with contiguous D");
+  const int64_t tokens = q.shape[0];
+  const KvTarget to =
+      target_of(op, tokens, k_cache, v_cache, block_table, cu_seqlens, cache_seqlens);
+  check(q.shape[2] == to.dim, op, "q and k_cache must have the same head dim");
+  check(same_shape(q_out, q) && q_out.dtype == q.dtype && q_out.contiguous(), op,
+        "q_out must be contiguous, shaped and typed like q");
+  check_rope_tables(op, positions, cos, sin, tokens, to.dim);
+  return {.to = to,
+          .q = {q.data, q.stride[0], q.stride[1]},
+          .k = rows_of(op, k, k_cache, tokens, kBadK),
+          .v = rows_of(op, v, v_cache, tokens, kBadV),
+          .q_out = q_out.data,
+          .positions = positions.as<int32_t>(),
+          .cos = cos.as<float>(),
+          .sin = sin.as<float>(),
+          .heads = q.shape[1],
+          .half = cos.shape[1],
+          .table_rows = cos.shape[0]};
+}
+
+}  // namespace fastllm

@@ -1,0 +1,323 @@
+// The inner loops of attention: a few rows of Q against a tile of 64 positions, and their softmax.
+//
+// Both products are the same loop: R rows of A, broadcast word by word, times vectors of B as the cache
+// holds them, one accumulator per (row, lane), summed in ascending order. A row's bits therefore do not
+// depend on R, on the vectors computed beside it, or on the rows around it.
+#pragma once
+#include "cpu/simd.h"
+
+namespace fastllm::FASTLLM_ISA {
+namespace {
+
+constexpr int kTile = 64;    // positions of a KV tile
+constexpr int kChunk = 16;   // positions interleaved in K
+#if defined(__AVX512F__)
+constexpr int kMaxRows = 12;  // x 2 vectors: 24 accumulators of 32 registers
+#else
+constexpr int kMaxRows = 6;  // x 2 vectors: 12 accumulators of 16 registers
+#endif
+constexpr int kTileVectors = kTile / VL;
+
+FASTLLM_INLINE vf vbroadcast(const float* p) { return vset(*p); }
+
+// Element types of the cache. A word is what one lane of B holds per step: an f32, or a pair of bf16
+// that are neighbours along the summed dimension. `A` is how the broadcast operand is kept: kParts of
+// them make a step.
+struct F32 {
+  using Elem = float;
+  using Word = float;
+  using A = float;
+  static constexpr int kPerWord = 1, kParts = 1;
+  static constexpr int kExpDegree = 6;
+};
+struct Bf16 {
+  using Elem = uint16_t;
+  using Word = uint32_t;
+  static constexpr int kPerWord = 2;
+  static constexpr int kExpDegree = 4;  // 2.8e-6: P is rounded to bf16, 700 times coarser
+#if defined(__AVX512BF16__)
+  using A = uint32_t;  // the pair itself, for vdpbf16ps
+  static constexpr int kParts = 1;
+#else
+  using A = float;  // both halves widened
+  static constexpr int kParts = 2;
+#endif
+};
+
+// acc[r][c] += A[r] . B[c] over `steps` words. A word of row r, step i, part h: a[i * AStep + h * APart
+// + r * ARow]. Vectors of B: 16 words of a chunk side by side, chunks `chunk_stride` words apart, steps
+// `step_stride`. With Masked, the last vector holds only 8 words (AVX-512 with 8 columns left over).
+template <int AStep, int APart, int ARow, bool Masked, int R, int C>
+FASTLLM_INLINE void dot_tile(F32, vf (&acc)[R][C], const float* a, const float* b,
+                             int64_t chunk_stride, int64_t step_stride, int64_t steps) {
+  constexpr int kPerChunk = kChunk / VL;
+  for (int64_t i = 0; i < steps; ++i, a += AStep, b += step_stride) {
+    vf bv[C];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+      const float* p = b + c / kPerChunk * chunk_stride + c % kPerChunk * VL;
+#if defined(__AVX512F__)
+      bv[c] = Masked ? (vf)_mm512_maskz_loadu_ps(0xff, p) : vload(p);
+#else
+      bv[c] = vload(p);
+#endif
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+      const vf av = vbroadcast(a + r * ARow);
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) acc[r][c] = vfma(av, bv[c], acc[r][c]);
+    }
+  }
+}
+
+#if defined(__AVX512BF16__)
+template <int AStep, int APart, int ARow, bool Masked, int R, int C>
+FASTLLM_INLINE void dot_tile(Bf16, vf (&acc)[R][C], const uint32_t* a, const uint32_t* b,
+                             int64_t chunk_stride, int64_t step_stride, int64_t steps) {
+  for (int64_t i = 0; i < steps; ++i, a += AStep, b += step_stride) {
+    __m512i bv[C];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+      const uint32_t* p = b + c * chunk_stride;
+      bv[c] = Masked ? _mm512_maskz_loadu_epi32(0xff, p) : _mm512_loadu_si512(p);
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+      const __m512i av = _mm512_set1_epi32(static_cast<int>(a[r * ARow]));
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c)
+        acc[r][c] = (vf)_mm512_dpbf16_ps((__m512)acc[r][c], (__m512bh)av, (__m512bh)bv[c]);
+    }
+  }
+}
+#else
+template <int AStep, int APart, int ARow, bool Masked, int R, int C>
+FASTLLM_INLINE void dot_tile(Bf16, vf (&acc)[R][C], const float* a, const uint32_t* b,
+                             int64_t chunk_stride, int64_t step_stride, int64_t steps) {
+  constexpr int kPerChunk = kChunk / VL;
+  for (int64_t i = 0; i < steps; ++i, a += AStep, b += step_stride) {
+    vi bv[C];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+      const uint32_t* p = b + c / kPerChunk * chunk_stride + c % kPerChunk * VL;
+#if defined(__AVX512F__)
+      bv[c] = Masked ? (vi)_mm512_maskz_loadu_epi32(0xff, p) : (vi)_mm512_loadu_si512(p);
+#else
+      __builtin_memcpy(&bv[c], p, sizeof bv[c]);
+#endif
+    }
+#pragma GCC unroll 2
+    for (int part = 0; part < 2; ++part) {
+      vf half[C];  // the low half of a word comes first
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c)
+        half[c] = vbits(part ? bv[c] & vseti(static_cast<int>(0xffff0000u)) : bv[c] << 16);
+#pragma GCC unroll 12
+      for (int r = 0; r < R; ++r) {
+        const vf av = vbroadcast(a + part * APart + r * ARow);
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) acc[r][c] = vfma(av, half[c], acc[r][c]);
+      }
+    }
+  }
+}
+#endif
+
+// 2^x for x <= 0 (of any size; -inf gives 0, NaN stays): x = k + r, |r| <= 1/2, 2^r by a minimax
+// polynomial with p(0) = 1 exactly, of relative error 2.8e-6 (degree 4) or 2e-9 (degree 6).
+template <int Degree>
+FASTLLM_INLINE vf vexp2(vf x) {
+#if defined(__AVX512F__)
+  x = (vf)_mm512_max_ps(_mm512_set1_ps(-200.f), (__m512)x);  // the second operand's NaN is kept
+  const vf k = (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const vf clamped = vset(-126.f) > x ? vset(-126.f) : x;
+  const vf magic = vset(12582912.f);  // 1.5 * 2^23: rounds to an integer, left in the low bits
+  const vf shifted = clamped + magic;
+  const vf k = shifted - magic;
+#endif
+#if defined(__AVX512F__)
+  const vf r = x - k;
+#else
+  const vf r = clamped - k;
+#endif
+  vf p;
+  if constexpr (Degree == 4) {
+    p = vfma(vset(0.009582852944731712f), r, vset(0.055906426161527634f));
+    p = vfma(p, r, vset(0.24024099111557007f));
+    p = vfma(p, r, vset(0.6931241750717163f));
+  } else {
+    p = vfma(vset(0.00015353361959569156f), r, vset(0.0013398875016719103f));
+    p = vfma(p, r, vset(0.00961843691766262f));
+    p = vfma(p, r, vset(0.055503323674201965f));
+    p = vfma(p, r, vset(0.24022647738456726f));
+    p = vfma(p, r, vset(0.6931471824645996f));
+  }
+  p = vfma(p, r, vset(1.f));
+#if defined(__AVX512F__)
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)k);
+#else
+  const vf y = p * vbits((vbits(shifted) - vbits(magic) + 127) << 23);
+  return x < vset(-126.f) ? vset(0.f) : y;
+#endif
+}
+
+FASTLLM_INLINE float max_lane(vf v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#else
+  return vhmax(v);
+#endif
+}
+
+// How many vectors of B a group of R rows takes at once: enough chains to hide the latency of an fma.
+template <int R>
+constexpr int vectors_at_once() {
+  return (VL == 16 ? R <= 6 : R <= 3) ? 4 : 2;
+}
+
+// scores[r][0 .. positions) = scale * Q K^T, rounded up to whole vectors. q is packed [step][part][kMaxRows].
+template <class E, int R>
+void score_rows(float (*scores)[kTile], const typename E::A* q, const typename E::Word* k,
+                int64_t steps, int64_t positions, float scale) {
+  constexpr int C = vectors_at_once<R>();
+  constexpr int kPerChunk = kChunk / VL;
+  for (int64_t first = 0; first < positions; first += C * VL) {
+    vf acc[R][C];
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) acc[r][c] = vset(0.f);
+    const typename E::Word* b = k + first / kChunk * kChunk * steps + first % kChunk;
+    dot_tile<E::kParts * kMaxRows, kMaxRows, 1, false>(E{}, acc, q, b, kChunk * steps, kChunk, steps);
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) vstore(scores[r] + first + c * VL, acc[r][c] * scale);
+  }
+  static_assert(C % kPerChunk == 0 || kPerChunk % C == 0);
+}
+
+template <class E, int R, int C, bool Masked>
+FASTLLM_INLINE void value_columns(float* o, int64_t o_stride, const float* alpha,
+                                  const typename E::A* p, const typename E::Word* v, int64_t v_stride,
+                                  int64_t steps) {
+  vf acc[R][C];
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) {
+    const vf scale = vbroadcast(alpha + r);
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) acc[r][c] = vload(o + r * o_stride + c * VL) * scale;
+  }
+  dot_tile<E::kParts, 1, kTile * E::kParts / E::kPerWord, Masked>(E{}, acc, p, v, kChunk, v_stride,
+                                                                  steps);
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) vstore(o + r * o_stride + c * VL, acc[r][c]);
+}
+
+// o[r] = alpha[r] * o[r] + P V over `steps` words of positions; o_stride is dim rounded up to whole
+// vectors, v_stride the words from one step of V to the next.
+template <class E, int R>
+void value_rows(float* o, int64_t o_stride, const float* alpha, const typename E::A* p,
+                const typename E::Word* v, int64_t v_stride, int64_t dim, int64_t steps) {
+  constexpr int C = vectors_at_once<R>();
+  int64_t d = 0;
+  for (; d + C * VL <= dim; d += C * VL)
+    value_columns<E, R, C, false>(o + d, o_stride, alpha, p, v + d, v_stride, steps);
+  if constexpr (C == 4)
+    for (; d + 2 * VL <= dim; d += 2 * VL)
+      value_columns<E, R, 2, false>(o + d, o_stride, alpha, p, v + d, v_stride, steps);
+  for (; d + VL <= dim; d += VL)
+    value_columns<E, R, 1, false>(o + d, o_stride, alpha, p, v + d, v_stride, steps);
+  if (d < dim) value_columns<E, R, 1, true>(o + d, o_stride, alpha, p, v + d, v_stride, steps);
+}
+
+// The kernels for each number of rows; other numbers take the next larger one, with padded rows.
+template <class E>
+struct RowKernels {
+  void (*scores)(float (*)[kTile], const typename E::A*, const typename E::Word*, int64_t, int64_t,
+                 float);
+  void (*values)(float*, int64_t, const float*, const typename E::A*, const typename E::Word*, int64_t,
+                 int64_t, int64_t);
+};
+template <class E>
+FASTLLM_INLINE RowKernels<E> row_kernels(int64_t rows) {
+  switch (rows) {
+    case 1: return {score_rows<E, 1>, value_rows<E, 1>};
+    case 2: return {score_rows<E, 2>, value_rows<E, 2>};
+    case 3: return {score_rows<E, 3>, value_rows<E, 3>};
+    case 4: return {score_rows<E, 4>, value_rows<E, 4>};
+#if defined(__AVX512F__)
+    case 5:
+    case 6: return {score_rows<E, 6>, value_rows<E, 6>};
+    case 7:
+    case 8: return {score_rows<E, 8>, value_rows<E, 8>};
+#endif
+    default: return {score_rows<E, kMaxRows>, value_rows<E, kMaxRows>};
+  }
+}
+
+// P of one row for the second product, as its kernels read it.
+FASTLLM_INLINE void store_p(F32, float* p, int64_t vector, vf x) { vstore(p + vector * VL, x); }
+#if defined(__AVX512BF16__)
+FASTLLM_INLINE void store_p(Bf16, uint32_t* p, int64_t vector, vf x) {
+  const __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);
+  __builtin_memcpy(p + vector * VL / 2, &rounded, sizeof rounded);
+}
+#else
+FASTLLM_INLINE void store_p(Bf16, float* p, int64_t vector, vf x) {
+  vstore(p + vector * VL, vround_bf16(x));
+}
+#endif
+
+// The running softmax of kMaxRows rows: maxima (of base-2 scores) and, per lane, sums of P.
+struct Softmax {
+  alignas(64) float m[16];
+  alignas(64) float l[kMaxRows][VL];
+};
+
+FASTLLM_INLINE void start(Softmax& s) {
+  for (int r = 0; r < 16; ++r) s.m[r] = -__builtin_inff();
+  for (int r = 0; r < kMaxRows; ++r) vstore(s.l[r], vset(0.f));
+}
+
+// Advances `rows` rows by one tile: P = exp2(scores - m), and alpha, the factor of what was summed so
+// far. Scores of -inf (masked) add nothing; a row of nothing else is left as it is.
+template <class E>
+FASTLLM_INLINE void softmax_rows(Softmax& s, float* alpha, typename E::A* p,
+                                 const float (*scores)[kTile], int64_t rows) {
+  constexpr int64_t kPRow = kTile * E::kParts / E::kPerWord;
+  alignas(64) float tile_max[16], shift[16];
+  for (int r = 0; r < 16; ++r) tile_max[r] = -__builtin_inff();
+  for (int64_t r = 0; r < rows; ++r) {
+    vf top = vload(scores[r]);
+#pragma GCC unroll 16
+    for (int c = 1; c < kTileVectors; ++c) top = vmax(top, vload(scores[r] + c * VL));
+    tile_max[r] = max_lane(top);
+  }
+  for (int r = 0; r < 16; r += VL) {
+    const vf before = vload(s.m + r), now = vmax(before, vload(tile_max + r));
+    const vf zero_if_none = now == vset(-__builtin_inff()) ? vset(0.f) : now;
+    vstore(s.m + r, now);
+    vstore(shift + r, zero_if_none);
+    vstore(tile_max + r, vexp2<6>(before - zero_if_none));
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    alpha[r] = tile_max[r];
+    const vf m = vbroadcast(shift + r);
+    vf sum = vset(0.f);
+#pragma GCC unroll 16
+    for (int c = 0; c < kTileVectors; ++c) {
+      const vf e = vexp2<E::kExpDegree>(vload(scores[r] + c * VL) - m);
+      sum = sum + e;
+      store_p(E{}, p + r * kPRow, c, e);
+    }
+    vstore(s.l[r], vfma(vload(s.l[r]), vbroadcast(alpha + r), sum));
+  }
+}
+
+}  // namespace
+}  // namespace fastllm::FASTLLM_ISA
