@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from .attention import append_kv, new_cache, paged_attention, rope_append_kv
 from .embedding import embedding, quant_embedding
 from .linear import linear
 from .quant_matmul import quant_matmul
 from .rms_norm import add_rms_norm, rms_norm
+from .rope import rope
 from .sampling import log_probs, sampling, top_log_probs
+from .swiglu import swiglu
 
 __all__ = [
     "add_rms_norm",
+    "append_kv",
     "embedding",
     "linear",
     "log_probs",
+    "new_cache",
+    "paged_attention",
     "quant_embedding",
     "quant_matmul",
     "rms_norm",
+    "rope",
+    "rope_append_kv",
     "sampling",
+    "swiglu",
     "top_log_probs",
 ]

@@ -147,13 +147,15 @@ _append_kv = Op(
 )
 _rope_append_kv = Op(
     "rope_append_kv(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor cos, Tensor sin,"
-    " Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor block_table, Tensor cu_seqlens_q, Tensor cache_seqlens) -> Tensor",
+    " Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor block_table, Tensor cu_seqlens_q,"
+    " Tensor cache_seqlens) -> Tensor",
     rope_append_kv_ref,
     fake=_rope_append_kv_fake,
 )
 _paged_attention = Op(
     "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table,"
-    " Tensor cu_seqlens_q, Tensor cache_seqlens, float softmax_scale, int window_left=-1) -> Tensor",
+    " Tensor cu_seqlens_q, Tensor cache_seqlens, float softmax_scale,"
+    " int window_left=-1) -> Tensor",
     paged_attention_ref,
     fake=_paged_attention_fake,
 )

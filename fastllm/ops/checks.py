@@ -9,7 +9,7 @@ from .. import _C
 
 
 def values_readable(tensor: Tensor) -> bool:
-    """Whether reading `tensor` is free of side effects: a real CPU tensor, eager, no graph recorded.
+    """Whether reading `tensor` has no side effect: a real CPU tensor, eager, no graph recorded.
 
     Reading a CUDA tensor would synchronize, a fake one has no values, and the buffers of a graph
     under capture hold what some later replay will overwrite.
