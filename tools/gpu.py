@@ -45,7 +45,7 @@ def main() -> int:
         "date": time.strftime("%Y-%m-%d"),
     }
     tests, rows = results.setdefault("tests", {}), results.setdefault("bench", {})
-    for folder in sorted(p.parent for p in (ROOT / "tests").rglob("test_*.py")):
+    for folder in sorted({p.parent for p in (ROOT / "tests").rglob("test_*.py")}):
         suite = str(folder.relative_to(ROOT))
         if suite not in tests:
             tests[suite] = run_tests(folder)

@@ -9,6 +9,7 @@ number gets into them by hand.
 
 from __future__ import annotations
 
+import datetime
 import json
 import sys
 from pathlib import Path
@@ -52,11 +53,15 @@ def replace(text: str, table: str) -> str:
 
 def main() -> None:
     """Rewrite both READMEs."""
-    rows = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    source = Path(sys.argv[1])
+    rows = json.loads(source.read_text(encoding="utf-8"))
+    used = dict.fromkeys(row["suite"] for row in rows if row["suite"] in SUITES)
+    command = f"fastllm bench {' '.join(used)}"
+    date = datetime.date.fromtimestamp(source.stat().st_mtime).isoformat()
     for name, words in WORDS.items():
         path = ROOT / name
         table = markdown(rows, words)
-        caption = f"{rows[0]['device']}; commit {rows[0]['commit']}"
+        caption = f"`{command}`: {rows[0]['device']}, {date}, commit {rows[0]['commit']}"
         text = replace(path.read_text(encoding="utf-8"), f"{table}\n\n{caption}")
         path.write_text(text, encoding="utf-8")
 

@@ -111,7 +111,8 @@ def _panel(axes: Any, row: Row) -> None:
     colors = ["#1f6feb" if name == "fastllm" else "#b8c0cc" for name in names]
     bars = axes.barh(names, [values[name] for name in names], color=colors, height=0.62)
     labels = [
-        f"{values[name]:,.0f}" + (f"  ({row.ratio[name]:.2f}x)" if name in row.ratio else "")
+        f"{values[name]:,.0f}"
+        + (f"  (fastllm {row.ratio[name]:.2f}x)" if name in row.ratio else "")
         for name in names
     ]
     axes.bar_label(bars, labels, padding=4, fontsize=9)
@@ -125,6 +126,6 @@ def _panel(axes: Any, row: Row) -> None:
             fontsize=8, color="#d1242f",
         )  # fmt: skip
         widest = max(widest, row.bound)
-    axes.set_xlim(0, 1.18 * widest)
+    axes.set_xlim(0, 1.25 * widest)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
