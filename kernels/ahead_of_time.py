@@ -28,6 +28,16 @@ from triton.runtime.jit import JITFunction
 
 from . import attention, embedding, linear, quant_matmul, rms_norm, rope, sampling, swiglu
 
+KERNEL_MODULES = (
+    "attention",
+    "embedding",
+    "linear",
+    "quant_matmul",
+    "rms_norm",
+    "rope",
+    "sampling",
+    "swiglu",
+)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 _TYPE_NAMES = {
     torch.float32: "fp32",
@@ -95,6 +105,7 @@ def shipped_launches() -> dict[str, Callable[[], Any]]:
         "quant_embedding q8_0": lambda: _quant_embedding("q8_0"),
         "append_kv": lambda: _append_kv(),
         "sampling": lambda: _sampling(8, 128256),
+        "top_log_probs": lambda: sampling.top_log_probs(_meta(8, 128256, dtype=f32), 5),
         "log_probs": lambda: sampling.log_probs(_meta(8, 128256, dtype=f32), _ids(8, 1)),
     }
     for m, x in x8.items():
@@ -240,9 +251,7 @@ def _attention(
     cache = _meta(64, kv_heads, 64, dim, dtype=dtype)
     tables = _ids(8, 64), _ids(9), _ids(8)
     q = _meta(n_tokens, heads, dim, dtype=dtype)
-    return attention.paged_attention(
-        q, cache, cache, *tables, dim**-0.5, batch_invariant=invariant
-    )
+    return attention.paged_attention(q, cache, cache, *tables, dim**-0.5, batch_invariant=invariant)
 
 
 def _sampling(rows: int, vocab: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -32,7 +32,9 @@ LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def sequence_of_tile(cu_seqlens_ptr, tile, n_seqs, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr):
+def sequence_of_tile(
+    cu_seqlens_ptr, tile, n_seqs, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr
+):
     """(sequence, tile within it) for a tile counted over all sequences, each of ROWS rows a token.
 
     The sequence is n_seqs or more for a tile past the last one.
@@ -62,6 +64,7 @@ def merge_splits(m1, l1, o1, m2, l2, o2):
 @triton.jit
 def paged_attention_kernel(
     o_ptr,
+    partial_ptr,
     m_ptr,
     l_ptr,
     q_ptr,
@@ -77,20 +80,19 @@ def paged_attention_kernel(
     max_pages,
     scale_log2,
     window_left,
+    HAS_WINDOW: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     PAGE: tl.constexpr,
     SPLIT: tl.constexpr,
-    PARALLEL_SPLITS: tl.constexpr,
+    MERGE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
     kv_head = tl.program_id(1)
-    seq, tile = sequence_of_tile(
-        cu_seqlens_ptr, tl.program_id(0), n_seqs, GROUP, BLOCK_M, BLOCK_S
-    )
+    seq, tile = sequence_of_tile(cu_seqlens_ptr, tl.program_id(0), n_seqs, GROUP, BLOCK_M, BLOCK_S)
     if seq >= n_seqs:
         return
     first_token = tl.load(cu_seqlens_ptr + seq)
@@ -108,12 +110,14 @@ def paged_attention_kernel(
     mask_o = live[:, None] & (d < D)[None, :]
 
     # Positions that some row of the tile can see: [k_begin, k_end).
-    k_end = tl.minimum(cache_len, cache_len - n_tokens + (tile * BLOCK_M + BLOCK_M - 1) // GROUP + 1)
+    k_end = tl.minimum(
+        cache_len, cache_len - n_tokens + (tile * BLOCK_M + BLOCK_M - 1) // GROUP + 1
+    )
     k_begin = 0
-    if window_left >= 0:
+    if HAS_WINDOW:
         k_begin = tl.maximum(0, cache_len - n_tokens + (tile * BLOCK_M) // GROUP - window_left)
-    if PARALLEL_SPLITS:
-        split = tl.program_id(2)
+    split = tl.program_id(2)
+    if MERGE == "kernel":
         k_begin = tl.maximum(k_begin, split * SPLIT)
         k_end = tl.minimum(k_end, (split + 1) * SPLIT)
         if k_begin >= k_end:
@@ -129,7 +133,7 @@ def paged_attention_kernel(
     m_done, l_done, acc_done = m, l, acc
 
     for page_index in range(k_begin // PAGE, tl.cdiv(k_end, PAGE)):
-        if not PARALLEL_SPLITS:
+        if MERGE == "registers":
             if page_index % (SPLIT // PAGE) == 0:
                 m_done, l_done, acc_done = merge_splits(m_done, l_done, acc_done, m, l, acc)
                 m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -138,12 +142,13 @@ def paged_attention_kernel(
         page = tl.load(block_table_ptr + seq.to(tl.int64) * max_pages + page_index)
         base = (page.to(tl.int64) * KV_HEADS + kv_head) * PAGE * D
         position = page_index * PAGE + kv
-        # Rows past the sequence's end hold whatever was there: 0 * NaN would reach the output.
-        stored = (position < cache_len)[:, None] & (d < D)[None, :]
-        k = tl.load(k_cache_ptr + base + kv_offsets, mask=stored, other=0.0)
+        if BLOCK_D == D:
+            k = tl.load(k_cache_ptr + base + kv_offsets)
+        else:
+            k = tl.load(k_cache_ptr + base + kv_offsets, mask=(d < D)[None, :], other=0.0)
         s = dot(q, tl.trans(k), tl.zeros((BLOCK_M, PAGE), tl.float32))
         visible = position[None, :] <= q_position[:, None]
-        if window_left >= 0:
+        if HAS_WINDOW:
             visible &= position[None, :] >= q_position[:, None] - window_left
         s = tl.where(visible, s * scale_log2, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, axis=1))
@@ -152,20 +157,24 @@ def paged_attention_kernel(
         alpha = exp2(m - shift)
         l = fma(l, alpha, tl.sum(p, axis=1))
         m = m_new
+        # Rows past the sequence's end hold whatever was there: 0 * NaN would reach the output.
+        stored = (position < cache_len)[:, None]
+        if BLOCK_D != D:
+            stored &= (d < D)[None, :]
         v = tl.load(v_cache_ptr + base + kv_offsets, mask=stored, other=0.0)
         acc = dot(cast(p, v.dtype), v, acc * alpha[:, None])
 
-    H: tl.constexpr = KV_HEADS * GROUP
-    if PARALLEL_SPLITS:
-        out_row = (split.to(tl.int64) * T + t) * H + head
+    out_row = (split.to(tl.int64) * T + t) * (KV_HEADS * GROUP) + head
+    out_offsets = out_row[:, None] * D + d[None, :]
+    if MERGE == "kernel":
         tl.store(m_ptr + out_row, m, mask=live)
         tl.store(l_ptr + out_row, l, mask=live)
-        tl.store(o_ptr + out_row[:, None] * D + d[None, :], acc, mask=mask_o)
+        tl.store(partial_ptr + out_offsets, acc, mask=mask_o)
     else:
-        m, l, acc = merge_splits(m_done, l_done, acc_done, m, l, acc)
+        if MERGE == "registers":
+            m, l, acc = merge_splits(m_done, l_done, acc_done, m, l, acc)
         o = acc / tl.where(l > 0, l, 1.0)[:, None]  # l is 0 for a dead slot alone
-        o_offsets = (t * H + head)[:, None] * D + d[None, :]
-        tl.store(o_ptr + o_offsets, cast(o, o_ptr.dtype.element_ty), mask=mask_o)
+        tl.store(o_ptr + out_offsets, cast(o, o_ptr.dtype.element_ty), mask=mask_o)
 
 
 @triton.jit
@@ -179,6 +188,7 @@ def combine_splits_kernel(
     T,
     n_seqs,
     window_left,
+    HAS_WINDOW: tl.constexpr,
     H: tl.constexpr,
     D: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -195,7 +205,7 @@ def combine_splits_kernel(
     first_token = tl.load(cu_seqlens_ptr + seq)
     position = cache_len - (tl.load(cu_seqlens_ptr + seq + 1) - first_token) + token
     k_begin = 0
-    if window_left >= 0:
+    if HAS_WINDOW:
         k_begin = tl.maximum(0, position - window_left)
     k_end = tl.where(cache_len > 0, position + 1, 0)
 
@@ -240,20 +250,19 @@ def paged_attention(
     if o.numel() == 0:
         return o
     group = n_heads // kv_heads
-    tile = tuning.attention_tile(n_tokens, group, q.dtype, dim, batch_invariant)
     n_splits = triton.cdiv(max_pages * page, SPLIT_POSITIONS)
-    parallel = n_splits > 1 and tuning.splits_run_in_parallel(n_tokens, n_seqs)
-    if parallel:
+    tile = tuning.attention_tile(n_tokens, n_seqs, n_splits, q.dtype, dim, batch_invariant)
+    m, l, partial = o, o, o
+    if tile.merge == "kernel":
         stats = torch.empty((2, n_splits, n_tokens, n_heads), dtype=torch.float32, device=q.device)
         m, l = stats[0], stats[1]
-        out = torch.empty((n_splits, *q.shape), dtype=torch.float32, device=q.device)
-    else:
-        m, l, out = o, o, o
+        partial = torch.empty((n_splits, *q.shape), dtype=torch.float32, device=q.device)
     block_s = triton.next_power_of_2(n_seqs)
     block_d = max(16, triton.next_power_of_2(dim))
     n_tiles = n_tokens * group // tile.m + n_seqs  # at least the sum of every sequence's tiles
-    paged_attention_kernel[(n_tiles, kv_heads, n_splits if parallel else 1)](
-        out,
+    paged_attention_kernel[(n_tiles, kv_heads, n_splits if tile.merge == "kernel" else 1)](
+        o,
+        partial,
         m,
         l,
         q,
@@ -269,29 +278,31 @@ def paged_attention(
         max_pages,
         softmax_scale * LOG2_E,
         window_left,
+        HAS_WINDOW=window_left >= 0,
         KV_HEADS=kv_heads,
         GROUP=group,
         D=dim,
         PAGE=page,
         SPLIT=SPLIT_POSITIONS,
-        PARALLEL_SPLITS=parallel,
+        MERGE=tile.merge,
         BLOCK_M=tile.m,
         BLOCK_D=block_d,
         BLOCK_S=block_s,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
-    if parallel:
+    if tile.merge == "kernel":
         combine_splits_kernel[(n_tokens, n_heads)](
             o,
             m,
             l,
-            out,
+            partial,
             cu_seqlens_q,
             cache_seqlens,
             n_tokens,
             n_seqs,
             window_left,
+            HAS_WINDOW=window_left >= 0,
             H=n_heads,
             D=dim,
             SPLIT=SPLIT_POSITIONS,

@@ -17,9 +17,7 @@ from .triton_compat import cast
 
 
 @triton.jit
-def embedding_kernel(
-    y_ptr, ids_ptr, weight_ptr, stride_w, n_rows, n_cols, BLOCK: tl.constexpr
-):
+def embedding_kernel(y_ptr, ids_ptr, weight_ptr, stride_w, n_rows, n_cols, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(ids_ptr + token).to(tl.int64)

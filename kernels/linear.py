@@ -86,7 +86,14 @@ def linear_kernel(
 
 @triton.jit
 def sum_splits_kernel(
-    y_ptr, partial_ptr, bias_ptr, M, N, N_SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr
+    y_ptr,
+    partial_ptr,
+    bias_ptr,
+    M,
+    N,
+    N_SPLITS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -60,7 +60,9 @@ def quantize_activation_kernel(
 @triton.jit
 def block_scale(scales_ptr, block, mask, which, N_SCALES: tl.constexpr):
     """Scale (`which` 0) or minimum (1) of blocks: [len(block), 1] fp32."""
-    return tl.load(scales_ptr + block * N_SCALES + which, mask=mask, other=0.0).to(tl.float32)[:, None]
+    return tl.load(scales_ptr + block * N_SCALES + which, mask=mask, other=0.0).to(tl.float32)[
+        :, None
+    ]
 
 
 @triton.jit

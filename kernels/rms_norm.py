@@ -75,7 +75,13 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 
 def _launch(
-    y: Tensor, h: Tensor, x: Tensor, residual: Tensor, weight: Tensor, eps: float, has_residual: bool
+    y: Tensor,
+    h: Tensor,
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    has_residual: bool,
 ) -> None:
     n = x.shape[-1]
     n_rows = x.numel() // n if n else 0

@@ -22,6 +22,7 @@ from . import tuning
 from .triton_compat import divide
 
 VOCAB_TILE = 512
+GREEDY_BELOW = tl.constexpr(1e-5)  # dividing by a lower temperature could overflow fp32
 LOWEST_KEY = tl.constexpr(-2139095040)  # key of the lowest finite float
 
 
@@ -60,14 +61,20 @@ def key_value(key):
 
 @triton.jit
 def gumbel_noise(seed, position, ids):
-    """-log(-log(u)), u uniform in (0, 1): Philox key = seed, counter = (id, position, 0, 0).
+    """-log(-log(u)), u = (word + 0.5) / 2^32, of Philox key = seed, counter = (id, position, 0, 0).
 
-    23 bits make u = (word >> 9 + 0.5) / 2^23 exact in fp32, hence never 0 or 1.
+    Near u = 1 the noise is largest and fp32 would round u to 1: there -log(u) comes from
+    v = 1 - u, which is small and exact enough, by log1p(-v) = log(1 - v) * v / (1 - (1 - v)).
     """
     zero = tl.zeros_like(ids)
     word, _, _, _ = tl.philox(seed, ids, zero + position, zero, zero)
-    u = ((word >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
-    return -tl.log(-tl.log(u))
+    upper = word >= 0x80000000
+    small = tl.where(upper, 0xFFFFFFFF - word, word).to(tl.float32)
+    v = (small + 0.5) * 2.3283064365386963e-10  # 2^-32
+    rest = 1.0 - v
+    lost = 1.0 - rest  # the part of v that 1 - v has kept
+    log1p = tl.where(lost == 0.0, -v, tl.log(rest) * v / tl.where(lost == 0.0, 1.0, lost))
+    return -tl.log(-tl.where(upper, log1p, tl.log(v)))
 
 
 @triton.jit
@@ -87,6 +94,7 @@ def sampling_scores_kernel(
     V,
     n_tiles,
     n_banned,
+    HAS_COUNTS: tl.constexpr,
     TILE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -101,16 +109,18 @@ def sampling_scores_kernel(
 
     for i in range(n_banned):
         x = tl.where(ids == tl.load(banned_ptr + row * n_banned + i), float("-inf"), x)
-    if tl.load(penalized_ptr + row) != 0:
-        count = tl.load(counts_ptr + row * V + ids, mask=inside, other=0)
-        in_prompt = tl.load(in_prompt_ptr + row * V + ids, mask=inside, other=0)
-        repetition = tl.load(repetition_ptr + row)
-        repeated = tl.where(x > 0, divide(x, tl.zeros_like(x) + repetition), x * repetition)
-        x = tl.where((count > 0) | (in_prompt != 0), repeated, x)
-        x -= tl.where(count > 0, tl.load(presence_ptr + row), 0.0)
-        x -= count.to(tl.float32) * tl.load(frequency_ptr + row)
+    if HAS_COUNTS:
+        if tl.load(penalized_ptr + row) != 0:
+            count = tl.load(counts_ptr + row * V + ids, mask=inside, other=0)
+            in_prompt = tl.load(in_prompt_ptr + row * V + ids, mask=inside, other=0)
+            repetition = tl.load(repetition_ptr + row)
+            repeated = tl.where(x > 0, divide(x, tl.zeros_like(x) + repetition), x * repetition)
+            x = tl.where((count > 0) | (in_prompt != 0), repeated, x)
+            x -= tl.where(count > 0, tl.load(presence_ptr + row), 0.0)
+            x -= count.to(tl.float32) * tl.load(frequency_ptr + row)
     temperature = tl.load(temperature_ptr + row)
-    x = divide(x, tl.zeros_like(x) + tl.where(temperature > 0, temperature, 1.0))
+    one = tl.zeros_like(temperature) + 1.0
+    x *= divide(one, tl.where(temperature < GREEDY_BELOW, one, temperature))
     tl.store(scores_ptr + row * V + ids, x, mask=inside)
     top, total = tile_statistics(x)
     tl.store(stats + 2 * n_tiles, top)
@@ -165,13 +175,14 @@ def sampling_cutoff_kernel(
     stats = stats_ptr + row * 4 * n_tiles
     lse, _ = merge_statistics(stats, stats + n_tiles, n_tiles, BLOCK_TILES)
     lse_t, top = merge_statistics(stats + 2 * n_tiles, stats + 3 * n_tiles, n_tiles, BLOCK_TILES)
-    tl.store(lse_ptr + row * 2, lse)
-    tl.store(lse_ptr + row * 2 + 1, lse_t)
+    # NaN and +inf make a log-sum-exp NaN; a row without a finite score joins them.
+    usable = (lse == lse) & (lse_t == lse_t) & (top > float("-inf"))
+    tl.store(lse_ptr + row * 2, tl.where(usable, lse, float("nan")))
+    tl.store(lse_ptr + row * 2 + 1, tl.where(usable, lse_t, float("nan")))
 
     scores = scores_ptr + row * V
     cutoff = tl.zeros_like(top) + float("-inf")
-    usable = (lse == lse) & (lse_t == lse_t) & (top > float("-inf"))
-    if usable & (tl.load(temperature_ptr + row) > 0):
+    if usable & (tl.load(temperature_ptr + row) >= GREEDY_BELOW):
         min_p = tl.load(min_p_ptr + row)
         if min_p > 0:
             cutoff = top + tl.log(min_p)
@@ -208,7 +219,7 @@ def sampling_draw_kernel(
     tile = tl.program_id(1)
     ids = tile * TILE + tl.arange(0, TILE)
     x = tl.load(scores_ptr + row * V + ids, mask=ids < V, other=float("-inf"))
-    if tl.load(temperature_ptr + row) > 0:
+    if tl.load(temperature_ptr + row) >= GREEDY_BELOW:
         kept = x >= tl.load(cutoff_ptr + row)
         noise = gumbel_noise(tl.load(seed_ptr + row), tl.load(position_ptr + row), ids)
         x = tl.where(kept, x + noise, float("-inf"))
@@ -232,6 +243,7 @@ def sampling_select_kernel(
     stride_l,
     V,
     n_tiles,
+    HAS_COUNTS: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -246,9 +258,10 @@ def sampling_select_kernel(
     tl.store(ids_ptr + row, tl.where(valid, chosen, -1))
     tl.store(logprob_ptr + row, logprob)
     tl.store(logprob_t_ptr + row, logprob_t)
-    if valid & (tl.load(penalized_ptr + row) != 0):
-        count = counts_ptr + row * V + chosen
-        tl.store(count, tl.load(count) + 1)
+    if HAS_COUNTS:
+        if valid & (tl.load(penalized_ptr + row) != 0):
+            count = counts_ptr + row * V + chosen
+            tl.store(count, tl.load(count) + 1)
 
 
 def sampling(
@@ -269,15 +282,15 @@ def sampling(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(ids i32[S], logprob f32[S], logprob_t f32[S]) of logits[S, V] f32 (last dim contiguous).
 
-    Per row: temperature f32 (0 is greedy), top_k i32 (<= 0 or >= V is off), top_p f32 (1 is off),
+    Per row: temperature f32 (below 1e-5 is greedy), top_k i32 (<= 0 or >= V is off), top_p f32 (1 is off),
     min_p f32 (0 is off), repetition f32 (1 is off), presence f32, frequency f32, seed i64,
     position i32, penalized u8 or bool; counts[S, V] i32, in_prompt[S, V] u8, banned[S, B] i32
-    (padded with -1), contiguous. Where `penalized`, counts[s, id] grows by one; elsewhere counts
-    and in_prompt are not read. top-k keeps every score equal to the k-th largest; top-p the
+    (padded with -1), contiguous; counts and in_prompt may be [0, V]: no penalties. Where
+    `penalized`, counts[s, id] grows by one; elsewhere counts and in_prompt are not read. top-k keeps every score equal to the k-th largest; top-p the
     smallest set of highest scores whose share, of what min-p and top-k kept, reaches top_p, with
     the ties of its last; equal draws go to the lower id. logprob is of the raw logits; logprob_t
-    of the penalized ones at the temperature (at 1 when greedy) before truncation. A row with NaN
-    or +inf gives id -1 and NaN.
+    of the penalized ones at the temperature (at 1 when greedy) before truncation. A row with NaN,
+    +inf or no finite score gives id -1 and NaN.
     """
     n_rows, vocab = logits.shape
     f32 = {"dtype": torch.float32, "device": logits.device}
@@ -310,6 +323,7 @@ def sampling(
         vocab,
         n_tiles,
         banned.shape[1],
+        HAS_COUNTS=counts.shape[0] > 0,
         TILE=VOCAB_TILE,
         num_warps=4,
     )
@@ -355,6 +369,7 @@ def sampling(
         stride_l,
         vocab,
         n_tiles,
+        HAS_COUNTS=counts.shape[0] > 0,
         BLOCK_TILES=block_tiles,
         num_warps=4,
     )
@@ -425,3 +440,71 @@ def log_probs(logits: Tensor, ids: Tensor) -> Tensor:
         num_warps=4,
     )
     return logprob
+
+
+@triton.jit
+def top_log_probs_kernel(
+    values_ptr,
+    ids_ptr,
+    stats_ptr,
+    logits_ptr,
+    stride_l,
+    V,
+    K,
+    n_tiles,
+    BLOCK: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    stats = stats_ptr + row * 2 * n_tiles
+    lse, _ = merge_statistics(stats, stats + n_tiles, n_tiles, BLOCK_TILES)
+    last = tl.zeros_like(lse) + float("inf")
+    last_id = tl.zeros((), tl.int32) - 1
+    for j in range(K):  # the highest (score, lowest id) after the one found before
+        best = tl.zeros_like(lse) + float("-inf")
+        best_id = tl.zeros((), tl.int32) + V
+        for start in range(0, V, BLOCK):
+            ids = start + tl.arange(0, BLOCK)
+            x = tl.load(logits_ptr + row * stride_l + ids, mask=ids < V, other=float("-inf"))
+            later = (x < last) | ((x == last) & (ids > last_id))
+            x = tl.where(later, x, float("-inf"))
+            top = tl.max(x, axis=0)
+            top_id = tl.min(tl.where(later & (x == top) & (ids < V), ids, V), axis=0)
+            best_id = tl.where((top > best) | ((top == best) & (best_id == V)), top_id, best_id)
+            best = tl.maximum(best, top)
+        tl.store(values_ptr + row * K + j, best - lse)
+        tl.store(ids_ptr + row * K + j, tl.minimum(best_id, V - 1))
+        last, last_id = best, best_id
+
+
+def top_log_probs(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """(values f32[S, k], ids i32[S, k]): the k largest of log-softmax(logits[S, V]), descending.
+
+    logits: f32, last dim contiguous; ties go to the lower id. Reads a row k times: meant for the
+    few alternatives a request reports. A row with NaN gives NaN and arbitrary valid ids.
+    """
+    n_rows, vocab = logits.shape
+    values = torch.empty((n_rows, k), dtype=torch.float32, device=logits.device)
+    ids = torch.empty((n_rows, k), dtype=torch.int32, device=logits.device)
+    if values.numel() == 0:
+        return values, ids
+    n_tiles = triton.cdiv(vocab, VOCAB_TILE)
+    stats = torch.empty((n_rows, 2, n_tiles), dtype=torch.float32, device=logits.device)
+    stride_l = logits.stride(0)
+    log_probs_tile_kernel[(n_rows, n_tiles)](
+        stats, logits, stride_l, vocab, n_tiles, TILE=VOCAB_TILE, num_warps=4
+    )
+    top_log_probs_kernel[(n_rows,)](
+        values,
+        ids,
+        stats,
+        logits,
+        stride_l,
+        vocab,
+        k,
+        n_tiles,
+        BLOCK=tuning.CUTOFF_BLOCK,
+        BLOCK_TILES=triton.next_power_of_2(n_tiles),
+        num_warps=tuning.CUTOFF_WARPS,
+    )
+    return values, ids

@@ -12,9 +12,7 @@ from .triton_compat import cast
 
 
 @triton.jit
-def swiglu_kernel(
-    y_ptr, gate_ptr, up_ptr, stride_gm, stride_um, n_cols, BLOCK: tl.constexpr
-):
+def swiglu_kernel(y_ptr, gate_ptr, up_ptr, stride_gm, stride_um, n_cols, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = cols < n_cols

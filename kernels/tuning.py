@@ -39,11 +39,16 @@ class RowTile:
 
 @dataclass(frozen=True, slots=True)
 class AttentionTile:
-    """Query rows a program takes; the key tile is the page."""
+    """Query rows a program takes (the key tile is the page), and how its splits are merged.
+
+    merge: "kernel" (each split has its own program, a second kernel merges), "registers" (one
+    program runs all splits and keeps the merged ones beside the current), or "none" (no splits).
+    """
 
     m: int
     num_warps: int
     num_stages: int
+    merge: str
 
 
 # 1,024 elements over 4 warps are 8 a thread: one 16-byte access of bf16, two of fp32.
@@ -83,26 +88,22 @@ def row_tile(n: int) -> RowTile:
 _LINEAR_BF16 = {
     16: ProductTile(64, 16, 128, 4, 4),
     32: ProductTile(64, 32, 128, 4, 4),
-    64: ProductTile(64, 64, 64, 4, 4),
+    64: ProductTile(128, 64, 64, 8, 4),
     128: ProductTile(128, 128, 64, 8, 4),
 }
 _LINEAR_FP32 = {
     16: ProductTile(64, 16, 32, 4, 3),
     64: ProductTile(64, 64, 16, 4, 3),
 }
-# Quantized: a step of k columns is k / 32 unrolled block products, each with its scale. bf16
-# codes of a block are made in registers. Large tile: two accumulators (t, acc) of 64 registers.
-_QUANT_BF16 = {
+# Quantized: a step of k columns is k / 32 unrolled block products, each with its scales; codes
+# become operands in registers (the weights are wgmma's register operand). Large: product and sum
+# of 256 x 64 take 128 registers a thread at 8 warps, and a token's scales, which every row of the
+# tile needs, only 64 / 4; a 128 x 128 tile needs 128 / 4 twice and spills up to 2,316 bytes.
+_QUANT = {
     16: ProductTile(64, 16, 128, 4, 3),
     32: ProductTile(64, 32, 64, 4, 3),
-    64: ProductTile(64, 64, 64, 4, 3),
-    128: ProductTile(128, 128, 64, 8, 3),
-}
-_QUANT_INT8 = {
-    16: ProductTile(64, 16, 128, 4, 3),
-    32: ProductTile(64, 32, 64, 4, 3),
-    64: ProductTile(64, 64, 64, 4, 3),
-    128: ProductTile(128, 128, 64, 8, 3),
+    64: ProductTile(64, 64, 32, 4, 3),
+    128: ProductTile(256, 64, 32, 8, 3),
 }
 _QUANT_FP32 = {
     16: ProductTile(64, 16, 32, 4, 2),
@@ -117,8 +118,7 @@ def linear_tile(m: int, dtype: torch.dtype) -> ProductTile:
 
 def quant_tile(m: int, activation: str) -> ProductTile:
     """Tile of a packed product of m tokens in an activation mode."""
-    table = {"int8": _QUANT_INT8, "bf16": _QUANT_BF16, "fp32": _QUANT_FP32}[activation]
-    return _for_tokens(table, m)
+    return _for_tokens(_QUANT_FP32 if activation == "fp32" else _QUANT, m)
 
 
 def _for_tokens(table: dict[int, ProductTile], m: int) -> ProductTile:
@@ -136,30 +136,41 @@ def k_splits(n_programs: int, m: int, k: int, step: int) -> int:
 
 
 def attention_tile(
-    n_tokens: int, group: int, dtype: torch.dtype, dim: int, batch_invariant: bool
+    n_tokens: int,
+    n_seqs: int,
+    n_splits: int,
+    dtype: torch.dtype,
+    dim: int,
+    batch_invariant: bool = True,
 ) -> AttentionTile:
-    """Tile of the attention kernel.
+    """Tile of the attention kernel, and where the splits of the cache meet.
 
-    Invariant: 64 rows over 4 warps, one wgmma of 64 rows, for prompts and single tokens. A token
-    of 4 grouped heads then wastes 60 of 64 rows, yet 64 rows x 4 FLOP for each of the 2 bytes of a
-    cache element are 64 FLOP a byte, below the H100's 180 (A100's 156): still bandwidth-bound.
-    Two accumulators (this split's, the merged) of 64 x D at 4 warps take D / 2 + D / 2 registers a
-    thread: D above 128 takes 8 warps. fp32 takes 16 rows: its products run on FMA units.
+    The tile depends on head dim and dtype alone, so prompts and single tokens share it. 64 rows
+    are one wgmma. A token of 4 grouped heads then wastes 60 of 64 rows, yet 64 rows x 4 FLOP for
+    each 4 bytes of K and V are 64 FLOP a byte, below the H100's 180 and A100's 156: decoding
+    stays bandwidth-bound. Two outputs of 64 x 128 (this split's and the merged one) take 128
+    registers a thread at 4 warps and spill 108 (sm_90) to 244 bytes (sm_80); 8 warps take 202 and
+    236 without. Keeping the merged one in memory instead costs the pipelining of K and V.
+
+    The fast mode does not restart prompts at splits: 4 warps then hold 64 x 128 (240 and 255
+    registers). 128 rows over 8 warps would suit sm_90 better (185), but spill 144 bytes on sm_80.
+    Few query rows, as in decoding, give every split its own program; prompts cannot, for that
+    keeps n_splits x n_tokens rows of fp32. fp32 runs on FMA units: few rows.
     """
+    few = n_tokens <= max(n_seqs, 16)
+    if n_splits == 1:
+        merge = "none"
+    elif few:
+        merge = "kernel"
+    else:
+        merge = "registers" if batch_invariant else "none"
     if dtype == torch.float32:
-        return AttentionTile(m=16, num_warps=4 if dim <= 128 else 8, num_stages=2)
-    warps = 4 if dim <= 128 else 8
-    if batch_invariant:
-        return AttentionTile(m=64, num_warps=warps, num_stages=2)
-    if n_tokens * group <= 16 * 64:  # decoding
-        return AttentionTile(m=16, num_warps=4, num_stages=3)
-    return AttentionTile(m=128, num_warps=8, num_stages=2)
-
-
-def splits_run_in_parallel(n_tokens: int, n_seqs: int) -> bool:
-    """Whether splits of the cache get their own programs: few query rows, as in decoding.
-
-    The answer never changes a result. The partial outputs cost n_splits * n_tokens rows of fp32,
-    so prompts keep their splits in one program.
-    """
-    return n_tokens <= max(n_seqs, 16)
+        if dim <= 64:
+            return AttentionTile(16, 4, 2, merge)
+        return AttentionTile(16 if dim <= 128 else 4, 8, 3, merge)
+    if dim > 128:
+        return AttentionTile(16, 8, 2, merge)
+    if few and not batch_invariant:
+        return AttentionTile(16, 4, 3, merge)
+    warps = 8 if dim > 64 and batch_invariant else 4
+    return AttentionTile(64, warps, 2, merge)

@@ -181,7 +181,13 @@ def quantized_activation(x: Tensor) -> Tensor:
 
 
 def quant_matmul_case(
-    format: str, activation: str, m: int, n: int = 70, k: int = 160, bias: bool = False, **mode: bool
+    format: str,
+    activation: str,
+    m: int,
+    n: int = 70,
+    k: int = 160,
+    bias: bool = False,
+    **mode: bool,
 ) -> float:
     from fastllm.kernels.quant_matmul import quant_matmul
 
@@ -268,7 +274,9 @@ class Cache:
 
     def __init__(self, lengths: list[int], kv_heads: int, dim: int, dtype: torch.dtype) -> None:
         self.k_rows = [randn(n, kv_heads, dim, dtype=dtype, seed=i) for i, n in enumerate(lengths)]
-        self.v_rows = [randn(n, kv_heads, dim, dtype=dtype, seed=90 + i) for i, n in enumerate(lengths)]
+        self.v_rows = [
+            randn(n, kv_heads, dim, dtype=dtype, seed=90 + i) for i, n in enumerate(lengths)
+        ]
         width = max(1, *(math.ceil(n / 64) for n in lengths))
         n_pages = len(lengths) * width + 1
         order = torch.randperm(n_pages, generator=torch.Generator().manual_seed(0))
@@ -405,7 +413,7 @@ def philox_known_answer() -> float:
     seed, position, vocab = 0x9ABCDEF0_12345678 - 2**64, 77, 600
     params = sampling_parameters(1, vocab, temperature=1.0, seed=seed, position=position)
     ids, _, _ = sampling.sampling(torch.zeros(1, vocab), **params)
-    words = [philox(seed, (i, position, 0, 0)) >> 9 for i in range(vocab)]
+    words = [philox(seed, (i, position, 0, 0)) for i in range(vocab)]
     return 0.0 if ids.item() == words.index(max(words)) else math.inf
 
 
@@ -484,7 +492,7 @@ def sampling_case(vocab: int, rows: int = 3, **values: float) -> float:
                 philox(p["seed"][row].item(), (i, p["position"][row].item(), 0, 0))
                 for i in range(vocab)
             ]
-            u = (torch.tensor(words, dtype=torch.float64).div(512).floor() + 0.5) / 2**23
+            u = (torch.tensor(words, dtype=torch.float64) + 0.5) / 2**32
             score = torch.where(kept, score - (-u.log()).log(), -math.inf)
         expected.append(score.argmax().item())
     counts = p["counts"].clone()
@@ -519,17 +527,61 @@ def sampling_cutoff_case(vocab: int, ties: bool, **values: float) -> float:
 
 
 def sampling_bad_rows() -> float:
-    """NaN gives id -1 in its row alone; equal maxima give the lowest id; counts stay."""
+    """Rows with NaN, +inf or nothing finite give -1 alone; equal maxima give the lowest id."""
     from fastllm.kernels.sampling import sampling
 
-    logits = randn(3, 1030)
+    logits = randn(5, 1030)
     logits[0, 700] = math.nan
     logits[1, [600, 1029]] = 50.0
-    p = sampling_parameters(3, 1030, penalized=1)
-    ids, logprob, _ = sampling(logits, **p)
-    assert ids.tolist() == [-1, 600, logits[2].argmax().item()], ids.tolist()
-    assert logprob.isnan().tolist() == [True, False, False]
-    return 0.0 if p["counts"].sum(1).tolist() == [0, 1, 1] else math.inf
+    logits[3, 2] = math.inf
+    logits[4] = -math.inf
+    p = sampling_parameters(5, 1030, penalized=1)
+    ids, logprob, logprob_t = sampling(logits, **p)
+    bad = [True, False, False, True, True]
+    assert ids.tolist() == [-1, 600, logits[2].argmax().item(), -1, -1], ids.tolist()
+    assert logprob.isnan().tolist() == logprob_t.isnan().tolist() == bad
+    return 0.0 if p["counts"].sum(1).tolist() == [0, 1, 1, 0, 0] else math.inf
+
+
+def sampling_without_counts() -> float:
+    """counts and in_prompt of no rows: no penalties, whatever `penalized` says."""
+    from fastllm.kernels.sampling import sampling
+
+    logits = randn(2, 70)
+    p = sampling_parameters(2, 70, penalized=1, presence=9.0)
+    p["counts"], p["in_prompt"] = p["counts"][:0], p["in_prompt"][:0]
+    return same(sampling(logits, **p)[0], logits.argmax(1).int())
+
+
+def gumbel_extremes() -> float:
+    """The noise, read off one draw of two ids: finite and right at the ends of u's range.
+
+    With 4,000 positions the words reach within 2^-10 of both ends.
+    """
+    from fastllm.kernels.sampling import sampling
+
+    rows = 40
+    p = sampling_parameters(rows, 2, temperature=1.0, seed=3)
+    p["position"] += torch.arange(rows, dtype=torch.int32) * 100
+    words = [
+        [philox(3, (i, position, 0, 0)) for i in range(2)] for position in p["position"].tolist()
+    ]
+    u = (torch.tensor(words, dtype=torch.float64) + 0.5) / 2**32
+    noise = -(-u.log()).log()
+    # Offset the second logit so that the two scores differ by a tiny margin, either way.
+    margin = torch.where(torch.arange(rows) % 2 == 0, 1e-4, -1e-4)
+    logits = torch.stack((torch.zeros(rows), (noise[:, 0] - noise[:, 1] + margin).float()), 1)
+    return same(sampling(logits, **p)[0], (margin > 0).int())
+
+
+def top_log_probs_case(vocab: int, k: int) -> float:
+    from fastllm.kernels.sampling import top_log_probs
+
+    logits = (randn(3, vocab) * 4).round() / 4  # ties
+    values, ids = top_log_probs(logits, k)
+    order = logits.sort(1, descending=True, stable=True).indices[:, :k]
+    ref = logits.double().log_softmax(-1).gather(1, order)
+    return max(same(ids, order.int()), excess(values, ref, F32))
 
 
 def log_probs_case(vocab: int) -> float:
@@ -591,7 +643,15 @@ def quick_cases() -> dict[str, Case]:
     add("quantize_activation", quantize_activation_exact)
     add("quant_matmul int8 rows", int8_rows_are_independent)
     add("sampling greedy", sampling_case, 1000)
-    add("sampling penalties", sampling_case, 600, penalized=1, repetition=1.3, presence=0.5, frequency=0.2)
+    add(
+        "sampling penalties",
+        sampling_case,
+        600,
+        penalized=1,
+        repetition=1.3,
+        presence=0.5,
+        frequency=0.2,
+    )
     add("sampling temperature", sampling_case, 600, temperature=0.8, seed=2**40 + 5, position=9)
     add("sampling truncated", sampling_case, 600, temperature=1.5, top_k=9, top_p=0.9, min_p=0.01)
     add("sampling top-k", sampling_cutoff_case, 520, False, top_k=3)
@@ -601,6 +661,10 @@ def quick_cases() -> dict[str, Case]:
     add("sampling top-p 0", sampling_cutoff_case, 520, False, top_p=0.0)
     add("sampling philox", philox_known_answer)
     add("sampling bad rows", sampling_bad_rows)
+    add("sampling without counts", sampling_without_counts)
+    add("sampling noise", gumbel_extremes)
+    add("top_log_probs", top_log_probs_case, 700, 4)
+    add("top_log_probs all", top_log_probs_case, 5, 5)
     add("log_probs", log_probs_case, 1300)
     return cases
 
@@ -610,17 +674,18 @@ def full_cases() -> dict[str, Case]:
     cases: dict[str, Case] = {}
     for dtype, m, n, k in product((F32, BF16), (33, 65, 129), (3, 130), (31, 64, 200)):
         cases[f"linear {NAMES[dtype]} {m}x{n}x{k}"] = lambda a=(dtype, m, n, k): linear_case(*a)
-    for format, mode, m in product(("q4_0", "q4_1", "q8_0"), ("int8", "bf16", "fp32"), (33, 65, 129)):
+    for format, mode, m in product(
+        ("q4_0", "q4_1", "q8_0"), ("int8", "bf16", "fp32"), (33, 65, 129)
+    ):
         name = f"quant_matmul {format} {mode} m={m}"
         cases[name] = lambda a=(format, mode, m): quant_matmul_case(*a, n=130, k=96, bias=True)
     for dtype, dim, heads in product((F32, BF16), (64, 96, 128), ((2, 1), (7, 1), (2, 2))):
         name = f"attention {NAMES[dtype]} {heads} {dim}"
         cases[name] = lambda a=(dtype, [3, 0, 520], [40, 66, 523], heads, dim): attention_case(*a)
     for dtype, window in product((F32, BF16), (0, 63, 511)):
-        cases[f"attention {NAMES[dtype]} same bits, window {window}"] = lambda a=(
-            dtype,
-            window,
-        ): attention_bits(*a)
+        cases[f"attention {NAMES[dtype]} same bits, window {window}"] = (
+            lambda a=(dtype, window): attention_bits(*a)
+        )
     for vocab, top_k, top_p, min_p in product((7, 4100), (0, 1, 50), (0.2, 0.99, 1.0), (0.0, 0.1)):
         values = {"temperature": 0.7, "top_k": top_k, "top_p": top_p, "min_p": min_p}
         name = f"sampling V={vocab} " + " ".join(f"{k}={v}" for k, v in values.items())

@@ -1,0 +1,68 @@
+"""Every Triton kernel compiles for sm_80 and sm_90 at its shipped tiles, fits, and does not spill.
+
+The launches come from the launchers themselves (fastllm.kernels.ahead_of_time), so a change of a
+tile is compiled as it would run. Needs no GPU: Triton carries ptxas.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("triton")
+
+from fastllm.kernels import ahead_of_time
+from fastllm.kernels.ahead_of_time import SHARED_LIMIT, Resources
+
+# Each tile family once where it is tightest: 20 compiles, some 20 s on two cores.
+QUICK = {
+    90: [
+        "linear bf16 m=1",
+        "linear bf16 m=2048",
+        "quant_matmul q4_1 int8 m=1",
+        "quant_matmul q4_1 bf16 m=2048",
+        "attention prefill 32/8x128 bf16",
+        "attention decode 9/3x64 bf16",
+        "rms_norm",
+        "sampling",
+    ],
+    80: [
+        "linear bf16 m=2048",
+        "quant_matmul q4_1 int8 m=2048",
+        "attention prefill 32/8x128 bf16",
+        "rope",
+    ],
+}
+
+
+def check(found: list[Resources]) -> None:
+    """No spills, shared memory within the architecture's limit; the message is the table."""
+    table = "\n".join(
+        f"sm_{r.arch} {r.registers} registers, {r.spills} bytes spilled, {r.shared} shared: {r.name}"
+        for r in found
+    )
+    print(table)
+    bad = [r for r in found if r.spills or r.shared > SHARED_LIMIT[r.arch]]
+    assert found and not bad, f"{len(bad)} kernels spill or do not fit:\n" + "\n".join(
+        map(str, bad)
+    )
+
+
+def test_every_kernel_has_a_shipped_launch() -> None:
+    """The table of launches names every `*_kernel` of the folder: none goes uncompiled."""
+    modules = [vars(ahead_of_time)[name] for name in ahead_of_time.KERNEL_MODULES]
+    written = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+    with ahead_of_time.recorded() as launches:
+        for call in ahead_of_time.shipped_launches().values():
+            call()
+    assert {launch.kernel.__name__ for launch in launches} == written
+
+
+@pytest.mark.parametrize("arch", QUICK)
+def test_tightest_kernels_fit_without_spills(arch: int) -> None:
+    check(ahead_of_time.compile_all(QUICK[arch], (arch,)))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("arch", SHARED_LIMIT)
+def test_all_kernels_fit_without_spills(arch: int) -> None:
+    check(ahead_of_time.compile_all(list(ahead_of_time.shipped_launches()), (arch,)))
