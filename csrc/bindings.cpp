@@ -137,6 +137,9 @@ PYBIND11_MODULE(_C, m) {
   op(m, "paged_attention", &Kernels::paged_attention, paged_attention_args);
   op(m, "quant_matmul", &Kernels::quant_matmul, quant_matmul_args);
   op(m, "pack", &Kernels::pack, pack_args);
+  op(m, "log_probs", &Kernels::log_probs, log_probs_args);
+  op(m, "top_log_probs", &Kernels::top_log_probs, top_log_probs_args);
+  op(m, "sampling", &Kernels::sampling, sampling_args);
 
   m.def("isa", active_isa, "the active instruction-set level");
   m.def("isas", supported_isas, "the levels that this processor runs, ascending");
@@ -154,6 +157,8 @@ PYBIND11_MODULE(_C, m) {
         if (recording) throw std::runtime_error("a graph is already being captured on this thread");
         recording = &graph;
       })
-      .def("end", [](Graph&) { recording = nullptr; });
+      .def("end", [](Graph& graph) {
+        if (recording == &graph) recording = nullptr;
+      });
   m.def("recording", [] { return recording != nullptr; });
 }

@@ -162,6 +162,50 @@ PagedAttentionArgs paged_attention_args(Tensor o, Tensor q, Tensor k_cache, Tens
                                         Tensor block_table, Tensor cu_seqlens, Tensor cache_seqlens,
                                         Tensor partials, double scale, int64_t window_left);
 
+// Log-softmax of logits rows at chosen ids; NaN at ids outside [0, columns).
+struct LogProbsArgs {
+  float* out;           // [rows, picks]
+  float* scratch;       // [rows, ceil(columns / 512), 2]
+  const float* logits;  // [rows, columns]
+  const void* ids;      // [rows, picks] int32, or int64 if long_ids
+  int64_t rows, columns, stride, picks;
+  bool long_ids;
+};
+LogProbsArgs log_probs_args(Tensor out, Tensor scratch, Tensor logits, Tensor ids);
+
+// The k largest log-probabilities of each row, descending, ties to the lower id.
+struct TopLogProbsArgs {
+  float* values;        // [rows, k]
+  int32_t* ids;         // [rows, k]
+  float* scratch;       // [rows, ceil(columns / 512), 2]
+  const float* logits;  // [rows, columns]
+  int64_t rows, columns, stride, k;
+};
+TopLogProbsArgs top_log_probs_args(Tensor values, Tensor ids, Tensor scratch, Tensor logits);
+
+// One sampled token per row (see cpu/sampling.cpp). Everything per row is read when the kernel runs.
+struct SamplingArgs {
+  int32_t* ids;
+  float *logprob, *logprob_t;
+  float* scratch;       // [rows, ceil(columns / 512) * 6 + 1]
+  const float* logits;  // [rows, columns]
+  const float* temperature;
+  const int32_t* top_k;
+  const float *top_p, *min_p, *repetition, *presence, *frequency;
+  const int64_t* seed;
+  const int32_t* position;
+  const uint8_t* penalized;
+  int32_t* counts;           // [rows, columns], or null: no penalties
+  const uint8_t* in_prompt;  // [rows, columns], or null
+  const int32_t* banned;     // [rows, num_banned]
+  int64_t rows, columns, stride, num_banned;
+};
+SamplingArgs sampling_args(Tensor ids, Tensor logprob, Tensor logprob_t, Tensor scratch,
+                           Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p,
+                           Tensor min_p, Tensor repetition, Tensor presence, Tensor frequency,
+                           Tensor seed, Tensor position, Tensor penalized, Tensor counts,
+                           Tensor in_prompt, Tensor banned);
+
 struct Kernels {
   Kernel<RmsNormArgs>* rms_norm;
   Kernel<RopeArgs>* rope;
@@ -171,6 +215,9 @@ struct Kernels {
   Kernel<PagedAttentionArgs>* paged_attention;
   Kernel<QuantMatmulArgs>* quant_matmul;
   Kernel<PackArgs>* pack;
+  Kernel<LogProbsArgs>* log_probs;
+  Kernel<TopLogProbsArgs>* top_log_probs;
+  Kernel<SamplingArgs>* sampling;
 };
 
 namespace generic {

@@ -24,6 +24,7 @@ struct Tensor {
   int64_t inner(int i) const { return i <= ndim ? shape[ndim - i] : 1; }
   int64_t inner_stride(int i) const { return i <= ndim ? stride[ndim - i] : 0; }
   bool contiguous() const {
+    if (numel() == 0) return true;  // torch gives empty tensors strides of 1 where products give 0
     int64_t expect = 1;
     for (int i = ndim - 1; i >= 0; --i) {
       if (shape[i] != 1 && stride[i] != expect) return false;

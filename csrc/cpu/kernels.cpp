@@ -11,6 +11,9 @@ Kernel<RopeAppendKvArgs> rope_append_kv;
 Kernel<PagedAttentionArgs> paged_attention;
 Kernel<QuantMatmulArgs> quant_matmul;
 Kernel<PackArgs> pack;
+Kernel<LogProbsArgs> log_probs;
+Kernel<TopLogProbsArgs> top_log_probs;
+Kernel<SamplingArgs> sampling;
 
 const Kernels kernels = {
     .rms_norm = rms_norm,
@@ -21,6 +24,9 @@ const Kernels kernels = {
     .paged_attention = paged_attention,
     .quant_matmul = quant_matmul,
     .pack = pack,
+    .log_probs = log_probs,
+    .top_log_probs = top_log_probs,
+    .sampling = sampling,
 };
 
 }  // namespace fastllm::FASTLLM_ISA

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _C
 from .registry import Op
 
 GREEDY_BELOW = 1e-5  # temperatures below this are greedy: dividing by them could overflow fp32
@@ -60,7 +61,7 @@ def gumbel(seed: Tensor, position: Tensor, vocab: int) -> Tensor:
     return -torch.log(-torch.log(u)).float()
 
 
-def _process(
+def processed_logits(
     logits: Tensor,
     temperature: Tensor,
     repetition: Tensor,
@@ -95,7 +96,7 @@ def _threshold(z: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor
     ordered = z.sort(dim=1, descending=True).values
     top = ordered[:, :1]
     infinity = torch.full_like(top, float("-inf"))
-    cut = torch.where(min_p[:, None] > 0, top + torch.log(min_p)[:, None], infinity)
+    cut = torch.where(min_p[:, None] > 0, top + torch.log(min_p.clamp(max=1))[:, None], infinity)
     k = top_k.long()[:, None]
     kth = ordered.gather(1, (k - 1).clamp(0, vocab - 1))
     cut = torch.maximum(cut, torch.where((k > 0) & (k < vocab), kth, infinity))
@@ -122,7 +123,7 @@ def sampling_ref(
     banned: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Plain PyTorch definition of `sampling`."""
-    z = _process(
+    z = processed_logits(
         logits, temperature, repetition, presence, frequency, penalized, counts, in_prompt, banned
     )
     noisy = z + gumbel(seed, position, z.shape[1])
@@ -153,7 +154,9 @@ def log_probs_ref(logits: Tensor, ids: Tensor) -> Tensor:
 def top_log_probs_ref(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Plain PyTorch definition of `top_log_probs`."""
     order = logits.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    return torch.log_softmax(logits.float(), 1).gather(1, order), order.int()
+    values = torch.log_softmax(logits.float(), 1).gather(1, order)
+    invalid = ~torch.isfinite(logits.amax(1, keepdim=True))
+    return values, order.int().masked_fill(invalid, -1)
 
 
 def _sampling_fake(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -206,6 +209,47 @@ _top_log_probs = Op(
     top_log_probs_ref,
     fake=_top_log_probs_fake,
 )
+
+
+def _columns_contiguous(logits: Tensor, *_: Any) -> bool:
+    return logits.stride(1) == 1 or logits.shape[1] == 1
+
+
+def _log_probs_native(logits: Tensor, ids: Tensor) -> bool:
+    return _columns_contiguous(logits) and ids.is_contiguous()
+
+
+def _sampling_native(logits: Tensor, *params: Tensor) -> bool:
+    return _columns_contiguous(logits) and all(p.is_contiguous() for p in params)
+
+
+def _scratch(logits: Tensor, per_tile: int, per_row: int = 0) -> Tensor:
+    tiles = -(-logits.shape[1] // LSE_TILE)
+    return torch.empty(logits.shape[0] * (per_tile * tiles + per_row), dtype=torch.float32)
+
+
+@_sampling.impl("native", "cpu", dtypes=(torch.float32,), when=_sampling_native)
+def _sampling_cpu(logits: Tensor, *params: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    rows = logits.shape[0]
+    ids = torch.empty(rows, dtype=torch.int32)
+    logprob, logprob_t = torch.empty(2, rows, dtype=torch.float32)
+    _C.sampling(ids, logprob, logprob_t, _scratch(logits, 6, 1), logits, *params)
+    return ids, logprob, logprob_t
+
+
+@_log_probs.impl("native", "cpu", dtypes=(torch.float32,), when=_log_probs_native)
+def _log_probs_cpu(logits: Tensor, ids: Tensor) -> Tensor:
+    out = torch.empty(ids.shape, dtype=torch.float32)
+    _C.log_probs(out, _scratch(logits, 2), logits, ids)
+    return out
+
+
+@_top_log_probs.impl("native", "cpu", dtypes=(torch.float32,), when=_columns_contiguous)
+def _top_log_probs_cpu(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    values = torch.empty(logits.shape[0], k, dtype=torch.float32)
+    ids = torch.empty(logits.shape[0], k, dtype=torch.int32)
+    _C.top_log_probs(values, ids, _scratch(logits, 2), logits)
+    return values, ids
 
 
 @_sampling.impl("triton", "cuda", dtypes=(torch.float32,))
@@ -351,7 +395,8 @@ def top_log_probs(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
         k: 0 <= k <= V.
 
     Returns:
-        `(values, ids)`: `[S, k]` float32 and int32.
+        `(values, ids)`: `[S, k]` float32 and int32. A row without a distribution (NaN, +inf, or no
+        finite logit) gives NaN and -1.
 
     Raises:
         ValueError: on a shape or dtype other than these, or k outside [0, V].
