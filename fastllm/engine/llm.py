@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal, overload
 
@@ -172,7 +172,7 @@ class LLM:
         return self._engine.logits(self._check_ids(ids, "ids", self.max_model_len))
 
     def _requests(
-        self, prompts: list[Prompt], sampling_params: Params, add_special_tokens: bool
+        self, prompts: Sequence[Prompt], sampling_params: Params, add_special_tokens: bool
     ) -> list[Request]:
         params = _params_of(sampling_params, len(prompts))
         return [
@@ -260,7 +260,7 @@ class LLM:
         finally:
             steps.close()
 
-    def _steps(self, requests: list[Request]) -> Iterator[None]:
+    def _steps(self, requests: list[Request]) -> Generator[None]:
         """Step the engine until all requests are finished; yields after each step."""
         self._engine.add(requests)
         pending = requests
@@ -350,4 +350,3 @@ def _context(config: ModelConfig, asked: int | None, dtype: torch.dtype, budget:
             f"{max(affordable, 0)} fit"
         )
     return asked
-

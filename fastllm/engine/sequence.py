@@ -53,14 +53,16 @@ class Sequence:
     """One sample of a request."""
 
     __slots__ = (
-        "_delta", "_detokenizer", "_stops", "cumulative_logprob", "finish_reason", "index",
-        "logprobs", "pages", "prefilled", "request", "slot", "stop_reason", "text", "token_ids",
+        "_delta", "_detokenizer", "_stop_ids", "_stops", "cumulative_logprob", "finish_reason",
+        "index", "logprobs", "pages", "prefilled", "request", "slot", "stop_reason", "text",
+        "token_ids",
     )  # fmt: skip
 
     def __init__(self, request: Request, index: int) -> None:
         params = request.params
         self.request = request
         self.index = index
+        self._stop_ids = frozenset(params.stop_token_ids or ())
         self.token_ids: list[int] = []
         self.logprobs: list[dict[int, Logprob]] | None = None
         if params.logprobs is not None:
@@ -92,9 +94,9 @@ class Sequence:
         self.cumulative_logprob += logprob
         count = len(self.token_ids)
         may_stop = count >= params.min_tokens
-        ended = may_stop and (token in request.end_ids or token in params.stop_token_ids)
+        ended = may_stop and (token in request.end_ids or token in self._stop_ids)
         if ended:
-            self.stop_reason = token if token in params.stop_token_ids else None
+            self.stop_reason = token if token in self._stop_ids else None
         elif self._detokenizer is not None:
             self._add_text(self._detokenizer.push(token), may_stop)
         if ended or self.stop_reason is not None:

@@ -53,9 +53,8 @@ class DecoderBody(nn.Module):
     def __init__(self, config: ModelConfig, activation: str) -> None:
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            DecoderLayer(config, layer, activation) for layer in range(config.num_hidden_layers)
-        )
+        layers = [DecoderLayer(config, i, activation) for i in range(config.num_hidden_layers)]
+        self.layers: Sequence[DecoderLayer] = nn.ModuleList(layers)  # type: ignore[assignment]
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
@@ -77,6 +76,8 @@ class Decoder(nn.Module):
         self.model = DecoderBody(config, activation)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, False, activation)
         cos, sin = rope_tables(config, max_positions)
+        self.rope_cos: Tensor
+        self.rope_sin: Tensor
         self.register_buffer("rope_cos", cos.to(device), persistent=False)
         self.register_buffer("rope_sin", sin.to(device), persistent=False)
 
@@ -103,9 +104,9 @@ class Decoder(nn.Module):
         tables = (self.rope_cos, self.rope_sin)
         residual = self.model.embed_tokens(batch.ids)  # float32 [T, hidden]
         layers = self.model.layers
-        x = layers[0].input_layernorm(residual, self.dtype)
-        following = [layer.input_layernorm for layer in layers[1:]] + [self.model.norm]
-        for layer, next_norm, pages in zip(layers, following, cache, strict=True):
+        norms = [layer.input_layernorm for layer in layers] + [self.model.norm]
+        x = norms[0](residual, self.dtype)
+        for layer, next_norm, pages in zip(layers, norms[1:], cache, strict=True):
             y = layer.self_attn(x, batch, tables, pages)
             x, residual = layer.post_attention_layernorm.after_add(y, residual)
             x, residual = next_norm.after_add(layer.mlp(x), residual)

@@ -177,7 +177,8 @@ class _Loader:
             packs = [pack(formats[0], rows, count, stored[0].shape[1], self.device)]
         else:
             packs = [
-                pack(f, s.data, *s.shape, self.device) for f, s in zip(formats, stored, strict=True)
+                pack(f, s.data, s.shape[0], s.shape[1], self.device)
+                for f, s in zip(formats, stored, strict=True)
             ]
         del stored
         for name in names:

@@ -21,6 +21,7 @@ class Embedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] -> float32 [..., hidden]."""
         if self.packed is None:
+            assert self.weight is not None, "a loader sets the weight or packs it"
             return embedding(ids, self.weight, torch.float32)
         packed = self.packed
         return quant_embedding(

@@ -41,6 +41,7 @@ class Linear(nn.Module):
         """x [..., in] -> [..., out] in `out_dtype` or the dtype of x."""
         if self.packed is not None:
             return packed_product(x, self.packed, self.bias, self.activation, out_dtype)
+        assert self.weight is not None, "a loader sets the weight or packs it"
         return linear(x, self.weight, self.bias, out_dtype)
 
     def extra_repr(self) -> str:
@@ -103,4 +104,5 @@ def packed_product(
 def pack_parameter(weight: Tensor) -> PackedWeight:
     """Pack a [out, in] float32 or bfloat16 tensor for its own device."""
     format = "f32" if weight.dtype == torch.float32 else "bf16"
-    return pack(format, weight.detach(), *weight.shape, device=weight.device)
+    rows, columns = weight.shape
+    return pack(format, weight.detach(), rows, columns, weight.device)
