@@ -128,16 +128,16 @@ def paged_attention_kernel(
     kv = tl.arange(0, PAGE)
     kv_offsets = kv[:, None] * D + d[None, :]
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    l = tl.zeros((BLOCK_M,), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    m_done, l_done, acc_done = m, l, acc
+    m_done, l_done, acc_done = m, total, acc
 
     for page_index in range(k_begin // PAGE, tl.cdiv(k_end, PAGE)):
         if MERGE == "registers":
             if page_index % (SPLIT // PAGE) == 0:
-                m_done, l_done, acc_done = merge_splits(m_done, l_done, acc_done, m, l, acc)
+                m_done, l_done, acc_done = merge_splits(m_done, l_done, acc_done, m, total, acc)
                 m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-                l = tl.zeros((BLOCK_M,), tl.float32)
+                total = tl.zeros((BLOCK_M,), tl.float32)
                 acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         page = tl.load(block_table_ptr + seq.to(tl.int64) * max_pages + page_index)
         base = (page.to(tl.int64) * KV_HEADS + kv_head) * PAGE * D
@@ -155,7 +155,7 @@ def paged_attention_kernel(
         shift = tl.where(m_new == float("-inf"), 0.0, m_new)
         p = exp2(s - shift[:, None])
         alpha = exp2(m - shift)
-        l = fma(l, alpha, tl.sum(p, axis=1))
+        total = fma(total, alpha, tl.sum(p, axis=1))
         m = m_new
         # Rows past the sequence's end hold whatever was there: 0 * NaN would reach the output.
         stored = (position < cache_len)[:, None]
@@ -168,12 +168,12 @@ def paged_attention_kernel(
     out_offsets = out_row[:, None] * D + d[None, :]
     if MERGE == "kernel":
         tl.store(m_ptr + out_row, m, mask=live)
-        tl.store(l_ptr + out_row, l, mask=live)
+        tl.store(l_ptr + out_row, total, mask=live)
         tl.store(partial_ptr + out_offsets, acc, mask=mask_o)
     else:
         if MERGE == "registers":
-            m, l, acc = merge_splits(m_done, l_done, acc_done, m, l, acc)
-        o = acc / tl.where(l > 0, l, 1.0)[:, None]  # l is 0 for a dead slot alone
+            m, total, acc = merge_splits(m_done, l_done, acc_done, m, total, acc)
+        o = acc / tl.where(total > 0, total, 1.0)[:, None]  # total is 0 for a dead slot alone
         tl.store(o_ptr + out_offsets, cast(o, o_ptr.dtype.element_ty), mask=mask_o)
 
 
@@ -210,14 +210,14 @@ def combine_splits_kernel(
     k_end = tl.where(cache_len > 0, position + 1, 0)
 
     m = tl.full((1,), float("-inf"), tl.float32)
-    l = tl.zeros((1,), tl.float32)
+    total = tl.zeros((1,), tl.float32)
     acc = tl.zeros((1, BLOCK_D), tl.float32)
     for split in range(k_begin // SPLIT, tl.cdiv(k_end, SPLIT)):
         row = (tl.full((1,), 0, tl.int64) + split) * T * H + t * H + head
         m2, l2 = tl.load(m_ptr + row), tl.load(l_ptr + row)
         o2 = tl.load(partial_ptr + row[:, None] * D + d, mask=d < D, other=0.0)
-        m, l, acc = merge_splits(m, l, acc, m2, l2, o2)
-    o = acc / tl.where(l > 0, l, 1.0)[:, None]
+        m, total, acc = merge_splits(m, total, acc, m2, l2, o2)
+    o = acc / tl.where(total > 0, total, 1.0)[:, None]
     o_row = (t.to(tl.int64) * H + head) * D
     tl.store(o_ptr + o_row + d, cast(o, o_ptr.dtype.element_ty), mask=d < D)
 
@@ -252,10 +252,10 @@ def paged_attention(
     group = n_heads // kv_heads
     n_splits = triton.cdiv(max_pages * page, SPLIT_POSITIONS)
     tile = tuning.attention_tile(n_tokens, n_seqs, n_splits, q.dtype, dim, batch_invariant)
-    m, l, partial = o, o, o
+    m, total, partial = o, o, o
     if tile.merge == "kernel":
         stats = torch.empty((2, n_splits, n_tokens, n_heads), dtype=torch.float32, device=q.device)
-        m, l = stats[0], stats[1]
+        m, total = stats[0], stats[1]
         partial = torch.empty((n_splits, *q.shape), dtype=torch.float32, device=q.device)
     block_s = triton.next_power_of_2(n_seqs)
     block_d = max(16, triton.next_power_of_2(dim))
@@ -264,7 +264,7 @@ def paged_attention(
         o,
         partial,
         m,
-        l,
+        total,
         q,
         k_cache,
         v_cache,
@@ -295,7 +295,7 @@ def paged_attention(
         combine_splits_kernel[(n_tokens, n_heads)](
             o,
             m,
-            l,
+            total,
             partial,
             cu_seqlens_q,
             cache_seqlens,

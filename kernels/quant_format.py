@@ -18,8 +18,8 @@ BYTES_PER_BLOCK = {"q4_0": 16, "q4_1": 16, "q8_0": 32}
 def block_codes(data_ptr, block, mask, FORMAT: tl.constexpr):
     """Integer codes of 32-column blocks, as columns 0..15 and 16..31: two [len(block), 16] int8.
 
-    block: int64 indices of blocks, [B]; mask: [B] or scalar. Codes are q (q4_1, 0..15), q - 8 (q4_0) or
-    q (q8_0, -128..127); masked blocks give 0, and -8 for q4_0.
+    block: int64 indices of blocks, [B]; mask: [B]. Codes are q (q4_1, 0..15), q - 8 (q4_0) or q
+    (q8_0, -128..127); masked blocks give 0, and -8 for q4_0.
     """
     cols = tl.arange(0, 16)
     if FORMAT == "q8_0":

@@ -3,7 +3,7 @@
 One tile product per block, its scale applied once, blocks in ascending K, one fp32 accumulator:
     int8 activations: s = exact int32 sum of code * q;          acc = fma(s, d * dx, acc)
     bf16 or fp32:     t = fp32 dot of x with the unscaled code; acc = fma(t, d, acc)
-    q4_1 also:                                                  acc = fma(m, sum of the block's x, acc)
+    q4_1 also:        x_sum = sum of the block's x (dx * q);    acc = fma(m, x_sum, acc)
 Codes are exact in int8 and bf16, so a dequantized weight is never rounded. Orientation and
 independence of the number of rows are those of `linear`: weights are the long side of the tile.
 """

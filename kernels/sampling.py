@@ -282,15 +282,17 @@ def sampling(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(ids i32[S], logprob f32[S], logprob_t f32[S]) of logits[S, V] f32 (last dim contiguous).
 
-    Per row: temperature f32 (below 1e-5 is greedy), top_k i32 (<= 0 or >= V is off), top_p f32 (1 is off),
-    min_p f32 (0 is off), repetition f32 (1 is off), presence f32, frequency f32, seed i64,
-    position i32, penalized u8 or bool; counts[S, V] i32, in_prompt[S, V] u8, banned[S, B] i32
+    Per row: temperature f32 (below 1e-5 is greedy), top_k i32 (<= 0 or >= V is off), top_p f32
+    (1 is off), min_p f32 (0 is off), repetition f32 (1 is off), presence f32, frequency f32, seed
+    i64, position i32, penalized u8; counts[S, V] i32, in_prompt[S, V] u8, banned[S, B] i32
     (padded with -1), contiguous; counts and in_prompt may be [0, V]: no penalties. Where
-    `penalized`, counts[s, id] grows by one; elsewhere counts and in_prompt are not read. top-k keeps every score equal to the k-th largest; top-p the
-    smallest set of highest scores whose share, of what min-p and top-k kept, reaches top_p, with
-    the ties of its last; equal draws go to the lower id. logprob is of the raw logits; logprob_t
-    of the penalized ones at the temperature (at 1 when greedy) before truncation. A row with NaN,
-    +inf or no finite score gives id -1 and NaN.
+    `penalized`, counts[s, id] grows by one; elsewhere counts and in_prompt are not read.
+
+    top-k keeps every score equal to the k-th largest; top-p the smallest set of highest scores
+    whose share of what min-p and top-k kept reaches top_p, with the ties of its last; equal draws
+    go to the lower id. logprob is of the raw logits; logprob_t of the penalized ones at the
+    temperature (at 1 when greedy) before truncation. A row with NaN, +inf or no finite score
+    gives id -1 and NaN.
     """
     n_rows, vocab = logits.shape
     f32 = {"dtype": torch.float32, "device": logits.device}

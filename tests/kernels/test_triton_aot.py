@@ -37,7 +37,7 @@ QUICK = {
 def check(found: list[Resources]) -> None:
     """No spills, shared memory within the architecture's limit; the message is the table."""
     table = "\n".join(
-        f"sm_{r.arch} {r.registers} registers, {r.spills} bytes spilled, {r.shared} shared: {r.name}"
+        f"sm_{r.arch}: {r.registers} registers, {r.spills} spilled, {r.shared} shared, {r.name}"
         for r in found
     )
     print(table)
