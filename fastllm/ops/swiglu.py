@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .. import _C
 from .registry import Op
@@ -13,8 +14,7 @@ from .registry import Op
 
 def swiglu_ref(gate: Tensor, up: Tensor) -> Tensor:
     """Plain PyTorch definition of `swiglu`: fp32 inside, one rounding to the dtype of `gate`."""
-    gate32 = gate.float()
-    return (gate32 * torch.sigmoid(gate32) * up.float()).to(gate.dtype).contiguous()
+    return (F.silu(gate.float()) * up.float()).to(gate.dtype).contiguous()
 
 
 def _swiglu_fake(gate: Tensor, up: Tensor) -> Tensor:

@@ -1,0 +1,214 @@
+"""Cases of append_kv, rope_append_kv and paged_attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...ops.attention import append_kv_ref, pack_page
+from ...ops.paged_cache import read_pages
+from ..opinfo import Args, Case, OpInfo
+from .rope import exact_rope, positions, tables
+
+PAGE = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Sequences of a step: new tokens and cached tokens (new ones included, 0 is a dead slot)."""
+
+    new: tuple[int, ...]
+    cached: tuple[int, ...]
+    heads: int = 4
+    kv_heads: int = 1
+    dim: int = 64
+    value_dim: int | None = None
+    window: int = -1
+    page_size: int = PAGE
+
+    @property
+    def label(self) -> str:
+        lengths = "+".join(f"{n}of{c}" for n, c in zip(self.new, self.cached, strict=True))
+        text = f"{lengths}-{self.heads}h{self.kv_heads}-d{self.dim}"
+        if self.value_dim:
+            text += f"v{self.value_dim}"
+        if self.page_size != PAGE:
+            text += f"-p{self.page_size}"
+        return text + (f"-w{self.window}" if self.window >= 0 else "")
+
+
+# Together: T 0, 1, 3, 17, 65, 130; every head dim class; GQA 1 to 9/3; chunks of longer contexts;
+# several splits of 512; windows that begin inside a tile and a split; dead slots.
+BATCHES = (
+    Batch(new=(1,), cached=(1,), heads=1, kv_heads=1, dim=16),
+    Batch(new=(3, 17, 0, 5), cached=(3, 80, 0, 0), heads=4, kv_heads=1, dim=24),
+    Batch(new=(130,), cached=(130,), heads=9, kv_heads=3, dim=64),
+    Batch(new=(65, 1, 1), cached=(600, 1100, 64), heads=8, kv_heads=8, dim=80),
+    Batch(new=(17, 1), cached=(17, 1030), heads=4, kv_heads=1, dim=128, window=100),
+    Batch(new=(1, 1, 1), cached=(700, 0, 513), heads=14, kv_heads=2, dim=256, window=0),
+    Batch(new=(130,), cached=(530,), heads=6, kv_heads=1, dim=40, value_dim=24, window=70),
+    Batch(new=(0,), cached=(10,), heads=4, kv_heads=4, dim=64),
+    Batch(new=(5, 1), cached=(300, 129), heads=5, kv_heads=1, dim=32, page_size=128),
+)
+FULL_BATCHES = tuple(
+    replace(batch, heads=heads, kv_heads=kv_heads, dim=dim, window=window)
+    for batch in (
+        Batch(new=(1, 3, 17), cached=(65, 3, 1041)),
+        Batch(new=(65, 130), cached=(65, 640)),
+    )
+    for heads, kv_heads in ((1, 1), (4, 1), (9, 3), (8, 8), (7, 1), (12, 1))
+    for dim in (16, 24, 64, 80, 128, 256)
+    for window in (-1, 33)
+)
+BENCH = (
+    Batch(new=(512,), cached=(512,), heads=9, kv_heads=3, dim=64),
+    Batch(new=(2048,), cached=(2048,), heads=32, kv_heads=8, dim=128),
+    Batch(new=(1,), cached=(256,), heads=9, kv_heads=3, dim=64),
+    Batch(new=(1,), cached=(16384,), heads=32, kv_heads=8, dim=128),
+)
+
+
+def make_cache(g: torch.Generator, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """`(k_cache, v_cache, block_table, cu_seqlens_q, cache_seqlens)`: random, pages shuffled."""
+    width = max(1, -(-max(batch.cached) // batch.page_size))
+    sequences = len(batch.cached)
+    pages = sequences * width + 1
+    shape = (pages, batch.kv_heads, batch.page_size)
+    k = torch.randn(*shape, batch.dim, generator=g).to(dtype)
+    v = torch.randn(*shape, batch.value_dim or batch.dim, generator=g).to(dtype)
+    table = torch.randperm(pages, generator=g)[: sequences * width].view(sequences, width)
+    starts = torch.tensor([0, *accumulate(batch.new)], dtype=torch.int32)
+    lengths = torch.tensor(batch.cached, dtype=torch.int32)
+    return pack_page(k, "k"), pack_page(v, "v"), table.int(), starts, lengths
+
+
+def _attention_case(batch: Batch, dtype: torch.dtype, full: bool = False) -> Case:
+    def make(g: torch.Generator) -> Args:
+        cache = make_cache(g, batch, dtype)
+        q = torch.randn(sum(batch.new), batch.heads, batch.dim, generator=g).to(dtype)
+        return q, *cache, batch.dim**-0.5, batch.window
+
+    return Case(label=batch.label, make=make, full=full)
+
+
+def _attention_cases(dtype: torch.dtype) -> Iterator[Case]:
+    for batch in BATCHES:
+        yield _attention_case(batch, dtype)
+    for batch in FULL_BATCHES:
+        yield _attention_case(batch, dtype, full=True)
+
+
+def _dense(sdpa: Callable[..., Tensor], dtype: torch.dtype | None) -> Callable[..., Tensor]:
+    """Attention of each sequence over its gathered keys by `sdpa(q, k, v, visible, scale)`."""
+
+    def attention(
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        block_table: Tensor,
+        cu_seqlens_q: Tensor,
+        cache_seqlens: Tensor,
+        scale: float,
+        window: int = -1,
+    ) -> Tensor:
+        group = q.shape[1] // k_cache.shape[1]
+        out = torch.zeros(*q.shape[:2], v_cache.shape[3], dtype=dtype or q.dtype)
+        starts = cu_seqlens_q.tolist()
+        for s, length in enumerate(cache_seqlens.tolist()):
+            rows = slice(starts[s], starts[s + 1])
+            new = rows.stop - rows.start
+            if length == 0 or new == 0:
+                continue
+            pages = block_table[s, : -(-length // k_cache.shape[2])]
+            k = read_pages(k_cache, pages, "k")[:, :length].repeat_interleave(group, 0)
+            v = read_pages(v_cache, pages, "v")[:, :length].repeat_interleave(group, 0)
+            key, query = torch.arange(length), torch.arange(length - new, length)[:, None]
+            visible = key <= query
+            if window >= 0:
+                visible &= key >= query - window
+            out[rows] = sdpa(q[rows].transpose(0, 1), k, v, visible, scale).transpose(0, 1)
+        return out
+
+    return attention
+
+
+def _exact_sdpa(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
+    scores = q.double() @ k.double().transpose(-1, -2) * scale
+    return scores.masked_fill(~visible, float("-inf")).softmax(-1) @ v.double()
+
+
+def _torch_sdpa(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
+    out = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=visible, scale=scale)
+    return out[0]
+
+
+def _attention_flops(q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Tensor) -> int:
+    _, starts, lengths = rest[:3]
+    new = (starts[1:] - starts[:-1]).double()
+    seen = (new * lengths - new * (new - 1) / 2).sum().item()  # scores of one head
+    return int(2 * seen * q.shape[1] * (q.shape[2] + v_cache.shape[3]))
+
+
+def _attention_bytes(q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Tensor) -> int:
+    per_token = k_cache.shape[1] * (k_cache.shape[3] + v_cache.shape[3]) * k_cache.element_size()
+    return int(rest[2].sum()) * per_token + 2 * q.nbytes
+
+
+APPENDS = (
+    Batch(new=(3, 1, 0, 5), cached=(70, 64, 0, 0), kv_heads=2, dim=24),
+    Batch(new=(130, 1), cached=(135, 1), kv_heads=3, dim=64),
+    Batch(new=(1,), cached=(128,), kv_heads=1, dim=80, value_dim=48),
+    Batch(new=(0,), cached=(0,), kv_heads=2, dim=16),
+)
+
+
+def _append_cases(dtype: torch.dtype) -> Iterator[Case]:
+    for batch in APPENDS:
+
+        def make(g: torch.Generator, batch: Batch = batch) -> Args:
+            cache = make_cache(g, batch, dtype)
+            tokens, value_dim = sum(batch.new), batch.value_dim or batch.dim
+            kv = torch.randn(tokens, batch.kv_heads, batch.dim + value_dim, generator=g).to(dtype)
+            return kv[..., : batch.dim], kv[..., batch.dim :], *cache
+
+        yield Case(label=batch.label, make=make)
+
+
+def _rope_append_cases(dtype: torch.dtype) -> Iterator[Case]:
+    for batch in APPENDS:
+
+        def make(g: torch.Generator, batch: Batch = batch) -> Args:
+            cache = make_cache(g, batch, dtype)
+            tokens, value_dim = sum(batch.new), batch.value_dim or batch.dim
+            q = torch.randn(tokens, batch.heads, batch.dim, generator=g).to(dtype)
+            k = torch.randn(tokens, batch.kv_heads, batch.dim, generator=g).to(dtype)
+            v = torch.randn(tokens, batch.kv_heads, value_dim, generator=g).to(dtype)
+            return q, k, v, positions(g, tokens), *tables(g, batch.dim), *cache
+
+        yield Case(label=batch.label, make=make)
+
+
+def _exact_rope_append(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
+    places, cos, sin, *cache = rest
+    append_kv_ref(exact_rope(k, places, cos, sin).to(k.dtype), v, *cache)
+    return exact_rope(q, places, cos, sin)
+
+
+INFOS = [
+    OpInfo(name="append_kv", cases=_append_cases, exact=append_kv_ref, bitwise=True),
+    OpInfo(name="rope_append_kv", cases=_rope_append_cases, exact=_exact_rope_append),
+    OpInfo(
+        name="paged_attention",
+        cases=_attention_cases,
+        exact=_dense(_exact_sdpa, torch.float64),
+        peer=_dense(_torch_sdpa, None),
+        bench_cases=lambda dtype: (_attention_case(batch, dtype) for batch in BENCH),
+        flops=_attention_flops,
+        bytes_moved=_attention_bytes,
+    ),
+]

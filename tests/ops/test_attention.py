@@ -1,0 +1,319 @@
+"""Paged attention: one row, the same bits however it is computed; and metadata that lies."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastllm import _C
+from fastllm.ops import append_kv, new_cache, paged_attention, rope, rope_append_kv
+from fastllm.ops.attention import paged_attention_ref
+from fastllm.ops.paged_cache import pack_page, read_pages, unpack_page
+
+DTYPES = (torch.float32, torch.bfloat16)
+ISAS = _C.isas()
+
+
+def int32(values: list[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def shuffled_table(sequences: int, width: int, seed: int = 0) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randperm(sequences * width, generator=g).view(sequences, width).int()
+
+
+class Prompts:
+    """Random q, k, v of some sequences, run through a fresh cache in any chunks and batches."""
+
+    def __init__(
+        self, lengths: list[int], heads: int, kv_heads: int, dim: int, dtype: torch.dtype
+    ) -> None:
+        g = torch.Generator().manual_seed(sum(lengths) + dim)
+        self.lengths, self.window = lengths, -1
+        self.heads, self.kv_heads, self.dim, self.dtype = heads, kv_heads, dim, dtype
+        self.q, self.k, self.v = (
+            [torch.randn(n, h, dim, generator=g).to(dtype) for n in lengths]
+            for h in (heads, kv_heads, kv_heads)
+        )
+
+    def run(self, which: list[int], chunk: int, seed: int = 0) -> list[Tensor]:
+        """Outputs of the sequences `which`, prefilled together `chunk` tokens of each a step."""
+        width = -(-max(self.lengths[s] for s in which) // 64)
+        table = shuffled_table(len(which), width, seed)
+        cache = new_cache(table.numel(), self.kv_heads, 64, self.dim, self.dtype)
+        outs: list[list[Tensor]] = [[] for _ in which]
+        done = 0
+        while done < max(self.lengths[s] for s in which):
+            new = [max(0, min(chunk, self.lengths[s] - done)) for s in which]
+            at = [slice(done, done + n) for n in new]
+            # A sequence that has ended is a dead slot of the steps that follow.
+            lengths = [done + n if n else 0 for n in new]
+            places = (table, int32([0, *accumulate(new)]), int32(lengths))
+            step = [
+                torch.cat([x[s][i] for s, i in zip(which, at, strict=True)])
+                for x in (self.q, self.k, self.v)
+            ]
+            append_kv(*step[1:], *cache, *places)
+            o = paged_attention(step[0], *cache, *places, None, self.window)
+            for out, rows in zip(outs, o.split(new), strict=True):
+                out.append(rows)
+            done += chunk
+        return [torch.cat(rows) for rows in outs]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "window"), [(9, 3, 64, -1), (4, 4, 24, 37)])
+def test_token_by_token_chunks_and_whole_prompt_give_the_same_bits(
+    dtype: torch.dtype, heads: int, kv_heads: int, dim: int, window: int
+) -> None:
+    prompts = Prompts([549], heads, kv_heads, dim, dtype)
+    prompts.window = window
+    for isa in ISAS:
+        _C.set_isa(isa)
+        torch.set_num_threads(1)
+        whole = prompts.run([0], 549)[0]
+        for chunk, threads in ((1, 2), (7, 1), (64, 2), (200, 1), (549, 2)):
+            torch.set_num_threads(threads)
+            got = prompts.run([0], chunk, seed=chunk)[0]
+            assert torch.equal(got, whole), f"{isa}, chunks of {chunk}, {threads} threads"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_sequence_alone_and_in_a_batch_of_eight_gives_the_same_bits(dtype: torch.dtype) -> None:
+    prompts = Prompts([70, 3, 530, 1, 64, 65, 129, 17], 8, 2, 40, dtype)
+    for isa in ISAS:
+        _C.set_isa(isa)
+        torch.set_num_threads(1)
+        alone = [prompts.run([s], 1000)[0] for s in range(8)]
+        for chunk, threads in ((1000, 2), (50, 1)):
+            torch.set_num_threads(threads)
+            batch = prompts.run(list(range(8)), chunk, seed=3)
+            for s in range(8):
+                assert torch.equal(batch[s], alone[s]), f"{isa}, sequence {s}, chunks of {chunk}"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_long_contexts_give_the_same_bits(dtype: torch.dtype) -> None:
+    prompts = Prompts([2100, 1300], 12, 3, 128, dtype)
+    for isa in ISAS:
+        _C.set_isa(isa)
+        whole = prompts.run([0, 1], 2100)
+        for chunk in (1, 333, 512):
+            got = prompts.run([0, 1], chunk, seed=chunk)
+            assert all(torch.equal(a, b) for a, b in zip(got, whole, strict=True)), (isa, chunk)
+
+
+def paged(
+    length: int, dtype: torch.dtype, new: int = 1, heads: int = 4, dim: int = 32
+) -> tuple[Tensor, ...]:
+    """One sequence of `length` tokens over random pages, its last `new` ones as queries."""
+    g = torch.Generator().manual_seed(length)
+    width = -(-length // 64) + 1
+    cache = [torch.randn(width, 2, 64, dim, generator=g).to(dtype) for _ in range(2)]
+    q = torch.randn(new, heads, dim, generator=g).to(dtype)
+    return q, *cache, shuffled_table(1, width), int32([0, new]), int32([length])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [1, 7, 64, 65, 575])
+def test_what_lies_past_the_end_of_a_sequence_does_not_matter(
+    dtype: torch.dtype, length: int
+) -> None:
+    q, k_cache, v_cache, table, *lengths = paged(length, dtype)
+    for isa in ISAS:
+        _C.set_isa(isa)
+        clean = paged_attention(q, k_cache, v_cache, table, *lengths)
+        dirty = []
+        for cache, which in ((k_cache, "k"), (v_cache, "v")):
+            rows = read_pages(cache, table[0], which).clone()
+            rows[:, length:] = float("nan")
+            pages = rows.unflatten(1, (-1, 64)).transpose(0, 1)
+            dirty.append(cache.clone().index_copy_(0, table[0].long(), pack_page(pages, which)))
+        assert torch.equal(paged_attention(q, *dirty, table, *lengths), clean)
+
+
+def test_a_nan_query_stays_in_its_row() -> None:
+    args = list(paged(100, torch.float32, new=3))
+    clean = paged_attention(*args)
+    args[0] = args[0].clone()
+    args[0][1, 2, 5] = float("nan")
+    got = paged_attention(*args)
+    assert got[1, 2].isnan().all()
+    got[1, 2] = clean[1, 2]
+    assert torch.equal(got, clean)
+
+
+def test_scores_too_large_for_exp_are_right() -> None:
+    args = list(paged(200, torch.float32, new=5))
+    args[0] = args[0] * 1e6
+    torch.testing.assert_close(paged_attention(*args), paged_attention_ref(*args, 32**-0.5))
+
+
+def test_a_negative_scale_is_a_scale() -> None:
+    args = paged(200, torch.float32, new=5)
+    got = paged_attention(*args, -0.5)
+    torch.testing.assert_close(got, paged_attention_ref(*args, -0.5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dead_slots_give_zeros_and_write_nothing(dtype: torch.dtype) -> None:
+    q, k_cache, v_cache, _, _, _ = paged(100, dtype, new=3)
+    table, starts, lengths = shuffled_table(3, 1), int32([0, 1, 2, 3]), int32([0, 5, 0])
+    o = paged_attention(q, k_cache, v_cache, table, starts, lengths)
+    assert not o[0].any() and not o[2].any() and o[1].any()
+    before = k_cache.clone(), v_cache.clone()
+    kv = torch.ones(3, 2, 32, dtype=dtype)
+    append_kv(kv, kv, k_cache, v_cache, table, starts, int32([0, 0, 0]))
+    assert torch.equal(k_cache, before[0]) and torch.equal(v_cache, before[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rope_append_kv_gives_the_bits_of_the_three_ops(dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(1)
+    fused = torch.randn(9, 8 * 48, generator=g).to(dtype).unflatten(1, (8, 48))
+    q, k, v = fused[:, :4], fused[:, 4:6], fused[:, 6:]
+    angles = torch.randn(64, 20, generator=g)
+    places = (torch.arange(9).int(), angles.cos(), angles.sin())
+    paging = (shuffled_table(2, 2), int32([0, 8, 9]), int32([70, 1]))
+    for isa in ISAS:
+        _C.set_isa(isa)
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            one, two = (new_cache(4, 2, 64, 48, dtype) for _ in range(2))
+            rotated = rope_append_kv(q, k, v, *places, *one, *paging)
+            assert torch.equal(rotated, rope(q, *places))
+            append_kv(rope(k, *places), v, *two, *paging)
+            assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
+            assert one[0].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("which", ["k", "v"])
+def test_pages_unpack_to_what_was_packed(dtype: torch.dtype, which: str) -> None:
+    x = torch.arange(2 * 64 * 24).view(1, 2, 64, 24).to(dtype)
+    assert torch.equal(unpack_page(pack_page(x, which), which), x)
+    if which == "k" or dtype == torch.bfloat16:
+        assert not torch.equal(pack_page(x, which), x)
+
+
+def test_a_recorded_step_reads_lengths_when_it_is_replayed() -> None:
+    dtype = torch.bfloat16
+    prompts = Prompts([600], 6, 2, 64, dtype)
+    eager = prompts.run([0], 1)[0]
+    table, lengths = shuffled_table(1, 10, seed=5), int32([1])
+    cache = new_cache(10, 2, 64, 64, dtype)
+    q, k, v = (x[0][:1].clone() for x in (prompts.q, prompts.k, prompts.v))
+    graph = _C.Graph()
+    graph.begin()
+    try:
+        append_kv(k, v, *cache, table, int32([0, 1]), lengths)
+        o = paged_attention(q, *cache, table, int32([0, 1]), lengths)
+    finally:
+        graph.end()
+    for step in range(600):
+        for static, source in ((q, prompts.q), (k, prompts.k), (v, prompts.v)):
+            static.copy_(source[0][step : step + 1])
+        lengths.fill_(step + 1)
+        graph.replay()
+        assert torch.equal(o[0], eager[step]), step
+
+
+BAD = {
+    "block_table": {"table": int32([0, 9]).view(1, 2)},
+    r"block_table\[0\]": {"table": int32([-1, 0]).view(1, 2)},
+    "cache_seqlens": {"lengths": int32([129])},
+    r"cache_seqlens\[0\] is 2": {"lengths": int32([2])},
+    "cache_seqlens must": {"lengths": torch.tensor([70])},
+    "cu_seqlens_q": {"starts": int32([0, 4])},
+    "cu_seqlens_q must rise": {"starts": int32([1, 3])},
+    r"cu_seqlens_q must have shape \[2\]": {"starts": int32([0, 1, 3])},
+    r"block_table must have shape \[1": {"table": int32([0, 1])},
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_metadata_is_named(message: str) -> None:
+    good = {"table": int32([0, 1]).view(1, 2), "starts": int32([0, 3]), "lengths": int32([70])}
+    places = list({**good, **BAD[message]}.values())
+    cache = new_cache(3, 2, 64, 32, torch.float32)
+    with pytest.raises(ValueError, match=message):
+        paged_attention(torch.ones(3, 4, 32), *cache, *places)
+    with pytest.raises(ValueError, match=message):
+        append_kv(torch.ones(3, 2, 32), torch.ones(3, 2, 32), *cache, *places)
+
+
+def test_sequences_out_of_order_are_named() -> None:
+    cache = new_cache(3, 2, 64, 32, torch.float32)
+    with pytest.raises(ValueError, match="cu_seqlens_q must rise"):
+        paged_attention(
+            torch.ones(3, 4, 32), *cache, int32([0, 1]).view(2, 1), int32([0, 5, 3]), int32([9, 9])
+        )
+
+
+@pytest.mark.parametrize(
+    ("message", "q", "window"),
+    [
+        ("q must have shape", torch.ones(1, 4, 16), -1),
+        ("q must be torch.float32", torch.ones(1, 4, 32).bfloat16(), -1),
+        ("heads of q", torch.ones(1, 3, 32), -1),
+        ("heads of q", torch.ones(1, 0, 32), -1),
+        ("window_left", torch.ones(1, 4, 32), -2),
+    ],
+)
+def test_bad_queries_are_named(message: str, q: Tensor, window: int) -> None:
+    cache = new_cache(3, 2, 64, 32, torch.float32)
+    with pytest.raises(ValueError, match=message):
+        paged_attention(
+            q, *cache, int32([0]).view(1, 1), int32([0, 1]), int32([1]), window_left=window
+        )
+
+
+def test_a_cache_that_cannot_be_interleaved_is_refused() -> None:
+    with pytest.raises(ValueError, match="page_size"):
+        new_cache(1, 1, 60, 32, torch.float32)
+    with pytest.raises(ValueError, match="head_dim"):
+        new_cache(1, 1, 64, 31, torch.float32)
+
+
+HUGE = 2**31 - 1
+HOSTILE = (
+    ([[HUGE, -1, 3]], [0, 3], [190]),
+    ([[-HUGE - 1, 7, 9]], [0, 3], [130]),
+    ([[0, 1, 2]], [0, 3], [HUGE]),
+    ([[0, 1, 2]], [0, 3], [-5]),
+    ([[0, 1, 2]], [0, 3], [2]),
+    ([[0, 1, 2]], [0, HUGE], [HUGE]),
+    ([[0, 1, 2]], [-HUGE, 2], [100]),
+    ([[0, 1, 2]], [3, 0], [100]),
+    ([[0, 1, 2], [2, 1, 0]], [0, 90, -4], [100, 190]),
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("table", "starts", "lengths"), HOSTILE)
+def test_kernels_stay_inside_their_tensors_whatever_the_metadata_says(
+    dtype: torch.dtype, table: list[list[int]], starts: list[int], lengths: list[int]
+) -> None:
+    # The tensors are the middles of larger ones: canaries before and after must survive.
+    shape, tokens = (3, 2, 64, 32), 3
+    places = (torch.tensor(table, dtype=torch.int32), int32(starts), int32(lengths))
+    q, kv = torch.ones(tokens, 4, 32, dtype=dtype), torch.ones(tokens, 2, 32, dtype=dtype)
+    for isa in ISAS:
+        _C.set_isa(isa)
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            guarded = [torch.full((9, *shape[1:]), 7.0, dtype=dtype) for _ in range(2)]
+            cache = [g[3:6].zero_() for g in guarded]
+            _C.append_kv(kv, kv, *cache, *places)
+            out = torch.full((3 * tokens, 4, 32), 7.0, dtype=dtype)
+            partials = torch.empty(tokens * 4 * 48)
+            for scratch in (None, partials):
+                _C.paged_attention(out[tokens : 2 * tokens], q, *cache, *places, scratch, 1.0, -1)
+            for g in guarded:
+                assert (g[:3] == 7).all() and (g[6:] == 7).all()
+            assert (out[:tokens] == 7).all() and (out[2 * tokens :] == 7).all()
