@@ -28,7 +28,7 @@ BELOW = {
     "errors": set[str](),
     "ops": OPS_LEVEL,
     "graph": {"errors", "ops", "_C"},
-    "quantize": {"errors", "ops"},
+    "quantize": {"errors", "ops", "_C"},
     "nn": {"errors", "ops", "quantize"},
     "models": MODELS_LEVEL,
     "engine": MODELS_LEVEL | {"models"},
