@@ -82,6 +82,8 @@ def measure(program: str, path: Path) -> float:
 
 def cases(settings: Settings) -> Iterator[BenchCase]:
     """Imports, loading, memory."""
+    if settings.device != "cpu":  # what is loaded is the same
+        return
     path = resolve(settings.model)
     loaders = {OURS: _LOAD_FASTLLM}
     if peers.has_llama_cpp() and path.is_file():

@@ -114,7 +114,7 @@ def show(rows: Sequence[Row]) -> None:
         cells: list[object] = [row.case, row.dtype, f"{row.value:g} {row.unit}"]
         for name in peers:
             known = name in row.peers
-            cells += [f"{row.peers[name]:g}", f"{row.ratio[name]:.2f}x"] if known else ["", ""]
+            cells += [f"{row.peers[name]:g}", f"{row.ratio[name]:.3g}x"] if known else ["", ""]
         share = row.percent_of_bound
         lines.append([*cells, f"{share:.0f}%" if share is not None else ""])
     table([*columns, "of bound"], lines, right=[*columns[2:], "of bound"])

@@ -24,7 +24,9 @@ def copies(args: Args) -> Args:
     def copy(arg: Any) -> Any:
         if not isinstance(arg, Tensor):
             return arg
-        return torch.empty_strided(arg.shape, arg.stride(), dtype=arg.dtype).copy_(arg)
+        return torch.empty_strided(
+            arg.shape, arg.stride(), dtype=arg.dtype, device=arg.device
+        ).copy_(arg)
 
     return tuple(copy(arg) for arg in args)
 

@@ -87,7 +87,7 @@ def test_rows_have_exactly_the_agreed_fields(tmp_path: Path) -> None:
 def test_losing_rows_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     show([Row(suite="s", case="c", device="d", dtype="t", unit="us", value=2.0,
               peers={"torch": 1.0}, ratio={"torch": 0.5})])  # fmt: skip
-    assert "0.50x" in capsys.readouterr().out
+    assert "0.5x" in capsys.readouterr().out
 
 
 def test_the_picture_is_drawn(tmp_path: Path) -> None:
