@@ -49,6 +49,7 @@ _TYPE_NAMES = {
     torch.uint8: "u8",
     torch.bool: "i1",
 }
+_PRODUCT = re.compile(r"\b(wgmma|mma)\.\S*?\.(m\d+)n\d+(k\d+)")
 _OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
 
@@ -73,13 +74,19 @@ class Launch:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel takes: bytes of shared memory, registers a thread, spilled bytes."""
+    """What a compiled kernel takes: bytes of shared memory, registers a thread, spilled bytes.
+
+    products: its matrix instructions without their width, such as "wgmma m64 k16"; serialized:
+    ptxas has put waits between its wgmma instructions.
+    """
 
     name: str
     arch: int
     shared: int
     registers: int
     spills: int
+    products: tuple[str, ...]
+    serialized: bool
 
 
 def shipped_launches() -> dict[str, Callable[[], Any]]:
@@ -164,8 +171,17 @@ def compile_launch(launch: Launch, arch: int) -> Resources:
         {(index[name],): [["tt.divisibility", 16]] for name in launch.divisible},
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
-    registers, spills = _ptxas(compiled.asm["ptx"], arch)
-    return Resources(launch.name, arch, compiled.metadata.shared, registers, spills)
+    ptx = compiled.asm["ptx"]
+    log = _ptxas(ptx, arch)
+    return Resources(
+        name=launch.name,
+        arch=arch,
+        shared=compiled.metadata.shared,
+        registers=max(int(n) for n in re.findall(r"Used (\d+) registers", log)),
+        spills=sum(int(n) for n in re.findall(r"(\d+) bytes spill", log)),
+        products=tuple(sorted({f"{op} {m} {k}" for op, m, k in _PRODUCT.findall(ptx)})),
+        serialized="serialized" in log,
+    )
 
 
 def _compile_named(job: tuple[str, int]) -> list[Resources]:
@@ -175,17 +191,15 @@ def _compile_named(job: tuple[str, int]) -> list[Resources]:
     return [compile_launch(launch, arch) for launch in launches]
 
 
-def _ptxas(ptx: str, arch: int) -> tuple[int, int]:
-    """(registers a thread, bytes of spill stores and loads)."""
+def _ptxas(ptx: str, arch: int) -> str:
+    """What ptxas -v says of the code: registers, spills, warnings."""
     ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
         target = "sm_90a" if arch == 90 else f"sm_{arch}"
         command = [ptxas, "-v", f"-arch={target}", file.name, "-o", "/dev/null"]
-        log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    registers = max(int(n) for n in re.findall(r"Used (\d+) registers", log))
-    return registers, sum(int(n) for n in re.findall(r"(\d+) bytes spill", log))
+        return subprocess.run(command, check=True, capture_output=True, text=True).stderr
 
 
 def _launch(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
@@ -278,7 +292,9 @@ def main() -> None:
     """Prints one line per compiled kernel: architecture, registers, spills, shared memory."""
     archs = tuple(int(arch.removeprefix("sm_")) for arch in sys.argv[1:]) or (80, 90)
     for r in compile_all(list(shipped_launches()), archs):
-        print(f"sm_{r.arch} {r.registers:4d} regs {r.spills:5d} spill {r.shared:7d} smem  {r.name}")
+        numbers = f"{r.registers:4d} registers {r.spills:5d} spilled {r.shared:7d} shared"
+        products = ", ".join(r.products) + (" SERIALIZED" if r.serialized else "")
+        print(f"sm_{r.arch} {numbers}  {products:16s} {r.name}")
 
 
 if __name__ == "__main__":
