@@ -136,6 +136,9 @@ PYBIND11_MODULE(_C, m) {
   op(m, "rope_append_kv", &Kernels::rope_append_kv, rope_append_kv_args);
   op(m, "paged_attention", &Kernels::paged_attention, paged_attention_args);
   op(m, "quant_matmul", &Kernels::quant_matmul, quant_matmul_args);
+  op(m, "linear", &Kernels::linear, linear_args);
+  op(m, "embedding", &Kernels::embedding, embedding_args);
+  op(m, "quant_embedding", &Kernels::embedding, quant_embedding_args);
   op(m, "pack", &Kernels::pack, pack_args);
   op(m, "log_probs", &Kernels::log_probs, log_probs_args);
   op(m, "top_log_probs", &Kernels::top_log_probs, top_log_probs_args);

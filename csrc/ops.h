@@ -214,6 +214,8 @@ struct Kernels {
   Kernel<RopeAppendKvArgs>* rope_append_kv;
   Kernel<PagedAttentionArgs>* paged_attention;
   Kernel<QuantMatmulArgs>* quant_matmul;
+  Kernel<LinearArgs>* linear;
+  Kernel<EmbeddingArgs>* embedding;
   Kernel<PackArgs>* pack;
   Kernel<LogProbsArgs>* log_probs;
   Kernel<TopLogProbsArgs>* top_log_probs;

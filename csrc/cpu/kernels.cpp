@@ -10,6 +10,8 @@ Kernel<AppendKvArgs> append_kv;
 Kernel<RopeAppendKvArgs> rope_append_kv;
 Kernel<PagedAttentionArgs> paged_attention;
 Kernel<QuantMatmulArgs> quant_matmul;
+Kernel<LinearArgs> linear;
+Kernel<EmbeddingArgs> embedding;
 Kernel<PackArgs> pack;
 Kernel<LogProbsArgs> log_probs;
 Kernel<TopLogProbsArgs> top_log_probs;
@@ -23,6 +25,8 @@ const Kernels kernels = {
     .rope_append_kv = rope_append_kv,
     .paged_attention = paged_attention,
     .quant_matmul = quant_matmul,
+    .linear = linear,
+    .embedding = embedding,
     .pack = pack,
     .log_probs = log_probs,
     .top_log_probs = top_log_probs,

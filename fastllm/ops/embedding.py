@@ -78,11 +78,33 @@ _quant_embedding = Op(
 )
 
 
+@_embedding.impl("native", "cpu", dtypes=_TABLE_DTYPES, when=lambda ids, w, _: w.stride(-1) == 1)
+def _embedding_cpu(ids: Tensor, weight: Tensor, out_dtype: torch.dtype) -> Tensor:
+    y = torch.empty((*ids.shape, weight.shape[1]), dtype=out_dtype)
+    _C.embedding(y, ids.contiguous(), weight)
+    return y
+
+
 @_embedding.impl("triton", "cuda", dtypes=_TABLE_DTYPES)
 def _embedding_cuda(ids: Tensor, weight: Tensor, out_dtype: torch.dtype) -> Tensor:
     from ..kernels import embedding as kernel
 
     return kernel.embedding(ids, weight, out_dtype)
+
+
+def _native_layout(ids: Tensor, data: Tensor, scales: Tensor, format: str, *_: Any) -> bool:
+    return layout.rows_of(data, format) == layout.ROWS_PER_GROUP["cpu"]
+
+
+@_quant_embedding.impl(
+    "native", "cpu", dtypes=_TABLE_DTYPES, variants=layout.FORMATS, when=_native_layout
+)
+def _quant_embedding_cpu(
+    ids: Tensor, data: Tensor, scales: Tensor, format: str, n: int, out_dtype: torch.dtype
+) -> Tensor:
+    y = torch.empty((*ids.shape, layout.columns_of(data, format)), dtype=out_dtype)
+    _C.quant_embedding(y, ids.contiguous(), data, scales, layout.FORMATS.index(format), n)
+    return y
 
 
 def _one_row_per_group(ids: Tensor, data: Tensor, scales: Tensor, format: str, *_: Any) -> bool:

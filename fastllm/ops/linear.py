@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _C
 from .registry import Op
 
 
@@ -66,6 +67,20 @@ def prepared_rows(x2: Tensor) -> Tensor | None:
     if m <= 16 and m * k <= 65536:
         return None
     return torch.empty((m + 12) * (4 * k + k // 32 * 8 + 64), dtype=torch.uint8)
+
+
+def _native_layout(x: Tensor, weight: Tensor, *_: Any) -> bool:
+    return x.stride(-1) == 1 and weight.stride(-1) == 1
+
+
+@_linear.impl("native", "cpu", when=_native_layout)
+def _linear_cpu(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    x2 = x.reshape(-1, x.shape[-1])
+    y = torch.empty((x2.shape[0], weight.shape[0]), dtype=out_dtype or x.dtype)
+    _C.linear(y, x2, weight, bias, prepared_rows(x2))
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 @_linear.impl("triton", "cuda")

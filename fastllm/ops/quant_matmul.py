@@ -134,9 +134,7 @@ def _native_layout(x: Tensor, data: Tensor, scales: Tensor, format: str, *_: Any
     return layout.rows_of(data, format) == layout.ROWS_PER_GROUP["cpu"] and x.stride(-1) == 1
 
 
-@_quant_matmul.impl(
-    "native", "cpu", variants=[v for v in VARIANTS if v.endswith("int8")], when=_native_layout
-)
+@_quant_matmul.impl("native", "cpu", variants=VARIANTS, when=_native_layout)
 def _quant_matmul_cpu(
     x: Tensor,
     data: Tensor,
