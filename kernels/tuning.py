@@ -155,9 +155,9 @@ def attention_tile(
     The fast mode does not restart prompts at splits: 4 warps then hold 64 x 128 (240 and 255
     registers). 128 rows over 8 warps would suit sm_90 better (185), but spill 144 bytes on sm_80.
     Few query rows, as in decoding, give every split its own program; prompts cannot, for that
-    keeps n_splits x n_tokens rows of fp32.For decoding ptxas
-    reports wgmma waits ("serialized") at any number of stages above 1: the next tile's loads are
-    worth more. fp32 runs on FMA units: few rows.
+    keeps n_splits x n_tokens rows of fp32. For decoding, ptxas reports wgmma waits ("serialized")
+    at any number of stages above 1: the next tile's loads are worth more. fp32 runs on FMA units:
+    few rows.
     """
     few = n_tokens <= max(n_seqs, 16)
     if n_splits == 1:
