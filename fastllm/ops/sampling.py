@@ -232,7 +232,8 @@ def _scratch(logits: Tensor, per_tile: int, per_row: int = 0) -> Tensor:
 def _sampling_cpu(logits: Tensor, *params: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows = logits.shape[0]
     ids = torch.empty(rows, dtype=torch.int32)
-    logprob, logprob_t = torch.empty(2, rows, dtype=torch.float32)
+    logprob = torch.empty(rows, dtype=torch.float32)
+    logprob_t = torch.empty(rows, dtype=torch.float32)
     _C.sampling(ids, logprob, logprob_t, _scratch(logits, 6, 1), logits, *params)
     return ids, logprob, logprob_t
 
