@@ -249,14 +249,19 @@ class LLM:
 
     def _increments(self, requests: list[Request]) -> Iterator[RequestOutput]:
         lengths = [0] * len(requests)
+
+        def grown() -> Iterator[RequestOutput]:
+            for i, request in enumerate(requests):
+                length = sum(len(sample.token_ids) for sample in request.samples)
+                if length != lengths[i]:
+                    lengths[i] = length
+                    yield request.output()
+
         steps = self._steps(requests)
         try:
             for _ in steps:
-                for i, request in enumerate(requests):
-                    length = sum(len(sample.token_ids) for sample in request.samples)
-                    if length != lengths[i]:
-                        lengths[i] = length
-                        yield request.output()
+                yield from grown()
+            yield from grown()  # what steps for other callers have added
         finally:
             steps.close()
 

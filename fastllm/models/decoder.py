@@ -26,7 +26,6 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, activation: str) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(
             config.hidden_size,
             heads=config.num_attention_heads,
@@ -38,13 +37,14 @@ class DecoderLayer(nn.Module):
             norm_eps=config.rms_norm_eps if config.qk_norm else None,
             activation=activation,
         )
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(
             config.hidden_size,
             config.intermediate_size,
             bias=config.mlp_bias,
             activation=activation,
         )
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class DecoderBody(nn.Module):
