@@ -14,8 +14,8 @@ import torch
 
 from fastllm import LLM, SamplingParams
 from fastllm.bench import peers
-from fastllm.models.names import resolve
 from fastllm.models.weights import open_weights
+from fastllm.testing.random_model import model_path
 from fastllm.testing.suite import OURS, BenchCase, Settings, Work, benchmark_case
 
 SUITE = "decode"
@@ -27,10 +27,10 @@ BATCH = 8
 
 def cases(settings: Settings) -> Iterator[BenchCase]:
     """Batch 1 in each activation mode of a quantized model, and the batch of eight."""
-    modes = ["int8"] if settings.quick else ["int8", "bf16"]
+    modes = peers.activation_modes(model_path(settings.model), settings.device, settings.quick)
     for mode in modes:
         yield _case(f"{TOKENS} tokens, batch 1", mode, settings, _single)
-    yield _case(f"{TOKENS} tokens, batch {BATCH}", "int8", settings, _batch)
+    yield _case(f"{TOKENS} tokens, batch {BATCH}", modes[0], settings, _batch)
 
 
 def _case(
@@ -53,7 +53,7 @@ def _params() -> SamplingParams:
 
 def _weight_bytes(settings: Settings) -> int:
     """Bytes of weights that a token reads: all of them, the embedding only as a tied head."""
-    source = open_weights(resolve(settings.model))
+    source = open_weights(model_path(settings.model))
     names = set(source.names)
     if not source.config.tie_word_embeddings:
         names.discard("model.embed_tokens.weight")
@@ -61,7 +61,7 @@ def _weight_bytes(settings: Settings) -> int:
 
 
 def _single(settings: Settings, mode: str) -> Work:
-    path = resolve(settings.model)
+    path = model_path(settings.model)
     llm = LLM(path, activation=mode, device=settings.device, max_model_len=1024)
     start = llm.config.bos_token_id or 0
     functions: dict[str, Callable[[], Any]] = {OURS: lambda: llm.generate([[start]], _params())}
@@ -88,7 +88,9 @@ def _single(settings: Settings, mode: str) -> Work:
 
 def _batch(settings: Settings, mode: str) -> Work:
     """Throughput of eight prompts of unequal length; the peer is the same, one after the other."""
-    llm = LLM(resolve(settings.model), activation=mode, device=settings.device, max_model_len=1024)
+    llm = LLM(
+        model_path(settings.model), activation=mode, device=settings.device, max_model_len=1024
+    )
     start = llm.config.bos_token_id or 0
     prompts = [[start] * (1 + i) for i in range(BATCH)]
 

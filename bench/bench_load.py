@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from fastllm.bench import peers
-from fastllm.models.names import resolve
+from fastllm.testing.random_model import model_path
 from fastllm.testing.suite import OURS, BenchCase, Settings, Work, benchmark_case
 
 SUITE = "load"
@@ -84,7 +84,7 @@ def cases(settings: Settings) -> Iterator[BenchCase]:
     """Imports, loading, memory."""
     if settings.device != "cpu":  # what is loaded is the same
         return
-    path = resolve(settings.model)
+    path = model_path(settings.model)
     loaders = {OURS: _LOAD_FASTLLM}
     if peers.has_llama_cpp() and path.is_file():
         loaders["llama.cpp"] = _LOAD_LLAMA_CPP

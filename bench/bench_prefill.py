@@ -15,9 +15,9 @@ import torch
 from fastllm import LLM, SamplingParams
 from fastllm.bench import peers
 from fastllm.models.config import ModelConfig
-from fastllm.models.names import resolve
 from fastllm.models.weights import open_weights
 from fastllm.testing.opinfo import generator
+from fastllm.testing.random_model import model_path
 from fastllm.testing.suite import OURS, BenchCase, Settings, Work, benchmark_case
 
 SUITE = "prefill"
@@ -28,9 +28,11 @@ LENGTHS = (512, 128, 2048)
 
 def cases(settings: Settings) -> Iterator[BenchCase]:
     """Prompts of 512 tokens, and in full runs shorter and longer ones and the bf16 mode."""
-    points = [(512, "int8")]
+    modes = peers.activation_modes(model_path(settings.model), settings.device, settings.quick)
+    points = [(512, modes[0])]
     if not settings.quick:
-        points += [(length, "int8") for length in LENGTHS[1:]] + [(512, "bf16")]
+        points += [(length, modes[0]) for length in LENGTHS[1:]]
+        points += [(512, mode) for mode in modes[1:]]
     for length, mode in points:
         yield BenchCase(
             suite=SUITE,
@@ -60,7 +62,7 @@ def _flops(config: ModelConfig, length: int) -> float:
 
 
 def _work(settings: Settings, length: int, mode: str) -> Work:
-    path = resolve(settings.model)
+    path = model_path(settings.model)
     llm = LLM(path, activation=mode, device=settings.device, max_model_len=length + 64)
     params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, detokenize=False)
     ours = random_prompts(llm.config, length, 0)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastllm.models.weights import open_weights
+from fastllm.quantize.gguf_blocks import QUANTIZED_FORMATS
 
 
 def has_llama_cpp() -> bool:
@@ -23,6 +24,15 @@ def has_llama_cpp() -> bool:
 def has_transformers() -> bool:
     """Whether transformers is installed."""
     return find_spec("transformers") is not None
+
+
+def activation_modes(path: Path, device: str, quick: bool) -> list[str]:
+    """The activation modes to measure: the default of an inference load first."""
+    source = open_weights(path)
+    if not any(source.get(name).format in QUANTIZED_FORMATS for name in source.names):
+        return ["bf16"]
+    modes = ["int8", "bf16"] if device == "cpu" else ["bf16", "int8"]
+    return modes[:1] if quick else modes
 
 
 @functools.cache

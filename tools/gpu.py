@@ -25,6 +25,7 @@ from fastllm.cli.bench import find_suites
 from fastllm.testing import machine
 
 ROOT = Path(__file__).parent.parent
+MODEL = "random-1b"  # made on the machine, which may have no network
 COUNTS = ("tests", "failures", "errors", "skipped")
 
 
@@ -104,8 +105,8 @@ def run_bench(suite: str) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "rows.json"
         program = "import sys; from fastllm.cli.main import main; sys.exit(main(sys.argv[1:]))"
-        arguments = ["bench", suite, "--quick", "--device", "cuda", "--json", str(out)]
-        command = [sys.executable, "-P", "-c", program, *arguments]
+        options = ["--quick", "--device", "cuda", "--model", MODEL, "--json", str(out)]
+        command = [sys.executable, "-P", "-c", program, "bench", suite, *options]
         if subprocess.run(command, cwd=ROOT).returncode != 0:
             return [{"suite": suite, "error": "the suite stopped with an error"}]
         rows: list[dict[str, Any]] = json.loads(out.read_text(encoding="utf-8"))

@@ -24,7 +24,8 @@ peers alternate in one run, medians count, and a ratio above 1 means that fastll
 that we lose stay. "bound" is what the machine could do at most, measured in the same run: its
 read bandwidth or the peak of torch's matrix product, whichever is the tighter.
 
-Without a suite, lists the suites and how long they take. `all` runs every one of them.
+Without a suite, lists the suites and how long they take; `all` runs every one of them. The models
+random-135m and random-1b (and random-1b-q4_1 and so on) are made of random weights on the spot.
 """
 
 EXAMPLES = """
@@ -32,6 +33,7 @@ fastllm bench
 fastllm bench decode prefill --quick
 fastllm bench linear --json linear.json
 fastllm bench decode --model ./model.gguf
+fastllm bench decode --model random-1b --device cuda
 fastllm bench all --json bench/results/cpu.json
 """
 
