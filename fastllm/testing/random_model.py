@@ -100,6 +100,8 @@ def _write_gguf(path: Path, config: ModelConfig, format: str) -> None:
         "llama.attention.head_count": config.num_attention_heads,
         "llama.attention.head_count_kv": config.num_key_value_heads,
         "llama.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "llama.attention.key_length": config.head_dim,
+        "llama.attention.value_length": config.head_dim,
         "llama.rope.dimension_count": config.head_dim,
         "llama.rope.freq_base": config.rope.theta,
         "llama.vocab_size": config.vocab_size,
