@@ -62,8 +62,8 @@ struct LinearProduct : DenseRows<D> {
     }
   }
   template <int MR, int NP>
-  void tile(int64_t, const char* x, int64_t width, float* sums) const {
-    dense_tile<D, MR, NP>(panels, this->words(), reinterpret_cast<const uint32_t*>(x), width, sums);
+  void tile(int64_t, const char* x, int64_t width, bool, float* sums) const {
+    dense_tile<D, MR, NP>(panels, this->words(), 0, reinterpret_cast<const uint32_t*>(x), width, sums);
   }
 };
 

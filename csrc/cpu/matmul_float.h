@@ -106,7 +106,7 @@ void prepare_blocks(const X* x, int64_t n, uint32_t* out, int64_t width) {
 // out[MR][NP * 16] over all blocks; panels lie `blocks` blocks apart.
 template <class F, class Dot, int MR, int NP>
 __attribute__((noinline)) void block_tile(const uint8_t* data, const uint16_t* scales, int64_t blocks,
-                                          const uint32_t* x, int64_t width, float* out) {
+                                          int64_t ahead, const uint32_t* x, int64_t width, float* out) {
   constexpr int V = NP * NV, per_word = 4 / Dot::columns;
   vf acc[MR][V];
 #pragma GCC unroll 16
@@ -120,6 +120,14 @@ __attribute__((noinline)) void block_tile(const uint8_t* data, const uint16_t* s
     for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 16
       for (int v = 0; v < V; ++v) sum[m][v] = vf{};
+    if (ahead) {
+#pragma GCC unroll 4
+      for (int p = 0; p < NP; ++p) {
+        const int64_t block = p * blocks + b;
+        prefetch_lines<block_bytes<F> / 64>(data + block * block_bytes<F> + ahead);
+        prefetch_lines<1>(reinterpret_cast<const char*>(scales + block * block_scales<F>) + ahead / (2 * F::words / F::scales));
+      }
+    }
 #pragma GCC unroll 2
     for (int half = 0; half < (F::nibbles ? 2 : 1); ++half)
       for (int i = 0; i < F::words; ++i) {
@@ -178,8 +186,8 @@ struct Float32 {
 };
 
 template <class D, int MR, int NP>
-__attribute__((noinline)) void dense_tile(const uint32_t* data, int64_t words, const uint32_t* x,
-                                          int64_t width, float* out) {
+__attribute__((noinline)) void dense_tile(const uint32_t* data, int64_t words, int64_t ahead,
+                                          const uint32_t* x, int64_t width, float* out) {
   constexpr int V = NP * NV;
   vf acc[MR][V];
 #pragma GCC unroll 16
@@ -187,6 +195,10 @@ __attribute__((noinline)) void dense_tile(const uint32_t* data, int64_t words, c
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) acc[m][v] = vf{};
   for (int64_t k = 0; k < words; ++k, data += kPanelRows) {
+    if (ahead)
+#pragma GCC unroll 4
+      for (int p = 0; p < NP; ++p)
+        prefetch_lines<1>(reinterpret_cast<const char*>(data + p * words * kPanelRows) + ahead);
     vi w[V];
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) w[v] = vloadi(data + v / NV * words * kPanelRows + v % NV * VL);

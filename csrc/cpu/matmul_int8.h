@@ -93,10 +93,10 @@ void quantize_row(const X* x, int64_t n, Int8Block* out, int64_t step) {
   }
 }
 
-// out[MR][NP * 16] = x[MR rows] times NP panels, over all blocks.
+// out[MR][NP * 16] = x[MR rows] times NP panels, over all blocks; weights `ahead` bytes on are prefetched.
 template <class F, int MR, int NP>
 __attribute__((noinline)) void int8_tile(const uint8_t* data, const uint16_t* scales, int64_t blocks,
-                                         const Int8Block* x, int64_t step, float* out) {
+                                         int64_t ahead, const Int8Block* x, int64_t step, float* out) {
   constexpr int V = NP * NV;
   vf acc[MR][V];
 #pragma GCC unroll 16
@@ -111,6 +111,14 @@ __attribute__((noinline)) void int8_tile(const uint8_t* data, const uint16_t* sc
 #pragma GCC unroll 16
       for (int v = 0; v < V; ++v)
         sum[m][v] = int8_offset<F> ? splat_word(&x[m].start) : vi{};
+    if (ahead) {
+#pragma GCC unroll 4
+      for (int p = 0; p < NP; ++p) {
+        const int64_t block = p * blocks + b;
+        prefetch_lines<block_bytes<F> / 64>(data + block * block_bytes<F> + ahead);
+        prefetch_lines<1>(reinterpret_cast<const char*>(scales + block * block_scales<F>) + ahead / (2 * F::words / F::scales));
+      }
+    }
 #pragma GCC unroll 8
     for (int i = 0; i < F::words; ++i) {
       vi w[V];

@@ -31,6 +31,7 @@ struct Tasks {
 };
 constexpr int64_t kRowBlockBytes = 512 << 10;
 constexpr int64_t kTasksPerThread = 8;
+constexpr int64_t kFewRows = 4;
 
 FASTLLM_INLINE Tasks make_tasks(const RowGroups& rows, int64_t n, int strip_panels, const Team& team) {
   const int64_t columns = static_cast<int64_t>(strip_panels) * kPanelRows;
@@ -82,30 +83,31 @@ FASTLLM_INLINE void store_tile(const MatmulOutput& o, const float* sums, int64_t
 }
 
 // A product P knows its operands: row_bytes(), prepare(groups, row), begin_strip(panel, panels) and
-// tile<MR, NP>(panel, x, width, sums); P::rows and P::strip are its largest tile.
+// tile<MR, NP>(panel, x, width, first, sums), where `first` says
+// that this is the strip's first tile; P::rows and P::strip are its largest tile.
 template <class P, int MR, int NP>
 FASTLLM_INLINE void tile_and_store(const P& p, const MatmulOutput& o, int64_t panel, const RowGroups& x,
-                                   int64_t group, int64_t live) {
+                                   int64_t group, int64_t live, bool first) {
   alignas(64) float sums[MR * NP * kPanelRows];
-  p.template tile<MR, NP>(panel, x.group(group), x.width, sums);
+  p.template tile<MR, NP>(panel, x.group(group), x.width, first, sums);
   store_tile(o, sums, NP * kPanelRows, group * x.width, live, panel * kPanelRows);
 }
 
 template <class P, int NP>
 static void strip_times_group(const P& p, const MatmulOutput& o, int64_t panel, const RowGroups& x,
-                              int64_t group) {
+                              int64_t group, bool first) {
   const int64_t left = x.rows - group * x.width;
   const int64_t live = left < x.width ? left : x.width;
   const int size = tile_rows(live, P::rows);
   if constexpr (P::rows >= 12)
-    if (size == 12) return tile_and_store<P, 12, NP>(p, o, panel, x, group, live);
+    if (size == 12) return tile_and_store<P, 12, NP>(p, o, panel, x, group, live, first);
   if constexpr (P::rows >= 6)
-    if (size == 6) return tile_and_store<P, 6, NP>(p, o, panel, x, group, live);
+    if (size == 6) return tile_and_store<P, 6, NP>(p, o, panel, x, group, live, first);
   if constexpr (P::rows >= 4)
-    if (size == 4) return tile_and_store<P, 4, NP>(p, o, panel, x, group, live);
+    if (size == 4) return tile_and_store<P, 4, NP>(p, o, panel, x, group, live, first);
   if constexpr (P::rows >= 2)
-    if (size == 2) return tile_and_store<P, 2, NP>(p, o, panel, x, group, live);
-  tile_and_store<P, 1, NP>(p, o, panel, x, group, live);
+    if (size == 2) return tile_and_store<P, 2, NP>(p, o, panel, x, group, live, first);
+  tile_and_store<P, 1, NP>(p, o, panel, x, group, live, first);
 }
 
 // Few rows: every thread prepares its own copy. Many: all threads prepare one together, in `shared`.
@@ -128,21 +130,23 @@ static RowGroups prepare_rows(const P& p, int64_t rows, void* shared, const Team
 template <class P>
 static void product(const P& p, const MatmulOutput& o, int64_t rows, void* shared, const Team& team) {
   const RowGroups x = prepare_rows(p, rows, shared, team);
-  const Tasks tasks = make_tasks(x, o.n, P::strip, team);
+  // A few rows are bound by memory: one panel at a time is one stream to read.
+  const int wide = x.rows <= kFewRows ? 1 : P::strip;
+  const Tasks tasks = make_tasks(x, o.n, wide, team);
   const int64_t panels = (o.n + kPanelRows - 1) / kPanelRows;
   for (int64_t t; (t = next_task(team)) < tasks.count();) {
     const int64_t first = t / tasks.runs * tasks.groups_per_block, run = t % tasks.runs;
     const int64_t last = first + tasks.groups_per_block < x.groups() ? first + tasks.groups_per_block : x.groups();
     const int64_t end = (run + 1) * tasks.run < tasks.strips ? (run + 1) * tasks.run : tasks.strips;
     for (int64_t strip = run * tasks.run; strip < end; ++strip) {
-      const int64_t panel = strip * P::strip;
-      const bool whole = panel + P::strip <= panels;
+      const int64_t panel = strip * wide;
+      const bool whole = wide == P::strip && panel + wide <= panels;
       p.begin_strip(panel, whole ? P::strip : 1);
       for (int64_t group = first; group < last; ++group) {
         if (whole)
-          strip_times_group<P, P::strip>(p, o, panel, x, group);
+          strip_times_group<P, P::strip>(p, o, panel, x, group, group == first);
         else
-          strip_times_group<P, 1>(p, o, panel, x, group);
+          strip_times_group<P, 1>(p, o, panel, x, group, group == first);
       }
     }
   }

@@ -45,8 +45,9 @@ struct Int8Product : Blocks<F> {
     }
   }
   template <int MR, int NP>
-  void tile(int64_t panel, const char* x, int64_t width, float* sums) const {
+  void tile(int64_t panel, const char* x, int64_t width, bool first, float* sums) const {
     int8_tile<F, MR, NP>(this->data(panel), this->scales(panel), this->blocks,
+                         first ? prefetch_distance(this->blocks * block_bytes<F>) : 0,
                          reinterpret_cast<const Int8Block*>(x), width, sums);
   }
 };
@@ -68,8 +69,9 @@ struct FloatProduct : Blocks<F> {
       prepare_blocks<F, Dot>(static_cast<const float*>(a.x) + row * a.x_stride, a.k, out, to.width);
   }
   template <int MR, int NP>
-  void tile(int64_t panel, const char* x, int64_t width, float* sums) const {
+  void tile(int64_t panel, const char* x, int64_t width, bool first, float* sums) const {
     block_tile<F, Dot, MR, NP>(this->data(panel), this->scales(panel), this->blocks,
+                               first ? prefetch_distance(this->blocks * block_bytes<F>) : 0,
                                reinterpret_cast<const uint32_t*>(x), width, sums);
   }
 };
@@ -81,9 +83,10 @@ struct DenseProduct : DenseRows<D> {
       : DenseRows<D>{a.x, a.x_type, a.m, a.k, a.x_stride}, data(a.data) {}
   void begin_strip(int64_t, int64_t) const {}
   template <int MR, int NP>
-  void tile(int64_t panel, const char* x, int64_t width, float* sums) const {
+  void tile(int64_t panel, const char* x, int64_t width, bool first, float* sums) const {
     const int64_t words = this->words();
     dense_tile<D, MR, NP>(static_cast<const uint32_t*>(data) + panel * words * kPanelRows, words,
+                          first ? prefetch_distance(words * kPanelRows * 4) : 0,
                           reinterpret_cast<const uint32_t*>(x), width, sums);
   }
 };
