@@ -89,7 +89,7 @@ def cases(settings: Settings) -> Iterator[BenchCase]:
     if peers.has_llama_cpp() and path.is_file():
         loaders["llama.cpp"] = _LOAD_LLAMA_CPP
     table: list[tuple[str, str, dict[str, str]]] = [
-        ("import fastllm, after torch", "s", {OURS: _IMPORT_FASTLLM, "torch": _IMPORT_TORCH}),
+        ("import fastllm.LLM after torch", "s", {OURS: _IMPORT_FASTLLM, "torch": _IMPORT_TORCH}),
         ("load", "s", loaders),
     ]
     if path.is_file():
@@ -99,7 +99,7 @@ def cases(settings: Settings) -> Iterator[BenchCase]:
         yield BenchCase(
             suite=SUITE,
             label=label,
-            dtype="int8" if label != "import fastllm, after torch" else "",
+            dtype="int8" if not label.startswith("import") else "",
             seconds=4 if settings.quick else 12,
             min_rounds=3,
             make=functools.partial(_work, programs, unit, path),
