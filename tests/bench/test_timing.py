@@ -113,6 +113,7 @@ def test_suites_list_cases_and_quick_is_a_part(name: str) -> None:
 
 
 def test_an_op_s_case_runs_against_its_peer() -> None:
-    case = next(iter(find_suites()["ops"].cases(Settings(quick=True))))
+    cases = find_suites()["ops"].cases(Settings(quick=True))
+    case = next(case for case in cases if case.label.startswith("rms_norm"))
     row = run_case(case, case.make(), "abc")
     assert row.value > 0 and row.peers and row.device
