@@ -190,24 +190,39 @@ struct Block {
   // o += P V over `positions` positions of a tile. The last word of bf16 V may pair a position with one
   // past the sequence's end, which can hold anything: that half is cleared in a copy.
   void add_values(const RowKernels<E>& kernels, float* o, const Word* v, int64_t positions,
-                  bool clear_partner) const {
+                  bool clear_partner, const Word* next) const {
     int64_t steps = divide_up(positions, E::kPerWord);
     if constexpr (E::kPerWord == 2) {
       if (clear_partner && positions % 2) {
         --steps;
-        kernels.values(o, shape.value_stride, w.alpha, w.p, v, shape.value_words, a.value_dim, steps);
+        kernels.values(o, shape.value_stride, w.alpha, w.p, v, shape.value_words, a.value_dim, steps,
+                       reinterpret_cast<const char*>(v));
         for (int r = 0; r < kMaxRows; ++r) w.alpha[r] = 1.f;
         for (int64_t d = 0; d < a.value_dim; ++d)
           w.last_values[d] = v[steps * shape.value_words + d] & 0xffffu;
         kernels.values(o, shape.value_stride, w.alpha, w.p + steps * E::kParts, w.last_values,
-                       shape.value_words, a.value_dim, 1);
+                       shape.value_words, a.value_dim, 1,
+                       reinterpret_cast<const char*>(v));
         return;
       }
     }
-    kernels.values(o, shape.value_stride, w.alpha, w.p, v, shape.value_words, a.value_dim, steps);
+    kernels.values(o, shape.value_stride, w.alpha, w.p, v, shape.value_words, a.value_dim, steps,
+                   reinterpret_cast<const char*>(next));
   }
 
-  void tile_step(int64_t g, int64_t tile, const Word* k, const Word* v) const {
+  // K and V of a tile; null if the block table names no page for it.
+  struct Pointers {
+    const Word *k, *v;
+  };
+  Pointers tile_pointers(int64_t tile) const {
+    const int64_t page = page_at(a.paging, s, tile * kTile);
+    if (page < 0) return {nullptr, nullptr};
+    const int64_t at = (page * a.kv_heads + kv_head) * a.paging.page_size +
+                       tile * kTile % a.paging.page_size;
+    return {static_cast<const Word*>(a.k_cache) + at * a.dim / E::kPerWord,
+            static_cast<const Word*>(a.v_cache) + at * a.value_dim / E::kPerWord};
+  }
+  void tile_step(int64_t g, int64_t tile, const Pointers& now, const Pointers& next) const {
     const RowSpan rows = rows_of_group(g);
     const int64_t first = tile * kTile, last = first + kTile - 1;
     if (rows.last < first || (a.window_left >= 0 && rows.first - a.window_left > last)) return;
@@ -215,12 +230,12 @@ struct Block {
     const bool all_visible =
         rows.first >= last && (a.window_left < 0 || rows.last - a.window_left <= first);
     const RowKernels<E> kernels = row_kernels<E>(rows.rows);
-    kernels.scores(w.scores, w.q + g * shape.steps * E::kParts * kMaxRows, k, shape.steps, positions,
-                   shape.scale);
+    kernels.scores(w.scores, w.q + g * shape.steps * E::kParts * kMaxRows, now.k, shape.steps,
+                   positions, shape.scale, reinterpret_cast<const char*>(g ? now.k : next.k));
     if (!all_visible) mask(rows, tile);
     softmax_rows<E>(w.softmax[g], w.alpha, w.p, w.scores, rows.rows);
-    add_values(kernels, w.o + g * kMaxRows * shape.value_stride, v, positions,
-               first + positions >= seq.length);
+    add_values(kernels, w.o + g * kMaxRows * shape.value_stride, now.v, positions,
+               first + positions >= seq.length, g ? now.v : next.v);
   }
 
   void run_split(int64_t split) const {
@@ -229,14 +244,13 @@ struct Block {
       vstore(w.o + i, vset(0.f));
     const int64_t begin = larger(first_tile(), split * (kSplit / kTile));
     const int64_t end = smaller(end_tile(), (split + 1) * (kSplit / kTile));
+    if (begin >= end) return;
+    Pointers next = tile_pointers(begin);
     for (int64_t tile = begin; tile < end; ++tile) {
-      const int64_t page = page_at(a.paging, s, tile * kTile);
-      if (page < 0) continue;
-      const int64_t at = (page * a.kv_heads + kv_head) * a.paging.page_size +
-                         tile * kTile % a.paging.page_size;
-      const Word* k = static_cast<const Word*>(a.k_cache) + at * a.dim / E::kPerWord;
-      const Word* v = static_cast<const Word*>(a.v_cache) + at * a.value_dim / E::kPerWord;
-      for (int64_t g = 0; g < groups(); ++g) tile_step(g, tile, k, v);
+      const Pointers now = next;
+      if (tile + 1 < end) next = tile_pointers(tile + 1);
+      if (!now.k) continue;
+      for (int64_t g = 0; g < groups(); ++g) tile_step(g, tile, now, next.k ? next : now);
     }
   }
 

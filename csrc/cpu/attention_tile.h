@@ -44,14 +44,26 @@ struct Bf16 {
 #endif
 };
 
+// Asks for the lines that step i brings nearer: `ahead` is where the bytes lie that are wanted next, and a
+// loop that reads as many bytes as they are asks for them in ascending order, so that the hardware's
+// own prefetcher joins in (decode reads each tile once and computes a tile in a third of the time that its bytes take to come).
+template <int C>
+FASTLLM_INLINE void prefetch(const char* ahead, int64_t i) {
+#pragma GCC unroll 4
+  for (int line = 0; line < C * VL / 16; ++line)
+    _mm_prefetch(ahead + (i * (C * VL / 16) + line) * 64, _MM_HINT_T0);
+}
+
 // acc[r][c] += A[r] . B[c] over `steps` words. A word of row r, step i, part h: a[i * AStep + h * APart
 // + r * ARow]. Vectors of B: 16 words of a chunk side by side, chunks `chunk_stride` words apart, steps
-// `step_stride`. With Masked, the last vector holds only 8 words (AVX-512 with 8 columns left over).
+// `step_stride`. The lines from `ahead` on are prefetched on the way. With Masked, the last vector holds only 8 words (AVX-512 with 8 columns left over).
 template <int AStep, int APart, int ARow, bool Masked, int R, int C>
 FASTLLM_INLINE void dot_tile(F32, vf (&acc)[R][C], const float* a, const float* b,
-                             int64_t chunk_stride, int64_t step_stride, int64_t steps) {
+                             int64_t chunk_stride, int64_t step_stride, int64_t steps,
+                             const char* ahead) {
   constexpr int kPerChunk = kChunk / VL;
   for (int64_t i = 0; i < steps; ++i, a += AStep, b += step_stride) {
+    prefetch<C>(ahead, i);
     vf bv[C];
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
@@ -74,8 +86,10 @@ FASTLLM_INLINE void dot_tile(F32, vf (&acc)[R][C], const float* a, const float* 
 #if defined(__AVX512BF16__)
 template <int AStep, int APart, int ARow, bool Masked, int R, int C>
 FASTLLM_INLINE void dot_tile(Bf16, vf (&acc)[R][C], const uint32_t* a, const uint32_t* b,
-                             int64_t chunk_stride, int64_t step_stride, int64_t steps) {
+                             int64_t chunk_stride, int64_t step_stride, int64_t steps,
+                             const char* ahead) {
   for (int64_t i = 0; i < steps; ++i, a += AStep, b += step_stride) {
+    prefetch<C>(ahead, i);
     __m512i bv[C];
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
@@ -94,9 +108,11 @@ FASTLLM_INLINE void dot_tile(Bf16, vf (&acc)[R][C], const uint32_t* a, const uin
 #else
 template <int AStep, int APart, int ARow, bool Masked, int R, int C>
 FASTLLM_INLINE void dot_tile(Bf16, vf (&acc)[R][C], const float* a, const uint32_t* b,
-                             int64_t chunk_stride, int64_t step_stride, int64_t steps) {
+                             int64_t chunk_stride, int64_t step_stride, int64_t steps,
+                             const char* ahead) {
   constexpr int kPerChunk = kChunk / VL;
   for (int64_t i = 0; i < steps; ++i, a += AStep, b += step_stride) {
+    prefetch<C>(ahead, i);
     vi bv[C];
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
@@ -180,7 +196,7 @@ constexpr int vectors_at_once() {
 // scores[r][0 .. positions) = scale * Q K^T, rounded up to whole vectors. q is packed [step][part][kMaxRows].
 template <class E, int R>
 void score_rows(float (*scores)[kTile], const typename E::A* q, const typename E::Word* k,
-                int64_t steps, int64_t positions, float scale) {
+                int64_t steps, int64_t positions, float scale, const char* ahead) {
   constexpr int C = vectors_at_once<R>();
   constexpr int kPerChunk = kChunk / VL;
   for (int64_t first = 0; first < positions; first += C * VL) {
@@ -190,7 +206,8 @@ void score_rows(float (*scores)[kTile], const typename E::A* q, const typename E
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) acc[r][c] = vset(0.f);
     const typename E::Word* b = k + first / kChunk * kChunk * steps + first % kChunk;
-    dot_tile<E::kParts * kMaxRows, kMaxRows, 1, false>(E{}, acc, q, b, kChunk * steps, kChunk, steps);
+    dot_tile<E::kParts * kMaxRows, kMaxRows, 1, false>(E{}, acc, q, b, kChunk * steps, kChunk, steps,
+                                                         ahead + first * steps * 4);
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -202,7 +219,7 @@ void score_rows(float (*scores)[kTile], const typename E::A* q, const typename E
 template <class E, int R, int C, bool Masked>
 FASTLLM_INLINE void value_columns(float* o, int64_t o_stride, const float* alpha,
                                   const typename E::A* p, const typename E::Word* v, int64_t v_stride,
-                                  int64_t steps) {
+                                  int64_t steps, const char* ahead) {
   vf acc[R][C];
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
@@ -211,7 +228,7 @@ FASTLLM_INLINE void value_columns(float* o, int64_t o_stride, const float* alpha
     for (int c = 0; c < C; ++c) acc[r][c] = vload(o + r * o_stride + c * VL) * scale;
   }
   dot_tile<E::kParts, 1, kTile * E::kParts / E::kPerWord, Masked>(E{}, acc, p, v, kChunk, v_stride,
-                                                                  steps);
+                                                                  steps, ahead);
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -222,26 +239,31 @@ FASTLLM_INLINE void value_columns(float* o, int64_t o_stride, const float* alpha
 // vectors, v_stride the words from one step of V to the next.
 template <class E, int R>
 void value_rows(float* o, int64_t o_stride, const float* alpha, const typename E::A* p,
-                const typename E::Word* v, int64_t v_stride, int64_t dim, int64_t steps) {
+                const typename E::Word* v, int64_t v_stride, int64_t dim, int64_t steps,
+                const char* ahead) {
   constexpr int C = vectors_at_once<R>();
   int64_t d = 0;
   for (; d + C * VL <= dim; d += C * VL)
-    value_columns<E, R, C, false>(o + d, o_stride, alpha, p, v + d, v_stride, steps);
+    value_columns<E, R, C, false>(o + d, o_stride, alpha, p, v + d, v_stride, steps,
+      ahead + d * steps * 4);
   if constexpr (C == 4)
     for (; d + 2 * VL <= dim; d += 2 * VL)
-      value_columns<E, R, 2, false>(o + d, o_stride, alpha, p, v + d, v_stride, steps);
+      value_columns<E, R, 2, false>(o + d, o_stride, alpha, p, v + d, v_stride, steps,
+      ahead + d * steps * 4);
   for (; d + VL <= dim; d += VL)
-    value_columns<E, R, 1, false>(o + d, o_stride, alpha, p, v + d, v_stride, steps);
-  if (d < dim) value_columns<E, R, 1, true>(o + d, o_stride, alpha, p, v + d, v_stride, steps);
+    value_columns<E, R, 1, false>(o + d, o_stride, alpha, p, v + d, v_stride, steps,
+      ahead + d * steps * 4);
+  if (d < dim) value_columns<E, R, 1, true>(o + d, o_stride, alpha, p, v + d, v_stride, steps,
+      ahead + d * steps * 4);
 }
 
 // The kernels for each number of rows; other numbers take the next larger one, with padded rows.
 template <class E>
 struct RowKernels {
   void (*scores)(float (*)[kTile], const typename E::A*, const typename E::Word*, int64_t, int64_t,
-                 float);
+                 float, const char*);
   void (*values)(float*, int64_t, const float*, const typename E::A*, const typename E::Word*, int64_t,
-                 int64_t, int64_t);
+                 int64_t, int64_t, const char*);
 };
 template <class E>
 FASTLLM_INLINE RowKernels<E> row_kernels(int64_t rows) {
