@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "api/paging.h"
 #include "common/call.h"
 #include "common/dlpack_abi.h"
 #include "common/isa.h"
@@ -144,6 +145,12 @@ PYBIND11_MODULE(_C, m) {
   op(m, "top_log_probs", &Kernels::top_log_probs, top_log_probs_args);
   op(m, "sampling", &Kernels::sampling, sampling_args);
 
+  m.def("check_paging_values",
+        [](py::handle block_table, py::handle cu_seqlens, py::handle cache_seqlens, int64_t tokens,
+           int64_t num_pages, int64_t page_size) {
+          check_paging_values(argument<Tensor>(block_table), argument<Tensor>(cu_seqlens),
+                              argument<Tensor>(cache_seqlens), tokens, num_pages, page_size);
+        });
   m.def("isa", active_isa, "the active instruction-set level");
   m.def("isas", supported_isas, "the levels that this processor runs, ascending");
   m.def("set_isa", set_isa);

@@ -1,3 +1,6 @@
+#include <stdexcept>
+#include <string>
+
 #include "api/paging.h"
 #include "api/rope.h"
 #include "common/check.h"
@@ -8,8 +11,9 @@ namespace fastllm {
 Paging paging_of(const char* op, const Tensor& k_cache, const Tensor& v_cache,
                  const Tensor& block_table, const Tensor& cu_seqlens, const Tensor& cache_seqlens,
                  int64_t tokens) {
-  check(k_cache.ndim == 4 && v_cache.ndim == 4 && is_float(k_cache) && v_cache.dtype == k_cache.dtype,
-        op, "k_cache and v_cache must be f32 or bf16 [num_pages, kv_heads, page_size, head_dim]");
+  check(
+      k_cache.ndim == 4 && v_cache.ndim == 4 && is_float(k_cache) && v_cache.dtype == k_cache.dtype,
+      op, "k_cache and v_cache must be f32 or bf16 [num_pages, kv_heads, page_size, head_dim]");
   for (int i = 0; i < 3; ++i)
     check(k_cache.shape[i] == v_cache.shape[i], op,
           "k_cache and v_cache must agree in pages, heads and page size");
@@ -42,7 +46,57 @@ Paging paging_of(const char* op, const Tensor& k_cache, const Tensor& v_cache,
 
 namespace {
 
-Rows rows_of(const char* op, const Tensor& t, const Tensor& cache, int64_t tokens, const char* what) {
+void require(bool ok, const std::string& message) {
+  if (!ok) throw std::invalid_argument(message);
+}
+int64_t value_at(const Tensor& t, int64_t i) { return t.as<int32_t>()[i * t.stride[0]]; }
+
+void check_sequence(const Tensor& block_table, int64_t s, int64_t length, int64_t new_tokens,
+                    int64_t num_pages, int64_t page_size) {
+  const int64_t width = block_table.shape[1];
+  if (length < new_tokens || length > width * page_size)
+    throw std::invalid_argument(
+        "cache_seqlens[" + std::to_string(s) + "] is " + std::to_string(length) +
+        ": it must hold the " + std::to_string(new_tokens) + " new tokens and fit the " +
+        std::to_string(width) + " pages of block_table (0 marks a dead slot)");
+  const int32_t* row = block_table.as<int32_t>() + s * block_table.stride[0];
+  for (int64_t i = 0; i * page_size < length; ++i) {
+    const int64_t page = row[i * block_table.stride[1]];
+    if (page < 0 || page >= num_pages)
+      throw std::invalid_argument("block_table[" + std::to_string(s) + "] names page " +
+                                  std::to_string(page) + ", but the cache has pages 0 to " +
+                                  std::to_string(num_pages - 1));
+  }
+}
+
+}  // namespace
+
+void check_paging_values(const Tensor& block_table, const Tensor& cu_seqlens,
+                         const Tensor& cache_seqlens, int64_t tokens, int64_t num_pages,
+                         int64_t page_size) {
+  for (const Tensor* t : {&block_table, &cu_seqlens, &cache_seqlens})
+    require(t->dtype == DType::i32, "block_table, cu_seqlens_q and cache_seqlens must be int32");
+  const int64_t sequences = cache_seqlens.shape[0];
+  require(block_table.ndim == 2 && block_table.shape[0] == sequences && cu_seqlens.ndim == 1 &&
+              cu_seqlens.shape[0] == sequences + 1 && cache_seqlens.ndim == 1 && page_size > 0,
+          "block_table, cu_seqlens_q and cache_seqlens must have shapes [S, P], [S + 1] and [S]");
+  int64_t begin = value_at(cu_seqlens, 0);
+  bool rising = begin == 0;
+  for (int64_t s = 0; s < sequences; ++s) {
+    const int64_t end = value_at(cu_seqlens, s + 1), length = value_at(cache_seqlens, s);
+    rising = rising && end >= begin;
+    if (rising && length != 0)
+      check_sequence(block_table, s, length, end - begin, num_pages, page_size);
+    begin = end;
+  }
+  require(rising && begin == tokens,
+          "cu_seqlens_q must rise from 0 to the " + std::to_string(tokens) + " tokens given");
+}
+
+namespace {
+
+Rows rows_of(const char* op, const Tensor& t, const Tensor& cache, int64_t tokens,
+             const char* what) {
   check(t.ndim == 3 && t.dtype == cache.dtype && rows_contiguous(t) && t.shape[0] == tokens &&
             t.shape[1] == cache.shape[1] && t.shape[2] == cache.shape[3],
         op, what);
@@ -50,7 +104,8 @@ Rows rows_of(const char* op, const Tensor& t, const Tensor& cache, int64_t token
 }
 
 KvTarget target_of(const char* op, int64_t tokens, const Tensor& k_cache, const Tensor& v_cache,
-                   const Tensor& block_table, const Tensor& cu_seqlens, const Tensor& cache_seqlens) {
+                   const Tensor& block_table, const Tensor& cu_seqlens,
+                   const Tensor& cache_seqlens) {
   const Paging paging =
       paging_of(op, k_cache, v_cache, block_table, cu_seqlens, cache_seqlens, tokens);
   return {.k_cache = k_cache.data,

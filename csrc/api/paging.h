@@ -8,4 +8,11 @@ Paging paging_of(const char* op, const Tensor& k_cache, const Tensor& v_cache,
                  const Tensor& block_table, const Tensor& cu_seqlens, const Tensor& cache_seqlens,
                  int64_t tokens);
 
+// Throws std::invalid_argument naming the argument unless the values index the cache: starts rise
+// from 0 to `tokens`, lengths hold the new tokens and fit their row of the table, pages exist.
+// Shapes were checked.
+void check_paging_values(const Tensor& block_table, const Tensor& cu_seqlens,
+                         const Tensor& cache_seqlens, int64_t tokens, int64_t num_pages,
+                         int64_t page_size);
+
 }  // namespace fastllm

@@ -5,8 +5,8 @@
 
 namespace fastllm {
 
-void check_rope_tables(const char* op, const Tensor& positions, const Tensor& cos, const Tensor& sin,
-                       int64_t tokens, int64_t dim) {
+void check_rope_tables(const char* op, const Tensor& positions, const Tensor& cos,
+                       const Tensor& sin, int64_t tokens, int64_t dim) {
   check(positions.ndim == 1 && positions.dtype == DType::i32 && positions.contiguous() &&
             positions.shape[0] == tokens,
         op, "positions must be contiguous int32, one per token");

@@ -1,6 +1,7 @@
-// Writing new keys and values into the interleaved pages, with or without the rotation of q and k first.
-// The unit of work is one (token, head). K is stored word by word, 64 bytes apart: 16 consecutive tokens
-// fill the same lines, which stay in L1 meanwhile; the whole append is under 1% of a prefill.
+// Writing new keys and values into the interleaved pages, with or without the rotation of q and k
+// first. The unit of work is one (token, head). K is stored word by word, 64 bytes apart: 16
+// consecutive tokens fill the same lines, which stay in L1 meanwhile; the whole append is under 1%
+// of a prefill.
 #include "cpu/paging.h"
 #include "cpu/rotate.h"
 #include "ops.h"
@@ -29,8 +30,8 @@ FASTLLM_INLINE void store_value(float* page, const float* v, int64_t slot, int64
 }
 
 template <class T>
-FASTLLM_INLINE void append_one(const KvTarget& a, int64_t page, int64_t slot, int64_t head, const T* k,
-                               const T* v) {
+FASTLLM_INLINE void append_one(const KvTarget& a, int64_t page, int64_t slot, int64_t head,
+                               const T* k, const T* v) {
   const int64_t at = (page * a.kv_heads + head) * a.paging.page_size;
   store_key(static_cast<T*>(a.k_cache) + at * a.dim, k, slot, a.dim);
   store_value(static_cast<T*>(a.v_cache) + at * a.value_dim, v, slot, a.value_dim);
@@ -92,8 +93,8 @@ void rotate_and_append(const RopeAppendKvArgs& a, int64_t begin, int64_t end) {
                for (int64_t head = 0; head < heads; ++head) {
                  const int64_t unit = token * heads + head;
                  if (unit < begin || unit >= end) continue;
-                 rotate_head(rotated, head_of<T>(a.k, token, head), a.cos + row, a.sin + row, a.half,
-                             a.to.dim);
+                 rotate_head(rotated, head_of<T>(a.k, token, head), a.cos + row, a.sin + row,
+                             a.half, a.to.dim);
                  append_one(a.to, page, slot, head, rotated, head_of<T>(a.v, token, head));
                }
              });
@@ -110,8 +111,8 @@ void append_kv(const AppendKvArgs& a, const Team& team) {
 
 void rope_append_kv(const RopeAppendKvArgs& a, const Team& team) {
   dispatch_float(a.to.dtype, [&](auto type) { rotate_queries<decltype(type)>(a, team); });
-  // Keys are dealt from the other end of the team: a decode step has few heads, and the thread that got
-  // one query more should get one key less.
+  // Keys are dealt from the other end of the team: a decode step has few heads, and the thread that
+  // got one query more should get one key less.
   Team reversed = team;
   reversed.thread = team.size - 1 - team.thread;
   int64_t begin, end;

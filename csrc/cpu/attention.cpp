@@ -1,17 +1,18 @@
-// Causal attention over the paged cache: online softmax over tiles of 64 positions, restarted every 512
-// positions (a split) and merged in ascending order.
+// Causal attention over the paged cache: online softmax over tiles of 64 positions, restarted every
+// 512 positions (a split) and merged in ascending order.
 //
-// A task is a block of query rows of one KV head: row = token * group + head of the group, so that a
-// decoded token reads each page once for all heads of its group. A tile of K and V stays in L1 while the
-// block's rows pass over it, kMaxRows at a time, their state in L2. Bound by arithmetic for prompts (both
-// products at the rate of the dot instruction) and by reading the cache for decode.
+// A task is a block of query rows of one KV head: row = token * group + head of the group, so that
+// a decoded token reads each page once for all heads of its group. A tile of K and V stays in L1
+// while the block's rows pass over it, kMaxRows at a time, their state in L2. Bound by arithmetic
+// for prompts (both products at the rate of the dot instruction) and by reading the cache for
+// decode.
 //
 // The order of operations on a row is fixed by its own positions: tiles and splits are counted from
 // position 0, a tile that a row does not see is skipped or adds exact zeros, and splits computed in
 // parallel go through the same merge as splits computed in one task.
+#include "common/scratch.h"
 #include "cpu/attention_tile.h"
 #include "cpu/paging.h"
-#include "common/scratch.h"
 #include "ops.h"
 
 namespace fastllm::FASTLLM_ISA {
@@ -67,8 +68,10 @@ Workspace<E> workspace(const Shape& shape) {
   const int64_t q_bytes = rows * shape.steps * E::kParts * sizeof(A);
   const int64_t o_bytes = rows * shape.value_stride * sizeof(float);
   const int64_t fixed = kBlockGroups * sizeof(Softmax) + 2 * rows * sizeof(float) +
-                        kMaxRows * kTile * (sizeof(float) + sizeof(A)) + 64 + shape.value_stride * 8;
-  char* at = static_cast<char*>(thread_scratch(Scratch::panels, q_bytes + 2 * o_bytes + fixed + 16 * 64));
+                        kMaxRows * kTile * (sizeof(float) + sizeof(A)) + 64 +
+                        shape.value_stride * 8;
+  char* at =
+      static_cast<char*>(thread_scratch(Scratch::panels, q_bytes + 2 * o_bytes + fixed + 16 * 64));
   Workspace<E> w;
   w.q = reinterpret_cast<A*>(take(at, q_bytes));
   w.o = reinterpret_cast<float*>(take(at, o_bytes));
@@ -116,8 +119,7 @@ FASTLLM_INLINE int64_t partial_stride(const PagedAttentionArgs& a) {
 }
 FASTLLM_INLINE float* partial_of(const PagedAttentionArgs& a, int64_t split, int64_t token,
                                  int64_t head) {
-  return a.partials +
-         ((split * a.paging.tokens + token) * a.heads + head) * partial_stride(a);
+  return a.partials + ((split * a.paging.tokens + token) * a.heads + head) * partial_stride(a);
 }
 
 FASTLLM_INLINE void pack_query(F32, float* to, const float* x, int64_t steps) {
@@ -176,9 +178,8 @@ struct Block {
     for (int64_t r = 0; r < rows.rows; ++r) {
       const int64_t position = seq.first + (rows.row + r) / shape.group - tile * kTile;
       const int end = static_cast<int>(clamp_index(position + 1, kTile));
-      const int begin = a.window_left < 0
-                            ? 0
-                            : static_cast<int>(clamp_index(position - a.window_left, kTile));
+      const int begin =
+          a.window_left < 0 ? 0 : static_cast<int>(clamp_index(position - a.window_left, kTile));
       for (int c = 0; c < kTile; c += VL) {
         const vi at = lane_index() + c;
         const vf x = vload(w.scores[r] + c);
@@ -187,22 +188,21 @@ struct Block {
     }
   }
 
-  // o += P V over `positions` positions of a tile. The last word of bf16 V may pair a position with one
-  // past the sequence's end, which can hold anything: that half is cleared in a copy.
+  // o += P V over `positions` positions of a tile. The last word of bf16 V may pair a position with
+  // one past the sequence's end, which can hold anything: that half is cleared in a copy.
   void add_values(const RowKernels<E>& kernels, float* o, const Word* v, int64_t positions,
                   bool clear_partner, const Word* next) const {
     int64_t steps = divide_up(positions, E::kPerWord);
     if constexpr (E::kPerWord == 2) {
       if (clear_partner && positions % 2) {
         --steps;
-        kernels.values(o, shape.value_stride, w.alpha, w.p, v, shape.value_words, a.value_dim, steps,
-                       reinterpret_cast<const char*>(v));
+        kernels.values(o, shape.value_stride, w.alpha, w.p, v, shape.value_words, a.value_dim,
+                       steps, reinterpret_cast<const char*>(v));
         for (int r = 0; r < kMaxRows; ++r) w.alpha[r] = 1.f;
         for (int64_t d = 0; d < a.value_dim; ++d)
           w.last_values[d] = v[steps * shape.value_words + d] & 0xffffu;
         kernels.values(o, shape.value_stride, w.alpha, w.p + steps * E::kParts, w.last_values,
-                       shape.value_words, a.value_dim, 1,
-                       reinterpret_cast<const char*>(v));
+                       shape.value_words, a.value_dim, 1, reinterpret_cast<const char*>(v));
         return;
       }
     }
@@ -217,8 +217,8 @@ struct Block {
   Pointers tile_pointers(int64_t tile) const {
     const int64_t page = page_at(a.paging, s, tile * kTile);
     if (page < 0) return {nullptr, nullptr};
-    const int64_t at = (page * a.kv_heads + kv_head) * a.paging.page_size +
-                       tile * kTile % a.paging.page_size;
+    const int64_t at =
+        (page * a.kv_heads + kv_head) * a.paging.page_size + tile * kTile % a.paging.page_size;
     return {static_cast<const Word*>(a.k_cache) + at * a.dim / E::kPerWord,
             static_cast<const Word*>(a.v_cache) + at * a.value_dim / E::kPerWord};
   }
@@ -288,15 +288,17 @@ struct Block {
   }
 };
 
-// Tasks in the order in which they are handed out: the last block of every sequence (the longest rows),
-// all KV heads of it, then the next to last; a split of a block is a task if splits run in parallel.
+// Tasks in the order in which they are handed out: the last block of every sequence (the longest
+// rows), all KV heads of it, then the next to last; a split of a block is a task if splits run in
+// parallel.
 template <class E>
 struct TaskList {
   const PagedAttentionArgs& a;
   const Shape& shape;
   const Workspace<E>& w;
   bool parallel_splits;
-  int64_t s = 0, round = 0, first = 0;  // where the walk stands; `first` is the index of its first task
+  int64_t s = 0, round = 0,
+          first = 0;  // where the walk stands; `first` is the index of its first task
   bool found_in_round = false;
 
   Block<E> block() const {

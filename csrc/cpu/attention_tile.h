@@ -1,16 +1,16 @@
 // The inner loops of attention: a few rows of Q against a tile of 64 positions, and their softmax.
 //
-// Both products are the same loop: R rows of A, broadcast word by word, times vectors of B as the cache
-// holds them, one accumulator per (row, lane), summed in ascending order. A row's bits therefore do not
-// depend on R, on the vectors computed beside it, or on the rows around it.
+// Both products are the same loop: R rows of A, broadcast word by word, times vectors of B as the
+// cache holds them, one accumulator per (row, lane), summed in ascending order. A row's bits
+// therefore do not depend on R, on the vectors computed beside it, or on the rows around it.
 #pragma once
 #include "cpu/simd.h"
 
 namespace fastllm::FASTLLM_ISA {
 namespace {
 
-constexpr int kTile = 64;    // positions of a KV tile
-constexpr int kChunk = 16;   // positions interleaved in K
+constexpr int kTile = 64;   // positions of a KV tile
+constexpr int kChunk = 16;  // positions interleaved in K
 #if defined(__AVX512F__)
 constexpr int kMaxRows = 12;  // x 2 vectors: 24 accumulators of 32 registers
 #else
@@ -20,9 +20,9 @@ constexpr int kTileVectors = kTile / VL;
 
 FASTLLM_INLINE vf vbroadcast(const float* p) { return vset(*p); }
 
-// Element types of the cache. A word is what one lane of B holds per step: an f32, or a pair of bf16
-// that are neighbours along the summed dimension. `A` is how the broadcast operand is kept: kParts of
-// them make a step.
+// Element types of the cache. A word is what one lane of B holds per step: an f32, or a pair of
+// bf16 that are neighbours along the summed dimension. `A` is how the broadcast operand is kept:
+// kParts of them make a step.
 struct F32 {
   using Elem = float;
   using Word = float;
@@ -44,9 +44,10 @@ struct Bf16 {
 #endif
 };
 
-// Asks for the lines that step i brings nearer: `ahead` is where the bytes lie that are wanted next, and a
-// loop that reads as many bytes as they are asks for them in ascending order, so that the hardware's
-// own prefetcher joins in (decode reads each tile once and computes a tile in a third of the time that its bytes take to come).
+// Asks for the lines that step i brings nearer: `ahead` is where the bytes lie that are wanted
+// next, and a loop that reads as many bytes as they are asks for them in ascending order, so that
+// the hardware's own prefetcher joins in (decode reads each tile once and computes a tile in a
+// third of the time that its bytes take to come).
 template <int C>
 FASTLLM_INLINE void prefetch(const char* ahead, int64_t i) {
 #pragma GCC unroll 4
@@ -54,9 +55,11 @@ FASTLLM_INLINE void prefetch(const char* ahead, int64_t i) {
     _mm_prefetch(ahead + (i * (C * VL / 16) + line) * 64, _MM_HINT_T0);
 }
 
-// acc[r][c] += A[r] . B[c] over `steps` words. A word of row r, step i, part h: a[i * AStep + h * APart
-// + r * ARow]. Vectors of B: 16 words of a chunk side by side, chunks `chunk_stride` words apart, steps
-// `step_stride`. The lines from `ahead` on are prefetched on the way. With Masked, the last vector holds only 8 words (AVX-512 with 8 columns left over).
+// acc[r][c] += A[r] . B[c] over `steps` words. A word of row r, step i, part h: a[i * AStep + h *
+// APart
+// + r * ARow]. Vectors of B: 16 words of a chunk side by side, chunks `chunk_stride` words apart,
+// steps `step_stride`. The lines from `ahead` on are prefetched on the way. With Masked, the last
+// vector holds only 8 words (AVX-512 with 8 columns left over).
 template <int AStep, int APart, int ARow, bool Masked, int R, int C>
 FASTLLM_INLINE void dot_tile(F32, vf (&acc)[R][C], const float* a, const float* b,
                              int64_t chunk_stride, int64_t step_stride, int64_t steps,
@@ -187,13 +190,15 @@ FASTLLM_INLINE float max_lane(vf v) {
 #endif
 }
 
-// How many vectors of B a group of R rows takes at once: enough chains to hide the latency of an fma.
+// How many vectors of B a group of R rows takes at once: enough chains to hide the latency of an
+// fma.
 template <int R>
 constexpr int vectors_at_once() {
   return (VL == 16 ? R <= 6 : R <= 3) ? 4 : 2;
 }
 
-// scores[r][0 .. positions) = scale * Q K^T, rounded up to whole vectors. q is packed [step][part][kMaxRows].
+// scores[r][0 .. positions) = scale * Q K^T, rounded up to whole vectors. q is packed
+// [step][part][kMaxRows].
 template <class E, int R>
 void score_rows(float (*scores)[kTile], const typename E::A* q, const typename E::Word* k,
                 int64_t steps, int64_t positions, float scale, const char* ahead) {
@@ -206,8 +211,8 @@ void score_rows(float (*scores)[kTile], const typename E::A* q, const typename E
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) acc[r][c] = vset(0.f);
     const typename E::Word* b = k + first / kChunk * kChunk * steps + first % kChunk;
-    dot_tile<E::kParts * kMaxRows, kMaxRows, 1, false>(E{}, acc, q, b, kChunk * steps, kChunk, steps,
-                                                         ahead + first * steps * 4);
+    dot_tile<E::kParts * kMaxRows, kMaxRows, 1, false>(E{}, acc, q, b, kChunk * steps, kChunk,
+                                                       steps, ahead + first * steps * 4);
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -218,8 +223,8 @@ void score_rows(float (*scores)[kTile], const typename E::A* q, const typename E
 
 template <class E, int R, int C, bool Masked>
 FASTLLM_INLINE void value_columns(float* o, int64_t o_stride, const float* alpha,
-                                  const typename E::A* p, const typename E::Word* v, int64_t v_stride,
-                                  int64_t steps, const char* ahead) {
+                                  const typename E::A* p, const typename E::Word* v,
+                                  int64_t v_stride, int64_t steps, const char* ahead) {
   vf acc[R][C];
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
@@ -245,16 +250,17 @@ void value_rows(float* o, int64_t o_stride, const float* alpha, const typename E
   int64_t d = 0;
   for (; d + C * VL <= dim; d += C * VL)
     value_columns<E, R, C, false>(o + d, o_stride, alpha, p, v + d, v_stride, steps,
-      ahead + d * steps * 4);
+                                  ahead + d * steps * 4);
   if constexpr (C == 4)
     for (; d + 2 * VL <= dim; d += 2 * VL)
       value_columns<E, R, 2, false>(o + d, o_stride, alpha, p, v + d, v_stride, steps,
-      ahead + d * steps * 4);
+                                    ahead + d * steps * 4);
   for (; d + VL <= dim; d += VL)
     value_columns<E, R, 1, false>(o + d, o_stride, alpha, p, v + d, v_stride, steps,
-      ahead + d * steps * 4);
-  if (d < dim) value_columns<E, R, 1, true>(o + d, o_stride, alpha, p, v + d, v_stride, steps,
-      ahead + d * steps * 4);
+                                  ahead + d * steps * 4);
+  if (d < dim)
+    value_columns<E, R, 1, true>(o + d, o_stride, alpha, p, v + d, v_stride, steps,
+                                 ahead + d * steps * 4);
 }
 
 // The kernels for each number of rows; other numbers take the next larger one, with padded rows.
@@ -262,23 +268,30 @@ template <class E>
 struct RowKernels {
   void (*scores)(float (*)[kTile], const typename E::A*, const typename E::Word*, int64_t, int64_t,
                  float, const char*);
-  void (*values)(float*, int64_t, const float*, const typename E::A*, const typename E::Word*, int64_t,
-                 int64_t, int64_t, const char*);
+  void (*values)(float*, int64_t, const float*, const typename E::A*, const typename E::Word*,
+                 int64_t, int64_t, int64_t, const char*);
 };
 template <class E>
 FASTLLM_INLINE RowKernels<E> row_kernels(int64_t rows) {
   switch (rows) {
-    case 1: return {score_rows<E, 1>, value_rows<E, 1>};
-    case 2: return {score_rows<E, 2>, value_rows<E, 2>};
-    case 3: return {score_rows<E, 3>, value_rows<E, 3>};
-    case 4: return {score_rows<E, 4>, value_rows<E, 4>};
+    case 1:
+      return {score_rows<E, 1>, value_rows<E, 1>};
+    case 2:
+      return {score_rows<E, 2>, value_rows<E, 2>};
+    case 3:
+      return {score_rows<E, 3>, value_rows<E, 3>};
+    case 4:
+      return {score_rows<E, 4>, value_rows<E, 4>};
 #if defined(__AVX512F__)
     case 5:
-    case 6: return {score_rows<E, 6>, value_rows<E, 6>};
+    case 6:
+      return {score_rows<E, 6>, value_rows<E, 6>};
     case 7:
-    case 8: return {score_rows<E, 8>, value_rows<E, 8>};
+    case 8:
+      return {score_rows<E, 8>, value_rows<E, 8>};
 #endif
-    default: return {score_rows<E, kMaxRows>, value_rows<E, kMaxRows>};
+    default:
+      return {score_rows<E, kMaxRows>, value_rows<E, kMaxRows>};
   }
 }
 
@@ -306,8 +319,8 @@ FASTLLM_INLINE void start(Softmax& s) {
   for (int r = 0; r < kMaxRows; ++r) vstore(s.l[r], vset(0.f));
 }
 
-// Advances `rows` rows by one tile: P = exp2(scores - m), and alpha, the factor of what was summed so
-// far. Scores of -inf (masked) add nothing; a row of nothing else is left as it is.
+// Advances `rows` rows by one tile: P = exp2(scores - m), and alpha, the factor of what was summed
+// so far. Scores of -inf (masked) add nothing; a row of nothing else is left as it is.
 template <class E>
 FASTLLM_INLINE void softmax_rows(Softmax& s, float* alpha, typename E::A* p,
                                  const float (*scores)[kTile], int64_t rows) {

@@ -1,12 +1,13 @@
-// Finding tokens and pages from the int32 metadata of a paged cache. The metadata is read while kernels
-// run, so nothing here trusts it: every row and page that comes out lies inside its tensor.
+// Finding tokens and pages from the int32 metadata of a paged cache. The metadata is read while
+// kernels run, so nothing here trusts it: every row and page that comes out lies inside its tensor.
 #pragma once
 #include "cpu/simd.h"
 #include "ops.h"
 
 namespace fastllm::FASTLLM_ISA {
 
-// The new tokens of one sequence: rows [begin, end) of q, k, v, the first of them at position `first`.
+// The new tokens of one sequence: rows [begin, end) of q, k, v, the first of them at position
+// `first`.
 struct Sequence {
   int64_t begin, end;
   int64_t first;

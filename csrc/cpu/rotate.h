@@ -4,8 +4,8 @@
 
 namespace fastllm::FASTLLM_ISA {
 
-// y = x with its first 2 * half dimensions rotated. Two products and one sum, each rounded: no fma, as
-// in the reference.
+// y = x with its first 2 * half dimensions rotated. Two products and one sum, each rounded: no fma,
+// as in the reference.
 template <class T>
 FASTLLM_INLINE void rotate_head(T* y, const T* x, const float* cos, const float* sin, int64_t half,
                                 int64_t dim) {

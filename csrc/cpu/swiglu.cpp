@@ -1,15 +1,15 @@
-// silu(gate) * up, elementwise: bound by the exponential and the division while rows are in cache, else by
-// memory. The tail of a row goes through the same vector code, so that an element's bits do not depend
-// on its column.
+// silu(gate) * up, elementwise: bound by the exponential and the division while rows are in cache,
+// else by memory. The tail of a row goes through the same vector code, so that an element's bits do
+// not depend on its column.
 #include "cpu/simd.h"
 #include "ops.h"
 
 namespace fastllm::FASTLLM_ISA {
 namespace {
 
-// e^-x for the sigmoid. The polynomial and reduction of vexp, but with vscalefps, which needs no care at
-// the ends of the range: 1 is added to the result, so a denormal may stay. 240 us for 512 rows of 1536
-// bf16 on one core where vexp takes 380.
+// e^-x for the sigmoid. The polynomial and reduction of vexp, but with vscalefps, which needs no
+// care at the ends of the range: 1 is added to the result, so a denormal may stay. 240 us for 512
+// rows of 1536 bf16 on one core where vexp takes 380.
 FASTLLM_INLINE vf exp_minus(vf x) {
 #if defined(__AVX512F__)
   x = (vf)_mm512_max_ps(_mm512_set1_ps(-1000.f), (__m512)x);  // NaN, the second operand, is kept

@@ -10,12 +10,12 @@ of 16 tokens of K, or one token (bf16: a pair) of V, and attention runs without 
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from .. import _C
 from .checks import values_readable
 
 PAGE_SIZE = 64
@@ -142,31 +142,7 @@ def check_paging(
             f"got {tuple(cu_seqlens_q.shape)}"
         )
     if values_readable(block_table):
-        _check_values(k_cache, block_table, cu_seqlens_q, cache_seqlens, tokens)
-
-
-def _check_values(
-    k_cache: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, cache_seqlens: Tensor, tokens: int
-) -> None:
-    num_pages, page_size = k_cache.shape[0], k_cache.shape[2]
-    starts, lengths = cu_seqlens_q.tolist(), cache_seqlens.tolist()
-    table = block_table.numpy()
-    if starts[0] != 0 or starts[-1] != tokens or any(b < a for a, b in pairwise(starts)):
-        raise ValueError(
-            f"cu_seqlens_q must rise from 0 to the {tokens} tokens given, got {starts}"
+        num_pages, _, page_size, _ = k_cache.shape
+        _C.check_paging_values(
+            block_table, cu_seqlens_q, cache_seqlens, tokens, num_pages, page_size
         )
-    for s, length in enumerate(lengths):
-        if length == 0:
-            continue
-        new_tokens = starts[s + 1] - starts[s]
-        if length < new_tokens or length > table.shape[1] * page_size:
-            raise ValueError(
-                f"cache_seqlens[{s}] is {length}: it must hold the {new_tokens} new tokens and fit "
-                f"the {table.shape[1]} pages of block_table (0 marks a dead slot)"
-            )
-        used = table[s, : -(-length // page_size)]
-        if used.min() < 0 or used.max() >= num_pages:
-            raise ValueError(
-                f"block_table[{s}] names page {used.min() if used.min() < 0 else used.max()}, "
-                f"but the cache has pages 0 to {num_pages - 1}"
-            )
