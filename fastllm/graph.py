@@ -67,8 +67,8 @@ class _OnlyOurs(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        # Skipping imports torch._dynamo: 890 modules, 70 MB and seconds at the first capture. Nothing
-        # compiles inside a capture, so there is nothing to skip.
+        # Skipping would import torch._dynamo: 890 modules, 70 MB and seconds at the first capture.
+        # Nothing compiles inside a capture, so there is nothing to skip.
         return False
 
     def __torch_dispatch__(
