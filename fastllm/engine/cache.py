@@ -6,11 +6,13 @@ final once it is full, so sequences that share a prefix share its full pages.
 
 from __future__ import annotations
 
-import numpy as np
+import math
+
 import torch
 from torch import Tensor
 
 from fastllm.models.config import ModelConfig
+from fastllm.models.pages import map_zeros
 from fastllm.ops.attention import PAGE_SIZE
 
 
@@ -91,8 +93,8 @@ def pages_for(tokens: int) -> int:
 
 
 def _reserve(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros. On the CPU numpy's calloc maps them lazily, torch.zeros would write every page."""
+    """Zeros. On the CPU in small pages: huge ones would make the first token of any sequence touch
+    2 MB in every layer, for K and for V (120 MB for 30 layers)."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    bits = {2: np.int16, 4: np.int32}[dtype.itemsize]
-    return torch.from_numpy(np.zeros(shape, bits)).view(dtype)
+    return map_zeros(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)

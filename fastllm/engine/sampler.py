@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from fastllm.engine.request import MAX_BANNED, SamplingParams
 from fastllm.engine.static import StaticArrays
+from fastllm.models.pages import map_zeros
 from fastllm.ops.sampling import sampling
 
 _KINDS = {
@@ -33,9 +35,9 @@ class Sampler:
         self.static = StaticArrays({**fields, "banned": ((slots, MAX_BANNED), np.int32)}, device)
         self._arrays = self.static.arrays
         self._arrays["banned"][:] = -1
-        # Large, and touched for penalized slots only: numpy's zeros take no memory until then.
-        self.counts = _lazy_zeros((slots, vocab_size), np.int32, device)
-        self.in_prompt = _lazy_zeros((slots, vocab_size), np.uint8, device)
+        # Large, and touched for penalized slots only: they take no memory until then.
+        self.counts = _lazy_zeros((slots, vocab_size), torch.int32, device)
+        self.in_prompt = _lazy_zeros((slots, vocab_size), torch.uint8, device)
 
     def set(
         self, slot: int, params: SamplingParams, seed: int, prompt_ids: Sequence[int],
@@ -95,6 +97,7 @@ class Sampler:
         )  # fmt: skip
 
 
-def _lazy_zeros(shape: tuple[int, int], kind: type, device: torch.device) -> Tensor:
-    zeros = torch.from_numpy(np.zeros(shape, kind))
-    return zeros if device.type == "cpu" else zeros.to(device)
+def _lazy_zeros(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return map_zeros(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)

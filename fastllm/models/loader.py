@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastllm.models.config import ModelConfig
 from fastllm.models.decoder import Decoder
 from fastllm.models.names import resolve
+from fastllm.models.pages import Arena
 from fastllm.models.safetensors_files import save_directory
 from fastllm.models.stored_tensor import StoredTensor
 from fastllm.models.tokenizer import Tokenizer
@@ -122,6 +123,7 @@ class _Loader:
         self.source = source
         self.dense = "bf16" if dtype == torch.bfloat16 else "f32"
         self.device = device
+        self.arena = Arena()
 
     def fill(self, model: Decoder) -> None:
         body = model.model
@@ -183,7 +185,8 @@ class _Loader:
         del stored
         for name in names:
             self.source.release(name)
-        return packs
+        keep = self.arena.keep
+        return [replace(p, data=keep(p.data), scales=keep(p.scales)) for p in packs]
 
     def _format(self, stored: StoredTensor) -> str:
         return stored.format if stored.format in QUANTIZED_FORMATS else self.dense
