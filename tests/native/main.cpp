@@ -1,0 +1,35 @@
+// Tests of the native core, without Python and torch. Arguments name the suites to run; none runs all.
+#include <set>
+
+#include "harness.h"
+
+using namespace fastllm;
+using namespace fastllm::test;
+
+int main(int argc, char** argv) {
+  const struct {
+    const char* name;
+    void (*run)();
+  } suites[] = {{"parallel", test_parallel},
+                {"elementwise", test_elementwise},
+                {"products", test_products},
+                {"attention", test_attention},
+                {"sampling", test_sampling}};
+  std::printf("runtime: %s; levels:", thread_runtime());
+  for (const std::string& level : supported_isas()) std::printf(" %s", level.c_str());
+  std::printf("\n");
+  for (const auto& suite : suites) {
+    bool wanted = argc == 1;
+    for (int i = 1; i < argc; ++i) wanted |= std::string(argv[i]) == suite.name;
+    if (!wanted) continue;
+    suite.run();
+    std::printf("%s: ok\n", suite.name);
+    std::fflush(stdout);
+  }
+  if (argc == 1) {
+    const std::set<std::string> names(seen_kernels().begin(), seen_kernels().end());
+    std::printf("%zu of %zu kernels of the table ran\n", names.size(),
+                sizeof(Kernels) / sizeof(void*));
+    CHECK(names.size() == sizeof(Kernels) / sizeof(void*));
+  }
+}

@@ -1,0 +1,112 @@
+// pack, quant_matmul, quant_embedding, linear: every format and activation mode at odd sizes.
+#include "harness.h"
+
+namespace fastllm::test {
+namespace {
+
+struct Packed {
+  Owned data, scales;
+};
+
+// Blocks with random codes and small finite scales, packed by the kernel itself.
+Packed pack_random(Random& random, Format format, int64_t n, int64_t k) {
+  const int64_t groups = (n + 15) / 16;
+  if (format == Format::bf16 || format == Format::f32) {
+    const bool bf16 = format == Format::bf16;
+    const DType dtype = bf16 ? DType::bf16 : DType::f32;
+    Owned rows = random.tensor(dtype, {n, k});
+    Packed packed{bf16 ? Owned(dtype, {groups, (k + 1) / 2, 16, 2}) : Owned(dtype, {groups, k, 16}),
+                  Owned(DType::f16, {0})};
+    run_everywhere("pack", &Kernels::pack,
+                   pack_args(packed.data, packed.scales, rows, static_cast<int64_t>(format), n, k),
+                   {&packed.data}, 0);
+    return packed;
+  }
+  const int64_t size = format == Format::q8_0 ? 34 : format == Format::q4_1 ? 20 : 18;
+  const int64_t words = format == Format::q8_0 ? 8 : 4, sides = format == Format::q4_1 ? 2 : 1;
+  Owned rows = random.bytes({n, k / 32 * size});
+  for (int64_t block = 0; block < n * k / 32; ++block)
+    for (int64_t side = 0; side < sides; ++side) {
+      const uint16_t half = static_cast<uint16_t>(0x2400 + random.bits() % 0x400);  // about 1/64
+      std::memcpy(rows.view.as<uint8_t>() + block * size + 2 * side, &half, 2);
+    }
+  Packed packed{Owned(DType::u8, {groups, k / 32, words, 16, 4}),
+                Owned(DType::f16, {groups, k / 32, sides, 16})};
+  run_everywhere("pack", &Kernels::pack,
+                 pack_args(packed.data, packed.scales, rows, static_cast<int64_t>(format), n, k),
+                 {&packed.data, &packed.scales}, 0);
+  return packed;
+}
+
+void quantized() {
+  Random random(5);
+  for (Format format : {Format::q4_0, Format::q4_1, Format::q8_0})
+    for (int64_t n : {1, 16, 35}) {
+      const int64_t k = 96, code = static_cast<int64_t>(format);
+      Packed w = pack_random(random, format, n, k);
+      Owned ids = ints({static_cast<int32_t>(n - 1), 0});
+      Owned table(DType::f32, {2, k});
+      run_everywhere("embedding", &Kernels::embedding,
+                     quant_embedding_args(table, ids, w.data, w.scales, code, n), {&table}, 0);
+      for (int activation = 0; activation < 3; ++activation)
+        for (int64_t m : {1, 2, 7, 13, 30})
+          for (bool shared : {false, true}) {
+            const DType dtype = activation == 1 ? DType::bf16 : DType::f32;
+            Owned x = random.tensor(dtype, {m, k}), y(DType::f32, {m, n});
+            Owned bias = random.tensor(DType::f32, {n});
+            Owned scratch(DType::u8, {(m + 12) * (4 * k + k / 32 * 8 + 64)});
+            const Tensor none;
+            const QuantMatmulArgs args =
+                quant_matmul_args(y, x, w.data, w.scales, code, n, bias, activation,
+                                  shared ? static_cast<Tensor>(scratch) : none);
+            const float bound = activation == 0 ? 0.1f : 2e-4f;
+            run_everywhere("quant_matmul", &Kernels::quant_matmul, args, {&y}, 1e-4f, [&] {
+              // Row n - 1 of the weight is in the table: one column of y against a plain sum.
+              for (int64_t row = 0; row < m; ++row) {
+                double want = bias.get(n - 1);
+                for (int64_t c = 0; c < k; ++c)
+                  want += static_cast<double>(x.get(row * k + c)) * table.get(c);
+                CHECK(std::fabs(y.get(row * n + n - 1) - want) <= bound * (1 + std::fabs(want)));
+              }
+            });
+          }
+    }
+}
+
+void dense() {
+  Random random(6);
+  for (DType dtype : {DType::f32, DType::bf16})
+    for (int64_t n : {1, 16, 37})
+      for (int64_t k : {1, 31, 66}) {
+        const Format format = dtype == DType::bf16 ? Format::bf16 : Format::f32;
+        const int64_t code = static_cast<int64_t>(format);
+        Packed w = pack_random(random, format, n, k);
+        Owned weight = random.tensor(dtype, {n, k});
+        for (int64_t m : {1, 5, 14}) {
+          Owned x = random.tensor(dtype, {m, k}), y(dtype, {m, n});
+          run_everywhere("quant_matmul", &Kernels::quant_matmul,
+                         quant_matmul_args(y, x, w.data, w.scales, code, n, {},
+                                           dtype == DType::bf16 ? 1 : 2, {}),
+                         {&y}, 2e-2f);
+          run_everywhere("linear", &Kernels::linear, linear_args(y, x, weight, {}, {}), {&y}, 2e-2f,
+                         [&] {
+                           for (int64_t i = 0; i < m * n; ++i) {
+                             double want = 0;
+                             for (int64_t c = 0; c < k; ++c)
+                               want += static_cast<double>(x.get(i / n * k + c)) *
+                                       weight.get(i % n * k + c);
+                             CHECK(std::fabs(y.get(i) - want) <= 2e-2 * (1 + std::fabs(want)));
+                           }
+                         });
+        }
+      }
+}
+
+}  // namespace
+
+void test_products() {
+  quantized();
+  dense();
+}
+
+}  // namespace fastllm::test
