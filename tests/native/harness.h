@@ -133,7 +133,7 @@ void run_everywhere(const char* name, Kernel<Args>* Kernels::* kernel, const Arg
     return all;
   };
   const auto start = snapshot();
-  std::vector<std::vector<float>> first_level;
+  std::vector<std::vector<float>> first_level(outputs.size());
   for (const std::string& level : supported_isas()) {
     set_isa(level);
     std::vector<std::vector<char>> alone;
@@ -154,7 +154,7 @@ void run_everywhere(const char* name, Kernel<Args>* Kernels::* kernel, const Arg
       if (tolerance < 0 || (t.dtype != DType::f32 && t.dtype != DType::bf16)) continue;
       std::vector<float> values;
       for (int64_t j = 0; j < t.numel(); ++j) values.push_back(outputs[i]->get(j));
-      if (first_level.size() <= i) first_level.push_back(values);
+      if (first_level[i].empty()) first_level[i] = values;
       for (size_t j = 0; j < values.size(); ++j) {
         const float want = first_level[i][j], got = values[j];
         if (std::isnan(want) && std::isnan(got)) continue;
