@@ -200,7 +200,7 @@ constexpr int vectors_at_once() {
 // scores[r][0 .. positions) = scale * Q K^T, rounded up to whole vectors. q is packed
 // [step][part][kMaxRows].
 template <class E, int R>
-void score_rows(float (*scores)[kTile], const typename E::A* q, const typename E::Word* k,
+static void score_rows(float (*scores)[kTile], const typename E::A* q, const typename E::Word* k,
                 int64_t steps, int64_t positions, float scale, const char* ahead) {
   constexpr int C = vectors_at_once<R>();
   constexpr int kPerChunk = kChunk / VL;
@@ -243,7 +243,7 @@ FASTLLM_INLINE void value_columns(float* o, int64_t o_stride, const float* alpha
 // o[r] = alpha[r] * o[r] + P V over `steps` words of positions; o_stride is dim rounded up to whole
 // vectors, v_stride the words from one step of V to the next.
 template <class E, int R>
-void value_rows(float* o, int64_t o_stride, const float* alpha, const typename E::A* p,
+static void value_rows(float* o, int64_t o_stride, const float* alpha, const typename E::A* p,
                 const typename E::Word* v, int64_t v_stride, int64_t dim, int64_t steps,
                 const char* ahead) {
   constexpr int C = vectors_at_once<R>();

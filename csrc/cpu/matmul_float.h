@@ -87,7 +87,7 @@ FASTLLM_INLINE uint32_t word_of(float v) { return __builtin_bit_cast(uint32_t, v
 
 // A row of x for a quantized weight: block_steps words a block, `width` apart, then the sum of the block.
 template <class F, class Dot, class X>
-void prepare_blocks(const X* x, int64_t n, uint32_t* out, int64_t width) {
+static void prepare_blocks(const X* x, int64_t n, uint32_t* out, int64_t width) {
   for (int64_t c = 0; c < n; c += kBlock) {
     for (int step = 0; step < block_steps<Dot>; ++step, out += width) {
       const X* at = x + c + step_column<F, Dot>(step);
@@ -105,7 +105,7 @@ void prepare_blocks(const X* x, int64_t n, uint32_t* out, int64_t width) {
 
 // out[MR][NP * 16] over all blocks; panels lie `blocks` blocks apart.
 template <class F, class Dot, int MR, int NP>
-__attribute__((noinline)) void block_tile(const uint8_t* data, const uint16_t* scales, int64_t blocks,
+static __attribute__((noinline)) void block_tile(const uint8_t* data, const uint16_t* scales, int64_t blocks,
                                           int64_t ahead, const uint32_t* x, int64_t width, float* out) {
   constexpr int V = NP * NV, per_word = 4 / Dot::columns;
   vf acc[MR][V];
@@ -186,7 +186,7 @@ struct Float32 {
 };
 
 template <class D, int MR, int NP>
-__attribute__((noinline)) void dense_tile(const uint32_t* data, int64_t words, int64_t ahead,
+static __attribute__((noinline)) void dense_tile(const uint32_t* data, int64_t words, int64_t ahead,
                                           const uint32_t* x, int64_t width, float* out) {
   constexpr int V = NP * NV;
   vf acc[MR][V];
@@ -219,7 +219,7 @@ __attribute__((noinline)) void dense_tile(const uint32_t* data, int64_t words, i
 
 // A row of x for a dense weight: its words, `width` apart, an odd last column completed with zero.
 template <class D, class X>
-void prepare_dense(const X* x, int64_t n, uint32_t* out, int64_t width) {
+static void prepare_dense(const X* x, int64_t n, uint32_t* out, int64_t width) {
   if constexpr (D::Dot::columns == 2) {
     int64_t c = 0;
     for (; c + 2 <= n; c += 2, out += width) __builtin_memcpy(out, x + c, 4);

@@ -60,7 +60,7 @@ FASTLLM_INLINE vi dot_signed(vi acc, vi w, vi x) {
 // Quantizes n columns of a row (a multiple of 32) into records `step` records apart.
 // amax is found on the bit patterns, where NaN is above everything: it ends in the scale and is not lost.
 template <class F, class X>
-void quantize_row(const X* x, int64_t n, Int8Block* out, int64_t step) {
+static void quantize_row(const X* x, int64_t n, Int8Block* out, int64_t step) {
   constexpr int parts = kBlock / VL;
   typedef int8_t vb __attribute__((vector_size(VL)));
   for (int64_t c = 0; c < n; c += kBlock, out += step) {
@@ -95,7 +95,7 @@ void quantize_row(const X* x, int64_t n, Int8Block* out, int64_t step) {
 
 // out[MR][NP * 16] = x[MR rows] times NP panels, over all blocks; weights `ahead` bytes on are prefetched.
 template <class F, int MR, int NP>
-__attribute__((noinline)) void int8_tile(const uint8_t* data, const uint16_t* scales, int64_t blocks,
+static __attribute__((noinline)) void int8_tile(const uint8_t* data, const uint16_t* scales, int64_t blocks,
                                          int64_t ahead, const Int8Block* x, int64_t step, float* out) {
   constexpr int V = NP * NV;
   vf acc[MR][V];
