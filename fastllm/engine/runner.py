@@ -124,6 +124,8 @@ class Runner:
         try:
             graph, outputs = record(run, self.model.device)
         finally:
+            if self.model.device.type == "cuda":
+                torch.cuda.synchronize(self.model.device)  # uploads read the arrays until they end
             lengths[:], penalized[:] = kept
         return _Step(graph.replay, outputs)
 
