@@ -67,10 +67,11 @@ def _single(settings: Settings, mode: str) -> Work:
     functions: dict[str, Callable[[], Any]] = {OURS: lambda: llm.generate([[start]], _params())}
     notes = []
     if peers.has_transformers():
-        make = lambda model: peers.transformers_decode(model, start, TOKENS)  # noqa: E731
-        dtype = peers.faster_dtype(path, make) if settings.device == "cpu" else torch.bfloat16
+        dtype = torch.bfloat16
+        if settings.device == "cpu":
+            dtype = peers.faster_dtype(path, lambda m: peers.transformers_decode(m, start, 16))
         model = peers.transformers_model(path, dtype, settings.device)
-        functions["transformers"] = make(model)
+        functions["transformers"] = peers.transformers_decode(model, start, TOKENS)
         notes.append(f"transformers: {dtype}, greedy generate")
     if peers.has_llama_cpp() and path.is_file() and settings.device == "cpu":
         threads = torch.get_num_threads()

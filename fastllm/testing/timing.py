@@ -19,6 +19,7 @@ import torch
 
 ROTATION_BYTES = 128 << 20
 _PROBE_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}  # far beyond the caches
+_LONG_SECONDS = 0.5  # one call of such a function warms it up
 _SAMPLE_SECONDS = 2e-3  # a shorter sample is repeated inside one reading of the clock
 
 Function = Callable[[], Any]
@@ -53,7 +54,7 @@ def alternate(
     """Time several functions in turn: each round runs all of them, every other round backwards.
 
     Args:
-        functions: name -> function without arguments. Each is called twice before timing starts.
+        functions: name -> function without arguments, called once or twice before timing starts.
         seconds: time to spend on all of them together; `min_rounds` are made even if it is over.
         min_rounds, max_rounds: bounds on the number of rounds.
         device: "cuda" waits for the device around every sample.
@@ -79,8 +80,9 @@ def alternate(
 
 
 def _warm_up(function: Function, device: str) -> int:
-    """Call it twice; returns how many calls make one sample."""
-    function()
+    """Call it once, twice if it is short; returns how many calls make one sample."""
+    if _time(function, 1, device) > _LONG_SECONDS:
+        return 1
     once = _time(function, 1, device)
     return max(1, min(1000, int(_SAMPLE_SECONDS / max(once, 1e-7))))
 
