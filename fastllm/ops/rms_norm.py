@@ -105,6 +105,20 @@ def _add_rms_norm_cpu(
     return y, h
 
 
+@_rms_norm.impl("triton", "cuda")
+def _rms_norm_triton(*args: Any) -> Tensor:
+    from ..kernels import rms_norm as kernel
+
+    return kernel.rms_norm(*args)
+
+
+@_add_rms_norm.impl("triton", "cuda")
+def _add_rms_norm_triton(*args: Any) -> tuple[Tensor, Tensor]:
+    from ..kernels import rms_norm as kernel
+
+    return kernel.add_rms_norm(*args)
+
+
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float = 1e-6, out_dtype: torch.dtype | None = None
 ) -> Tensor:
