@@ -1,6 +1,6 @@
 // Products with fp32 sums: bf16 pairs by vdpbf16ps, everything else by fp32 FMA. A row of x is prepared as
 // words of 4 bytes, one a step: a float, or a pair of bf16. Weights are decoded in registers, two ways:
-//   dense:     one accumulator an output over all of K
+//   dense:     one accumulator an output over a chunk of K, chunks added up in ascending order
 //   quantized: a fresh sum of x times unscaled codes a block, then an FMA with the scale (and the minimum)
 // The codes are exact in bf16 and fp32, so no dequantized weight is ever rounded.
 #pragma once
@@ -28,7 +28,7 @@ struct PairDot {
 };
 struct FloatDot {
   static constexpr int columns = 1;
-  FASTLLM_INLINE vf dot(vf acc, vi w, vi x) { return vfma(vbits(w), vbits(x), acc); }
+  FASTLLM_INLINE vf dot(vf acc, vi w, vi x) { return vfma_once(vbits(w), vbits(x), acc); }
 };
 
 // The word of 4 codes at column 4i (of the low or high half of a 4-bit block) as weights of 4 / columns
@@ -153,8 +153,8 @@ static __attribute__((noinline)) void block_tile(const uint8_t* data, const uint
       if constexpr (F::scales == 2) minimum = vload_f16(s + kPanelRows);
 #pragma GCC unroll 16
       for (int m = 0; m < MR; ++m) {
-        acc[m][v] = vfma(sum[m][v], d, acc[m][v]);
-        if constexpr (F::scales == 2) acc[m][v] = vfma(minimum, vbits(splat_word(x + m)), acc[m][v]);
+        acc[m][v] = vfma_once(sum[m][v], d, acc[m][v]);
+        if constexpr (F::scales == 2) acc[m][v] = vfma_once(minimum, vbits(splat_word(x + m)), acc[m][v]);
       }
     }
     x += width;
@@ -185,36 +185,47 @@ struct Float32 {
   FASTLLM_INLINE vi weight(vi word, int) { return word; }
 };
 
+// Sums of 256 bf16 or 128 fp32 columns are added up in ascending order: a long row is summed more exactly
+// than by one chain, and the same for any number of rows.
+constexpr int64_t kChunkWords = 128;
+
 template <class D, int MR, int NP>
 static __attribute__((noinline)) void dense_tile(const uint32_t* data, int64_t words, int64_t ahead,
                                           const uint32_t* x, int64_t width, float* out) {
   constexpr int V = NP * NV;
-  vf acc[MR][V];
+  const uint32_t* panel = data;
+  for (int64_t begin = 0; begin == 0 || begin < words; begin += kChunkWords) {
+    const int64_t end = begin + kChunkWords < words ? begin + kChunkWords : words;
+    vf acc[MR][V];
 #pragma GCC unroll 16
-  for (int m = 0; m < MR; ++m)
+    for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) acc[m][v] = vf{};
-  for (int64_t k = 0; k < words; ++k, data += kPanelRows) {
-    if (ahead)
+      for (int v = 0; v < V; ++v) acc[m][v] = vf{};
+    for (int64_t k = begin; k < end; ++k, panel += kPanelRows) {
+      if (ahead)
 #pragma GCC unroll 4
-      for (int p = 0; p < NP; ++p)
-        prefetch_lines<1>(reinterpret_cast<const char*>(data + p * words * kPanelRows) + ahead);
-    vi w[V];
+        for (int p = 0; p < NP; ++p)
+          prefetch_lines<1>(reinterpret_cast<const char*>(panel + p * words * kPanelRows) + ahead);
+      vi w[V];
 #pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) w[v] = vloadi(data + v / NV * words * kPanelRows + v % NV * VL);
+      for (int v = 0; v < V; ++v) w[v] = vloadi(panel + v / NV * words * kPanelRows + v % NV * VL);
 #pragma GCC unroll 2
-    for (int s = 0; s < D::steps; ++s, x += width)
+      for (int s = 0; s < D::steps; ++s, x += width)
 #pragma GCC unroll 16
-      for (int m = 0; m < MR; ++m) {
-        const vi xm = splat_word(x + m);
+        for (int m = 0; m < MR; ++m) {
+          const vi xm = splat_word(x + m);
 #pragma GCC unroll 16
-        for (int v = 0; v < V; ++v) acc[m][v] = D::Dot::dot(acc[m][v], D::weight(w[v], s), xm);
+          for (int v = 0; v < V; ++v) acc[m][v] = D::Dot::dot(acc[m][v], D::weight(w[v], s), xm);
+        }
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) {
+        float* sums = out + m * NP * kPanelRows + v * VL;
+        vstore(sums, begin ? vload(sums) + acc[m][v] : acc[m][v]);
       }
   }
-#pragma GCC unroll 16
-  for (int m = 0; m < MR; ++m)
-#pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) vstore(out + m * NP * kPanelRows + v * VL, acc[m][v]);
 }
 
 // A row of x for a dense weight: its words, `width` apart, an odd last column completed with zero.

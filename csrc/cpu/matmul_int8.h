@@ -152,8 +152,8 @@ static __attribute__((noinline)) void int8_tile(const uint8_t* data, const uint1
       if constexpr (F::scales == 2) minimum = vload_f16(s + kPanelRows);
 #pragma GCC unroll 16
       for (int m = 0; m < MR; ++m) {
-        acc[m][v] = vfma(__builtin_convertvector(sum[m][v], vf), d * vset(x[m].scale), acc[m][v]);
-        if constexpr (F::scales == 2) acc[m][v] = vfma(minimum, vset(x[m].sum), acc[m][v]);
+        acc[m][v] = vfma_once(__builtin_convertvector(sum[m][v], vf), d * vset(x[m].scale), acc[m][v]);
+        if constexpr (F::scales == 2) acc[m][v] = vfma_once(minimum, vset(x[m].sum), acc[m][v]);
       }
     }
   }

@@ -51,6 +51,20 @@ FASTLLM_INLINE vi splat_word(const void* p) {
   return vseti(word);
 }
 
+// a * b + c in one rounding at every level: without FMA through fp64, where the product is exact.
+FASTLLM_INLINE vf vfma_once(vf a, vf b, vf c) {
+#if defined(__AVX2__)
+  return vfma(a, b, c);
+#else
+  const __m128 x = (__m128)a, y = (__m128)b, z = (__m128)c;
+  const __m128d low = _mm_add_pd(_mm_mul_pd(_mm_cvtps_pd(x), _mm_cvtps_pd(y)), _mm_cvtps_pd(z));
+  const __m128d high = _mm_add_pd(
+      _mm_mul_pd(_mm_cvtps_pd(_mm_movehl_ps(x, x)), _mm_cvtps_pd(_mm_movehl_ps(y, y))),
+      _mm_cvtps_pd(_mm_movehl_ps(z, z)));
+  return (vf)_mm_movelh_ps(_mm_cvtpd_ps(low), _mm_cvtpd_ps(high));
+#endif
+}
+
 // fp16 to fp32, exact.
 FASTLLM_INLINE vf vload_f16(const uint16_t* p) {
 #if defined(__AVX512F__)

@@ -1,11 +1,13 @@
 """Dense linear layer: y = x @ weight.T + bias, fp32 accumulation, one rounding.
 
-On the CPU every output is one fp32 accumulator over ascending K (pairs of columns in bf16), whatever the number of
-rows or threads and whether the weight is packed ahead or on the fly: a row's bits never change.
+On the CPU every output is summed in fp32 over ascending K, in chunks of 256 (bf16) or 128 columns,
+whatever the number of rows or threads and whether the weight is packed ahead or on the fly: a row's
+bits never change.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -45,7 +47,7 @@ def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     if ctx.needs_input_grad[1]:
         dweight = g.flatten(0, -2).T @ x.flatten(0, -2) if x.dim() > 1 else torch.outer(g, x)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
-        dbias = dy.float().reshape(-1, dy.shape[-1]).sum(0).to(ctx.bias_dtype)
+        dbias = as_rows(dy.float()).sum(0).to(ctx.bias_dtype)
     return dx, dweight, dbias, None
 
 
@@ -56,6 +58,11 @@ _linear = Op(
     backward=_linear_backward,
     setup_context=_save_linear,
 )
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x `[..., K]` as `[M, K]`: a view wherever the strides allow it."""
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def prepared_rows(x2: Tensor) -> Tensor | None:
@@ -77,7 +84,7 @@ def _native_layout(x: Tensor, weight: Tensor, *_: Any) -> bool:
 def _linear_cpu(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
 ) -> Tensor:
-    x2 = x.reshape(-1, x.shape[-1])
+    x2 = as_rows(x)
     y = torch.empty((x2.shape[0], weight.shape[0]), dtype=out_dtype or x.dtype)
     _C.linear(y, x2, weight, bias, prepared_rows(x2))
     return y.view(*x.shape[:-1], weight.shape[0])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import _C
 from . import packed_layout as layout
-from .linear import check_output, linear_ref, prepared_rows
+from .linear import as_rows, check_output, linear_ref, prepared_rows
 from .registry import Op, batch_invariant
 
 ACTIVATIONS = ("int8", "bf16", "fp32")
@@ -53,7 +53,7 @@ def quant_matmul_ref(
     if format in layout.DENSE:
         weight = layout.dense_rows(data, format, n, x.shape[-1])
         return linear_ref(x, weight, bias, out_dtype)
-    x2 = x.reshape(-1, x.shape[-1])
+    x2 = as_rows(x)
     codes = layout.codes(data, format, n)
     d, m = layout.block_scales(scales, n)
     if activation == "int8":
@@ -102,7 +102,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         weight = layout.dequantize(data, scales, ctx.format, ctx.n, ctx.k)
         dx = (dy.float() @ weight).to(ctx.x_dtype)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[5]:
-        dbias = dy.float().reshape(-1, dy.shape[-1]).sum(0).to(ctx.bias_dtype)
+        dbias = as_rows(dy.float()).sum(0).to(ctx.bias_dtype)
     return dx, None, None, None, None, dbias, None, None
 
 
@@ -145,7 +145,7 @@ def _quant_matmul_cpu(
     activation: str,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    x2 = x.reshape(-1, x.shape[-1])
+    x2 = as_rows(x)
     y = torch.empty((x2.shape[0], n), dtype=out_dtype or x.dtype)
     _C.quant_matmul(
         y,

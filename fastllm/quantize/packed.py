@@ -83,6 +83,8 @@ def pack(
             dtype=layout.DENSE.get(format, torch.uint8),
         )
         scales = torch.empty(layout.scales_shape(format, n, k, per_group), dtype=torch.float16)
+        if k > 1 and rows.stride(1) != 1:
+            rows = rows.contiguous()
         _C.pack(data, scales, rows, layout.FORMATS.index(format), n, k)
         return PackedWeight(data, scales, format, n, k)
     return pack_ref(format, rows.to(device), n, k, per_group)

@@ -1,0 +1,153 @@
+"""Cases of quant_matmul: every format and activation mode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...ops import packed_layout as layout
+from ...ops.quant_matmul import VARIANTS, quant_matmul_ref, quantize_activation_ref
+from ..opinfo import Args, Case, OpInfo
+
+SHAPES = (
+    (0, 17, 64),
+    (1, 1, 32),
+    (1, 100, 576),
+    (2, 15, 96),
+    (11, 64, 64),
+    (5, 17, 32),
+    (8, 33, 576),
+    (17, 100, 96),
+    (33, 48, 64),
+)
+DENSE_SHAPES = ((0, 17, 3), (1, 100, 33), (3, 16, 1), (5, 17, 31), (13, 33, 576), (33, 15, 3))
+BENCH_SHAPES = tuple(
+    (m, n, k) for m in (1, 8, 512) for n, k in ((576, 576), (3072, 576), (576, 1536), (49152, 576))
+)
+
+
+def random_packed(g: torch.Generator, format: str, n: int, k: int, rows: int) -> Args:
+    """(data, scales) of random codes and scales, padding rows zero."""
+    if format in layout.DENSE:
+        w = torch.randn(n, k, generator=g).to(layout.DENSE[format])
+        if format == "f32":
+            data = layout.interleave(w.unsqueeze(-1), rows).squeeze(-1)
+        else:
+            pairs = torch.nn.functional.pad(w, (0, k % 2)).unflatten(1, (-1, 2))
+            data = layout.interleave(pairs, rows)
+        return data, torch.empty(0, dtype=torch.float16)
+    words = torch.randint(0, 256, (n, k // 32, layout.WORDS[format], 4), generator=g)
+    scales = torch.randn(n, k // 32, layout.SCALES[format], 1, generator=g) * 0.05
+    return (
+        layout.interleave(words.to(torch.uint8), rows),
+        layout.interleave(scales.half(), rows).squeeze(-1),
+    )
+
+
+def _case(shape: tuple[int, int, int], dtype: torch.dtype, variant: str, bias: bool) -> Case:
+    m, n, k = shape
+    format, _, activation = variant.partition("/")
+
+    def make(g: torch.Generator) -> Args:
+        x = torch.randn(m, k, generator=g).to(dtype)
+        data, scales = random_packed(g, format, n, k, layout.ROWS_PER_GROUP["cpu"])
+        b = torch.randn(n, generator=g) if bias else None
+        return x, data, scales, format, n, b, activation or "int8", None
+
+    return Case(label=f"{variant}-{m}x{n}x{k}" + ("-bias" if bias else ""), make=make)
+
+
+def _variants(dtype: torch.dtype) -> list[str]:
+    other = "bf16" if dtype == torch.float32 else "fp32"
+    dense = "bf16" if dtype == torch.float32 else "f32"
+    return [v for v in VARIANTS if not v.endswith(f"/{other}") and v != dense]
+
+
+def _cases(dtype: torch.dtype) -> Iterator[Case]:
+    for variant in _variants(dtype):
+        shapes = DENSE_SHAPES if variant in layout.DENSE else SHAPES
+        for i, shape in enumerate(shapes):
+            yield _case(shape, dtype, variant, bias=i % 2 == 0)
+
+    def strided_rows(g: torch.Generator) -> Args:
+        x = torch.randn(7, 80, generator=g).to(dtype)[:, 3:67]
+        data, scales = random_packed(g, "q4_1", 20, 64, layout.ROWS_PER_GROUP["cpu"])
+        return x, data, scales, "q4_1", 20, None, "int8", torch.float32
+
+    def blocks_of_zeros(g: torch.Generator) -> Args:
+        x = torch.randn(2, 3, 64, generator=g).to(dtype)
+        x[..., :32] = 0
+        data, scales = random_packed(g, "q8_0", 20, 64, layout.ROWS_PER_GROUP["cpu"])
+        return x, data, scales, "q8_0", 20, None, "int8", torch.bfloat16
+
+    yield Case(label="strided-rows-f32-out", make=strided_rows)
+    yield Case(label="zero-blocks-3d-bf16-out", make=blocks_of_zeros)
+
+
+def _weight64(data: Tensor, scales: Tensor, format: str, n: int, k: int) -> Tensor:
+    if format in layout.DENSE:
+        return layout.dense_rows(data, format, n, k).double()
+    d, m = layout.block_scales(scales, n)
+    values = layout.codes(data, format, n).double() * d.double().unsqueeze(-1)
+    if m is not None:
+        values = values + m.double().unsqueeze(-1)
+    return values.flatten(1)
+
+
+def _exact(
+    x: Tensor,
+    data: Tensor,
+    scales: Tensor,
+    format: str,
+    n: int,
+    bias: Tensor | None,
+    activation: str,
+    out_dtype: Any,
+) -> Tensor:
+    x64 = x.double()
+    if activation == "int8" and format in layout.QUANTIZED:
+        # The quantizer belongs to the definition; its gradient is passed straight through.
+        q, dx = quantize_activation_ref(x.detach().float().reshape(-1, x.shape[-1]))
+        rounded = (q.double() * dx.double().unsqueeze(-1)).reshape(x.shape)
+        x64 = x64 + (rounded - x64.detach())
+    y = x64 @ _weight64(data, scales, format, n, x.shape[-1]).T
+    return y if bias is None else y + bias.double()
+
+
+def _peer(
+    x: Tensor,
+    data: Tensor,
+    scales: Tensor,
+    format: str,
+    n: int,
+    bias: Tensor | None,
+    activation: str,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
+    y = quant_matmul_ref(x.detach(), data, scales, format, n, bias, activation, out_dtype)
+    if not x.requires_grad:
+        return y
+    slope = x.float() @ layout.dequantize(data, scales, format, n, x.shape[-1]).T
+    return y + (slope - slope.detach()).to(y.dtype)
+
+
+INFOS = [
+    OpInfo(
+        name="quant_matmul",
+        cases=_cases,
+        exact=_exact,
+        peer=_peer,
+        grad_args=(0,),
+        bench_cases=lambda dtype: (
+            _case(shape, dtype, variant, bias=False)
+            for variant in ("q4_1/int8", "q8_0/int8")
+            for shape in BENCH_SHAPES
+        ),
+        bytes_moved=lambda x, data, scales, *_: x.nbytes + data.nbytes + scales.nbytes,
+        flops=lambda x, data, scales, format, n, *_: 2 * x.numel() * n,
+        variants=VARIANTS,
+    ),
+]
