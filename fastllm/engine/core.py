@@ -14,7 +14,7 @@ import torch
 
 from fastllm.engine.cache import PagedCache
 from fastllm.engine.logprobs import logprob_rows
-from fastllm.engine.request import MAX_BANNED
+from fastllm.engine.request import MAX_BANNED, RequestOutput
 from fastllm.engine.runner import LOGITS_ROWS, Runner
 from fastllm.engine.scheduler import Chunk, Scheduler
 from fastllm.engine.sequence import Request, Sequence
@@ -51,6 +51,11 @@ class Engine:
                 self._prefill(chunks)
             if self.scheduler.running:
                 self._decode()
+
+    def output(self, request: Request) -> RequestOutput:
+        """The state of a request between two steps, whoever makes them."""
+        with self._lock:
+            return request.output()
 
     def abort(self, request: Request) -> None:
         """Stop a request, whatever state it is in, and free its slots and pages."""

@@ -245,7 +245,7 @@ class LLM:
             return self._increments(requests)
         for _ in self._steps(requests):
             pass
-        return [request.output() for request in requests]
+        return [self._engine.output(request) for request in requests]
 
     def _increments(self, requests: list[Request]) -> Iterator[RequestOutput]:
         lengths = [0] * len(requests)
@@ -255,7 +255,7 @@ class LLM:
                 length = sum(len(sample.token_ids) for sample in request.samples)
                 if length != lengths[i]:
                     lengths[i] = length
-                    yield request.output()
+                    yield self._engine.output(request)
 
         steps = self._steps(requests)
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,19 @@ def test_interleaved_streams_share_the_engine(llm: LLM) -> None:
     for i, stream in enumerate((first, second)):
         texts[i] += "".join(item.outputs[0].delta for item in stream)
     assert texts == [want, want]
+
+
+def test_threads_share_the_engine(llm: LLM) -> None:
+    params = SamplingParams(**GREEDY, max_tokens=40)
+    want = llm.generate("*", params)[0].outputs[0].text
+
+    def read(streaming: bool) -> str:
+        if not streaming:
+            return llm.generate("*", params)[0].outputs[0].text
+        return "".join(item.outputs[0].delta for item in llm.generate("*", params, stream=True))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(read, [True, False] * 8)) == [want] * 16
 
 
 def test_a_closed_stream_frees_its_pages_and_slot(llm: LLM) -> None:
