@@ -193,21 +193,17 @@ struct Block {
   void add_values(const RowKernels<E>& kernels, float* o, const Word* v, int64_t positions,
                   bool clear_partner, const Word* next) const {
     int64_t steps = divide_up(positions, E::kPerWord);
+    const Word* last = nullptr;
     if constexpr (E::kPerWord == 2) {
       if (clear_partner && positions % 2) {
         --steps;
-        kernels.values(o, shape.value_stride, w.alpha, w.p, v, shape.value_words, a.value_dim,
-                       steps, reinterpret_cast<const char*>(v));
-        for (int r = 0; r < kMaxRows; ++r) w.alpha[r] = 1.f;
+        last = w.last_values;
         for (int64_t d = 0; d < a.value_dim; ++d)
           w.last_values[d] = v[steps * shape.value_words + d] & 0xffffu;
-        kernels.values(o, shape.value_stride, w.alpha, w.p + steps * E::kParts, w.last_values,
-                       shape.value_words, a.value_dim, 1, reinterpret_cast<const char*>(v));
-        return;
       }
     }
     kernels.values(o, shape.value_stride, w.alpha, w.p, v, shape.value_words, a.value_dim, steps,
-                   reinterpret_cast<const char*>(next));
+                   last, reinterpret_cast<const char*>(next));
   }
 
   // K and V of a tile; null if the block table names no page for it.
