@@ -34,8 +34,8 @@ EmbeddingArgs embedding_args(Tensor y, Tensor ids, Tensor weight) {
   return a;
 }
 
-EmbeddingArgs quant_embedding_args(Tensor y, Tensor ids, Tensor data, Tensor scales, int64_t format_code,
-                                   int64_t n) {
+EmbeddingArgs quant_embedding_args(Tensor y, Tensor ids, Tensor data, Tensor scales,
+                                   int64_t format_code, int64_t n) {
   const char* op = "quant_embedding";
   const Format format = parse_format(format_code, op);
   check(data.ndim >= 3, op, "data must be packed");

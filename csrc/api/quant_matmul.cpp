@@ -4,7 +4,8 @@
 
 namespace fastllm {
 
-MatmulOutput matmul_output(const Tensor& y, const Tensor& bias, int64_t m, int64_t n, const char* op) {
+MatmulOutput matmul_output(const Tensor& y, const Tensor& bias, int64_t m, int64_t n,
+                           const char* op) {
   check(is_float(y) && y.contiguous() && y.ndim == 2 && y.shape[0] == m && y.shape[1] == n, op,
         "y must be f32 or bf16, contiguous, [m, n]");
   if (bias.given())
@@ -18,21 +19,24 @@ MatmulOutput matmul_output(const Tensor& y, const Tensor& bias, int64_t m, int64
 }
 
 void check_rows(const Tensor& x, const char* op) {
-  check(is_float(x) && x.ndim == 2 && rows_contiguous(x), op, "x must be f32 or bf16 [m, k], rows contiguous");
+  check(is_float(x) && x.ndim == 2 && rows_contiguous(x), op,
+        "x must be f32 or bf16 [m, k], rows contiguous");
 }
 
 void check_scratch(const Tensor& scratch, int64_t bytes, const char* op) {
   if (!scratch.given()) return;
   check(scratch.dtype == DType::u8 && scratch.contiguous() && scratch.numel() >= bytes, op,
         "scratch is too small");
-  check(reinterpret_cast<uintptr_t>(scratch.data) % 64 == 0, op, "scratch must lie on a 64-byte boundary");
+  check(reinterpret_cast<uintptr_t>(scratch.data) % 64 == 0, op,
+        "scratch must lie on a 64-byte boundary");
 }
 
 // Prepared rows come in groups of up to 12 and need at most 4 bytes a column and 8 a block of 32.
 int64_t prepared_bytes(int64_t m, int64_t k) { return (m + 12) * (4 * k + k / 32 * 8 + 64); }
 
-QuantMatmulArgs quant_matmul_args(Tensor y, Tensor x, Tensor data, Tensor scales, int64_t format_code,
-                                  int64_t n, Tensor bias, int64_t activation, Tensor scratch) {
+QuantMatmulArgs quant_matmul_args(Tensor y, Tensor x, Tensor data, Tensor scales,
+                                  int64_t format_code, int64_t n, Tensor bias, int64_t activation,
+                                  Tensor scratch) {
   const char* op = "quant_matmul";
   const Format format = parse_format(format_code, op);
   check_rows(x, op);

@@ -6,7 +6,8 @@ namespace fastllm::FASTLLM_ISA {
 namespace {
 
 FASTLLM_INLINE int64_t id_at(const EmbeddingArgs& a, int64_t i) {
-  return a.ids_type == DType::i64 ? static_cast<const int64_t*>(a.ids)[i] : static_cast<const int32_t*>(a.ids)[i];
+  return a.ids_type == DType::i64 ? static_cast<const int64_t*>(a.ids)[i]
+                                  : static_cast<const int32_t*>(a.ids)[i];
 }
 
 FASTLLM_INLINE float dense_value(const EmbeddingArgs& a, int64_t at) {
@@ -33,7 +34,8 @@ template <class F, class Y>
 void packed_row(const EmbeddingArgs& a, int64_t row, Y* y) {
   const int64_t blocks = a.k / kBlock, first = row / kPanelRows * blocks, lane = row % kPanelRows;
   for (int64_t b = 0; b < blocks; ++b) {
-    const uint8_t* data = static_cast<const uint8_t*>(a.data) + (first + b) * block_bytes<F> + lane * 4;
+    const uint8_t* data =
+        static_cast<const uint8_t*>(a.data) + (first + b) * block_bytes<F> + lane * 4;
     const uint16_t* scales = a.scales + (first + b) * block_scales<F> + lane;
     const float d = f16_to_f32(scales[0]);
     const float minimum = F::scales == 2 ? f16_to_f32(scales[kPanelRows]) : 0.f;

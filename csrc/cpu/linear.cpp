@@ -50,8 +50,8 @@ struct LinearProduct : DenseRows<D> {
   explicit LinearProduct(const LinearArgs& args)
       : DenseRows<D>{args.x, args.type, args.m, args.k, args.x_stride},
         a(args),
-        panels(static_cast<uint32_t*>(
-            thread_scratch(Scratch::panels, this->words() * kPanelRows * DenseRows<D>::strip * 4))) {}
+        panels(static_cast<uint32_t*>(thread_scratch(
+            Scratch::panels, this->words() * kPanelRows * DenseRows<D>::strip * 4))) {}
 
   void begin_strip(int64_t panel, int64_t count) const {
     for (int64_t p = 0; p < count; ++p) {
@@ -63,7 +63,8 @@ struct LinearProduct : DenseRows<D> {
   }
   template <int MR, int NP>
   void tile(int64_t, const char* x, int64_t width, bool, float* sums) const {
-    dense_tile<D, MR, NP>(panels, this->words(), 0, reinterpret_cast<const uint32_t*>(x), width, sums);
+    dense_tile<D, MR, NP>(panels, this->words(), 0, reinterpret_cast<const uint32_t*>(x), width,
+                          sums);
   }
 };
 

@@ -53,10 +53,12 @@ FASTLLM_INLINE void decode_word(vi word, int half, vi* out) {
         out[s] = (vi)_mm512_permutexvar_epi16((__m512i)(word >> (8 * s + 4 * half)), table);
     } else {
 #pragma GCC unroll 2
-      for (int s = 0; s < 2; ++s) {  // an int8 has at most 8 significant bits: the top half of its fp32 is exact
+      for (int s = 0; s < 2;
+           ++s) {  // an int8 has at most 8 significant bits: the top half of its fp32 is exact
         const vi first = vbits(__builtin_convertvector(word << (24 - 16 * s) >> 24, vf));
         const vi second = vbits(__builtin_convertvector(word << (16 - 16 * s) >> 24, vf));
-        out[s] = (vi)_mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32((__m512i)first, 16), (__m512i)second);
+        out[s] = (vi)_mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32((__m512i)first, 16),
+                                             (__m512i)second);
       }
     }
 #endif
@@ -105,8 +107,9 @@ static void prepare_blocks(const X* x, int64_t n, uint32_t* out, int64_t width) 
 
 // out[MR][NP * 16] over all blocks; panels lie `blocks` blocks apart.
 template <class F, class Dot, int MR, int NP>
-static __attribute__((noinline)) void block_tile(const uint8_t* data, const uint16_t* scales, int64_t blocks,
-                                          int64_t ahead, const uint32_t* x, int64_t width, float* out) {
+static __attribute__((noinline)) void block_tile(const uint8_t* data, const uint16_t* scales,
+                                                 int64_t blocks, int64_t ahead, const uint32_t* x,
+                                                 int64_t width, float* out) {
   constexpr int V = NP * NV, per_word = 4 / Dot::columns;
   vf acc[MR][V];
 #pragma GCC unroll 16
@@ -125,7 +128,8 @@ static __attribute__((noinline)) void block_tile(const uint8_t* data, const uint
       for (int p = 0; p < NP; ++p) {
         const int64_t block = p * blocks + b;
         prefetch_lines<block_bytes<F> / 64>(data + block * block_bytes<F> + ahead);
-        prefetch_lines<1>(reinterpret_cast<const char*>(scales + block * block_scales<F>) + ahead / (2 * F::words / F::scales));
+        prefetch_lines<1>(reinterpret_cast<const char*>(scales + block * block_scales<F>) +
+                          ahead / (2 * F::words / F::scales));
       }
     }
 #pragma GCC unroll 2
@@ -134,7 +138,8 @@ static __attribute__((noinline)) void block_tile(const uint8_t* data, const uint
         vi w[V][per_word];
 #pragma GCC unroll 16
         for (int v = 0; v < V; ++v)
-          decode_word<F, Dot>(vloadi(data + (v / NV * blocks + b) * block_bytes<F> + i * 4 * kPanelRows + v % NV * VL * 4),
+          decode_word<F, Dot>(vloadi(data + (v / NV * blocks + b) * block_bytes<F> +
+                                     i * 4 * kPanelRows + v % NV * VL * 4),
                               half, w[v]);
 #pragma GCC unroll 4
         for (int s = 0; s < per_word; ++s, x += width)
@@ -154,7 +159,8 @@ static __attribute__((noinline)) void block_tile(const uint8_t* data, const uint
 #pragma GCC unroll 16
       for (int m = 0; m < MR; ++m) {
         acc[m][v] = vfma_once(sum[m][v], d, acc[m][v]);
-        if constexpr (F::scales == 2) acc[m][v] = vfma_once(minimum, vbits(splat_word(x + m)), acc[m][v]);
+        if constexpr (F::scales == 2)
+          acc[m][v] = vfma_once(minimum, vbits(splat_word(x + m)), acc[m][v]);
       }
     }
     x += width;
@@ -191,7 +197,7 @@ constexpr int64_t kChunkWords = 128;
 
 template <class D, int MR, int NP>
 static __attribute__((noinline)) void dense_tile(const uint32_t* data, int64_t words, int64_t ahead,
-                                          const uint32_t* x, int64_t width, float* out) {
+                                                 const uint32_t* x, int64_t width, float* out) {
   constexpr int V = NP * NV;
   const uint32_t* panel = data;
   for (int64_t begin = 0; begin == 0 || begin < words; begin += kChunkWords) {

@@ -75,7 +75,7 @@ static void quantize_row(const X* x, int64_t n, Int8Block* out, int64_t step) {
     const float amax = __builtin_bit_cast(float, reduce_max(top));
     float inverse = 127.f / amax;
     if (!(inverse <= __FLT_MAX__)) inverse = 0.f;  // zero or too small a block
-    const vf magic = vset(12582912.f);             // 1.5 * 2^23: adding it rounds to the nearest integer
+    const vf magic = vset(12582912.f);  // 1.5 * 2^23: adding it rounds to the nearest integer
     vi total = vi{};
 #pragma GCC unroll 8
     for (int i = 0; i < parts; ++i) {
@@ -95,8 +95,9 @@ static void quantize_row(const X* x, int64_t n, Int8Block* out, int64_t step) {
 
 // out[MR][NP * 16] = x[MR rows] times NP panels, over all blocks; weights `ahead` bytes on are prefetched.
 template <class F, int MR, int NP>
-static __attribute__((noinline)) void int8_tile(const uint8_t* data, const uint16_t* scales, int64_t blocks,
-                                         int64_t ahead, const Int8Block* x, int64_t step, float* out) {
+static __attribute__((noinline)) void int8_tile(const uint8_t* data, const uint16_t* scales,
+                                                int64_t blocks, int64_t ahead, const Int8Block* x,
+                                                int64_t step, float* out) {
   constexpr int V = NP * NV;
   vf acc[MR][V];
 #pragma GCC unroll 16
@@ -109,14 +110,14 @@ static __attribute__((noinline)) void int8_tile(const uint8_t* data, const uint1
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 16
-      for (int v = 0; v < V; ++v)
-        sum[m][v] = int8_offset<F> ? splat_word(&x[m].start) : vi{};
+      for (int v = 0; v < V; ++v) sum[m][v] = int8_offset<F> ? splat_word(&x[m].start) : vi{};
     if (ahead) {
 #pragma GCC unroll 4
       for (int p = 0; p < NP; ++p) {
         const int64_t block = p * blocks + b;
         prefetch_lines<block_bytes<F> / 64>(data + block * block_bytes<F> + ahead);
-        prefetch_lines<1>(reinterpret_cast<const char*>(scales + block * block_scales<F>) + ahead / (2 * F::words / F::scales));
+        prefetch_lines<1>(reinterpret_cast<const char*>(scales + block * block_scales<F>) +
+                          ahead / (2 * F::words / F::scales));
       }
     }
 #pragma GCC unroll 8
@@ -124,7 +125,8 @@ static __attribute__((noinline)) void int8_tile(const uint8_t* data, const uint1
       vi w[V];
 #pragma GCC unroll 16
       for (int v = 0; v < V; ++v)
-        w[v] = vloadi(data + (v / NV * blocks + b) * block_bytes<F> + i * 4 * kPanelRows + v % NV * VL * 4);
+        w[v] = vloadi(data + (v / NV * blocks + b) * block_bytes<F> + i * 4 * kPanelRows +
+                      v % NV * VL * 4);
       if constexpr (F::nibbles) {
 #pragma GCC unroll 16
         for (int m = 0; m < MR; ++m) {
@@ -152,7 +154,8 @@ static __attribute__((noinline)) void int8_tile(const uint8_t* data, const uint1
       if constexpr (F::scales == 2) minimum = vload_f16(s + kPanelRows);
 #pragma GCC unroll 16
       for (int m = 0; m < MR; ++m) {
-        acc[m][v] = vfma_once(__builtin_convertvector(sum[m][v], vf), d * vset(x[m].scale), acc[m][v]);
+        acc[m][v] =
+            vfma_once(__builtin_convertvector(sum[m][v], vf), d * vset(x[m].scale), acc[m][v]);
         if constexpr (F::scales == 2) acc[m][v] = vfma_once(minimum, vset(x[m].sum), acc[m][v]);
       }
     }

@@ -33,7 +33,8 @@ constexpr int64_t kRowBlockBytes = 512 << 10;
 constexpr int64_t kTasksPerThread = 8;
 constexpr int64_t kFewRows = 4;
 
-FASTLLM_INLINE Tasks make_tasks(const RowGroups& rows, int64_t n, int strip_panels, const Team& team) {
+FASTLLM_INLINE Tasks make_tasks(const RowGroups& rows, int64_t n, int strip_panels,
+                                const Team& team) {
   const int64_t columns = static_cast<int64_t>(strip_panels) * kPanelRows;
   Tasks t;
   t.strips = (n + columns - 1) / columns;
@@ -53,25 +54,30 @@ FASTLLM_INLINE Tasks make_tasks(const RowGroups& rows, int64_t n, int strip_pane
 }
 
 template <class Y>
-FASTLLM_INLINE void store_row(Y* y, const float* sums, const MatmulOutput& o, int64_t column, int64_t n) {
+FASTLLM_INLINE void store_row(Y* y, const float* sums, const MatmulOutput& o, int64_t column,
+                              int64_t n) {
   int64_t c = 0;
   for (; c + VL <= n; c += VL) {
     vf v = vload(sums + c);
-    if (o.bias && o.bias_type == DType::bf16) v = v + load(static_cast<const uint16_t*>(o.bias) + column + c);
-    if (o.bias && o.bias_type == DType::f32) v = v + load(static_cast<const float*>(o.bias) + column + c);
+    if (o.bias && o.bias_type == DType::bf16)
+      v = v + load(static_cast<const uint16_t*>(o.bias) + column + c);
+    if (o.bias && o.bias_type == DType::f32)
+      v = v + load(static_cast<const float*>(o.bias) + column + c);
     store(y + c, v);
   }
   for (; c < n; ++c) {
     float v = sums[c];
-    if (o.bias && o.bias_type == DType::bf16) v = v + load1(static_cast<const uint16_t*>(o.bias) + column + c);
-    if (o.bias && o.bias_type == DType::f32) v = v + load1(static_cast<const float*>(o.bias) + column + c);
+    if (o.bias && o.bias_type == DType::bf16)
+      v = v + load1(static_cast<const uint16_t*>(o.bias) + column + c);
+    if (o.bias && o.bias_type == DType::f32)
+      v = v + load1(static_cast<const float*>(o.bias) + column + c);
     store1(y + c, v);
   }
 }
 
 // Adds the bias and rounds `rows` rows of a tile whose sums lie `stride` apart into y at (row, column).
-FASTLLM_INLINE void store_tile(const MatmulOutput& o, const float* sums, int64_t stride, int64_t row,
-                               int64_t rows, int64_t column) {
+FASTLLM_INLINE void store_tile(const MatmulOutput& o, const float* sums, int64_t stride,
+                               int64_t row, int64_t rows, int64_t column) {
   const int64_t n = o.n - column < stride ? o.n - column : stride;
   for (int64_t m = 0; m < rows; ++m) {
     const int64_t at = (row + m) * o.n + column;
@@ -86,8 +92,8 @@ FASTLLM_INLINE void store_tile(const MatmulOutput& o, const float* sums, int64_t
 // tile<MR, NP>(panel, x, width, first, sums), where `first` says
 // that this is the strip's first tile; P::rows and P::strip are its largest tile.
 template <class P, int MR, int NP>
-FASTLLM_INLINE void tile_and_store(const P& p, const MatmulOutput& o, int64_t panel, const RowGroups& x,
-                                   int64_t group, int64_t live, bool first) {
+FASTLLM_INLINE void tile_and_store(const P& p, const MatmulOutput& o, int64_t panel,
+                                   const RowGroups& x, int64_t group, int64_t live, bool first) {
   alignas(64) float sums[MR * NP * kPanelRows];
   p.template tile<MR, NP>(panel, x.group(group), x.width, first, sums);
   store_tile(o, sums, NP * kPanelRows, group * x.width, live, panel * kPanelRows);
@@ -128,7 +134,8 @@ static RowGroups prepare_rows(const P& p, int64_t rows, void* shared, const Team
 }
 
 template <class P>
-static void product(const P& p, const MatmulOutput& o, int64_t rows, void* shared, const Team& team) {
+static void product(const P& p, const MatmulOutput& o, int64_t rows, void* shared,
+                    const Team& team) {
   const RowGroups x = prepare_rows(p, rows, shared, team);
   // A few rows are bound by memory: one panel at a time is one stream to read.
   const int wide = x.rows <= kFewRows ? 1 : P::strip;
@@ -136,7 +143,8 @@ static void product(const P& p, const MatmulOutput& o, int64_t rows, void* share
   const int64_t panels = (o.n + kPanelRows - 1) / kPanelRows;
   for (int64_t t; (t = next_task(team)) < tasks.count();) {
     const int64_t first = t / tasks.runs * tasks.groups_per_block, run = t % tasks.runs;
-    const int64_t last = first + tasks.groups_per_block < x.groups() ? first + tasks.groups_per_block : x.groups();
+    const int64_t last =
+        first + tasks.groups_per_block < x.groups() ? first + tasks.groups_per_block : x.groups();
     const int64_t end = (run + 1) * tasks.run < tasks.strips ? (run + 1) * tasks.run : tasks.strips;
     for (int64_t strip = run * tasks.run; strip < end; ++strip) {
       const int64_t panel = strip * wide;

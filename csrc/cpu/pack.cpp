@@ -18,7 +18,8 @@ void pack_panel(const PackArgs& a, int64_t g) {
       const int64_t row = g * kPanelRows + r;
       uint8_t block[size] = {};
       if (row < a.n) __builtin_memcpy(block, rows + row * a.row_stride + b * size, size);
-      for (int s = 0; s < F::scales; ++s) __builtin_memcpy(scales + s * kPanelRows + r, block + 2 * s, 2);
+      for (int s = 0; s < F::scales; ++s)
+        __builtin_memcpy(scales + s * kPanelRows + r, block + 2 * s, 2);
       for (int i = 0; i < F::words; ++i)
         __builtin_memcpy(data + (i * kPanelRows + r) * 4, block + head + 4 * i, 4);
     }

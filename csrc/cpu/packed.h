@@ -58,9 +58,9 @@ FASTLLM_INLINE vf vfma_once(vf a, vf b, vf c) {
 #else
   const __m128 x = (__m128)a, y = (__m128)b, z = (__m128)c;
   const __m128d low = _mm_add_pd(_mm_mul_pd(_mm_cvtps_pd(x), _mm_cvtps_pd(y)), _mm_cvtps_pd(z));
-  const __m128d high = _mm_add_pd(
-      _mm_mul_pd(_mm_cvtps_pd(_mm_movehl_ps(x, x)), _mm_cvtps_pd(_mm_movehl_ps(y, y))),
-      _mm_cvtps_pd(_mm_movehl_ps(z, z)));
+  const __m128d high =
+      _mm_add_pd(_mm_mul_pd(_mm_cvtps_pd(_mm_movehl_ps(x, x)), _mm_cvtps_pd(_mm_movehl_ps(y, y))),
+                 _mm_cvtps_pd(_mm_movehl_ps(z, z)));
   return (vf)_mm_movelh_ps(_mm_cvtpd_ps(low), _mm_cvtpd_ps(high));
 #endif
 }
@@ -74,7 +74,8 @@ FASTLLM_INLINE vf vload_f16(const uint16_t* p) {
 #else
   const vi half = (vi)_mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i*)p));
   const vi magnitude = (half & 0x7fff) << 13;
-  const vf finite = vbits(magnitude) * 0x1p112f;  // moves the exponent bias; right for denormals too
+  const vf finite =
+      vbits(magnitude) * 0x1p112f;  // moves the exponent bias; right for denormals too
   const vi special = magnitude | 0x7f800000;
   return vbits((magnitude >= (0x7c00 << 13) ? special : vbits(finite)) | (half & 0x8000) << 16);
 #endif
@@ -89,7 +90,8 @@ FASTLLM_INLINE float f16_to_f32(uint16_t half) {
 
 FASTLLM_INLINE __m128i fold_128(vi x, __m128i (*op)(__m128i, __m128i)) {
 #if defined(__AVX512F__)
-  const __m256i half = _mm512_castsi512_si256((__m512i)x), top = _mm512_extracti64x4_epi64((__m512i)x, 1);
+  const __m256i half = _mm512_castsi512_si256((__m512i)x),
+                top = _mm512_extracti64x4_epi64((__m512i)x, 1);
   const __m128i a = op(_mm256_castsi256_si128(half), _mm256_castsi256_si128(top));
   const __m128i b = op(_mm256_extracti128_si256(half, 1), _mm256_extracti128_si256(top, 1));
   __m128i v = op(a, b);

@@ -26,7 +26,9 @@ struct Blocks {
   const uint8_t* data(int64_t panel) const {
     return static_cast<const uint8_t*>(a.data) + panel * blocks * block_bytes<F>;
   }
-  const uint16_t* scales(int64_t panel) const { return a.scales + panel * blocks * block_scales<F>; }
+  const uint16_t* scales(int64_t panel) const {
+    return a.scales + panel * blocks * block_scales<F>;
+  }
 };
 
 template <class F>
@@ -37,7 +39,8 @@ struct Int8Product : Blocks<F> {
     const QuantMatmulArgs& a = this->a;
     Int8Block* out = reinterpret_cast<Int8Block*>(to.group(row / to.width)) + row % to.width;
     if (row >= a.m) {
-      for (int64_t b = 0; b < this->blocks; ++b) __builtin_memset(out + b * to.width, 0, sizeof *out);
+      for (int64_t b = 0; b < this->blocks; ++b)
+        __builtin_memset(out + b * to.width, 0, sizeof *out);
     } else if (a.x_type == DType::bf16) {
       quantize_row<F>(static_cast<const uint16_t*>(a.x) + row * a.x_stride, a.k, out, to.width);
     } else {
@@ -64,7 +67,8 @@ struct FloatProduct : Blocks<F> {
       return;
     }
     if (a.x_type == DType::bf16)
-      return prepare_blocks<F, Dot>(static_cast<const uint16_t*>(a.x) + row * a.x_stride, a.k, out, to.width);
+      return prepare_blocks<F, Dot>(static_cast<const uint16_t*>(a.x) + row * a.x_stride, a.k, out,
+                                    to.width);
     if constexpr (Dot::columns == 1)
       prepare_blocks<F, Dot>(static_cast<const float*>(a.x) + row * a.x_stride, a.k, out, to.width);
   }
@@ -93,7 +97,8 @@ struct DenseProduct : DenseRows<D> {
 
 template <class F>
 void quantized(const QuantMatmulArgs& a, const Team& team) {
-  if (a.activation == Activation::int8) return product(Int8Product<F>(a), a.out, a.m, a.scratch, team);
+  if (a.activation == Activation::int8)
+    return product(Int8Product<F>(a), a.out, a.m, a.scratch, team);
   if constexpr (kHaveBf16Dot)
     if (a.activation == Activation::bf16)
       return product(FloatProduct<F, PairDot>(a), a.out, a.m, a.scratch, team);

@@ -25,7 +25,8 @@ FASTLLM_INLINE void transpose_16x16(vi* r) {
   // r[4g + c] now holds, in its four quarters q, column 4q + c of rows 4g .. 4g + 3.
 #pragma GCC unroll 4
   for (int c = 0; c < 4; ++c) {
-    const __m512i a = (__m512i)r[c], b = (__m512i)r[4 + c], d = (__m512i)r[8 + c], e = (__m512i)r[12 + c];
+    const __m512i a = (__m512i)r[c], b = (__m512i)r[4 + c], d = (__m512i)r[8 + c],
+                  e = (__m512i)r[12 + c];
     const __m512i ab02 = _mm512_shuffle_i32x4(a, b, 0x88), ab13 = _mm512_shuffle_i32x4(a, b, 0xdd);
     const __m512i de02 = _mm512_shuffle_i32x4(d, e, 0x88), de13 = _mm512_shuffle_i32x4(d, e, 0xdd);
     t[c] = (vi)_mm512_shuffle_i32x4(ab02, de02, 0x88);

@@ -1,8 +1,8 @@
 """Embedding: rows of a dense or of a packed table, rounded once to the output dtype.
 
-Kernels never read outside the table: an id outside `[0, V)` gives a row of zeros. Eager calls on the CPU raise
-instead. Inside a captured graph ids come from the sampler (-1 after a row of NaN), which nothing can look at before
-the read.
+Kernels never read outside the table: an id outside `[0, V)` gives a row of zeros. Eager calls on
+the CPU raise instead. Inside a captured graph ids come from the sampler (-1 after a row of NaN),
+which nothing can look at before the read.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ _embedding = Op(
     setup_context=_save_embedding,
 )
 _quant_embedding = Op(
-    "quant_embedding(Tensor ids, Tensor data, Tensor scales, str format, int n, ScalarType out_dtype) -> Tensor",
+    "quant_embedding(Tensor ids, Tensor data, Tensor scales, str format, int n, "
+    "ScalarType out_dtype) -> Tensor",
     quant_embedding_ref,
     fake=_quant_embedding_fake,
     variant=lambda ids, data, scales, format, *_: format,
@@ -134,12 +135,13 @@ def embedding(ids: Tensor, weight: Tensor, out_dtype: torch.dtype | None = None)
         Contiguous `[*ids.shape, N]`.
 
     Raises:
-        ValueError: on wrong dtypes or shapes; on an id outside `[0, V)` in an eager call on the CPU. (On a GPU and
-            inside a captured graph such an id gives a row of zeros.)
+        ValueError: on wrong dtypes or shapes; on an id outside `[0, V)` in an eager call on the
+            CPU. (On a GPU and inside a captured graph such an id gives a row of zeros.)
     """
     if weight.dim() != 2 or weight.dtype not in _TABLE_DTYPES:
         raise ValueError(
-            f"weight must be a [V, N] table of float32, bfloat16 or float16, got {weight.dtype} of {tuple(weight.shape)}"
+            "weight must be a [V, N] table of float32, bfloat16 or float16, "
+            f"got {weight.dtype} of {tuple(weight.shape)}"
         )
     if out_dtype is None:
         out_dtype = torch.float32 if weight.dtype == torch.float16 else weight.dtype

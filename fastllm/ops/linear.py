@@ -20,7 +20,7 @@ from .registry import Op
 def linear_ref(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Plain PyTorch definition of `linear`: products and sums in fp32, one rounding to the output dtype."""
+    """Plain PyTorch definition of `linear`: products and sums in fp32, one rounding."""
     y = x.float() @ weight.float().T
     if bias is not None:
         y = y + bias.float()
@@ -66,9 +66,10 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 def prepared_rows(x2: Tensor) -> Tensor | None:
-    """Memory in which all threads prepare the rows of x `[m, k]` together; None: each thread prepares its own.
+    """Memory in which all threads prepare the rows of x `[m, k]` together, or None.
 
-    A few rows are prepared faster than threads can meet; the sizes are those of `prepared_bytes` in csrc.
+    None means that each thread prepares its own copy: a few rows are prepared faster than threads
+    can meet. The size is that of `prepared_bytes` in csrc.
     """
     m, k = x2.shape
     if m <= 16 and m * k <= 65536:
@@ -126,7 +127,8 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtyp
         raise ValueError(f"x must be float32 or bfloat16, got {x.dtype}")
     if x.dim() < 1 or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         raise ValueError(
-            f"weight must have shape [N, {x.shape[-1] if x.dim() else 'K'}] (the columns of x), got {tuple(weight.shape)}"
+            f"weight must have shape [N, {x.shape[-1] if x.dim() else 'K'}] (the columns of x), "
+            f"got {tuple(weight.shape)}"
         )
     if weight.dtype != x.dtype:
         raise ValueError(f"weight is {weight.dtype} and x is {x.dtype}: they must be the same")
@@ -139,7 +141,8 @@ def check_output(bias: Tensor | None, out_dtype: torch.dtype | None, n: int) -> 
         tuple(bias.shape) != (n,) or bias.dtype not in (torch.float32, torch.bfloat16)
     ):
         raise ValueError(
-            f"bias must be float32 or bfloat16 of shape [{n}], got {bias.dtype} of {tuple(bias.shape)}"
+            f"bias must be float32 or bfloat16 of shape [{n}], "
+            f"got {bias.dtype} of {tuple(bias.shape)}"
         )
     if out_dtype not in (None, torch.float32, torch.bfloat16):
         raise ValueError(f"out_dtype must be torch.float32 or torch.bfloat16, got {out_dtype}")

@@ -2,14 +2,16 @@
 
 With G = ceil(n / R) groups of rows (rows beyond n are zero):
 
-    q4_0, q4_1  data uint8 [G, K/32, 4, R, 4]: byte [g, b, i, r, j] holds row gR + r, column 32b + 4i + j in its low
-                and column 32b + 16 + 4i + j in its high nibble (R = 1 is GGUF's own order)
-    q8_0        data uint8 [G, K/32, 8, R, 4]: byte [g, b, i, r, j] is the int8 of column 32b + 4i + j
+    q4_0, q4_1  data uint8 [G, K/32, 4, R, 4]: byte [g, b, i, r, j] is of row gR + r; its low
+                nibble is column 32b + 4i + j, its high nibble column 32b + 16 + 4i + j
+                (R = 1 is GGUF's own order)
+    q8_0        data uint8 [G, K/32, 8, R, 4]: byte [g, b, i, r, j] is the int8 column 32b + 4i + j
     scales      fp16 [G, K/32, S, R]: d, or d and m for q4_1
-    bf16        data bf16 [G, ceil(K/2), R, 2]: pairs of columns, zero padded; f32: data f32 [G, K, R]; scales empty
+    bf16        data bf16 [G, ceil(K/2), R, 2]: pairs of columns, zero padded; scales empty
+    f32         data f32 [G, K, R]; scales empty
 
-Values: q4_0 d * (q - 8), q4_1 d * q + m, q8_0 d * q. A CPU kernel reads R = 16 rows with one vector load, so that
-each of 16 lanes owns one output; on a GPU R = 1.
+Values: q4_0 d * (q - 8), q4_1 d * q + m, q8_0 d * q. A CPU kernel reads R = 16 rows with one vector
+load, so that each of 16 lanes owns one output; on a GPU R = 1.
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ def columns_of(data: Tensor, format: str) -> int:
 
 
 def interleave(rows: Tensor, per_group: int) -> Tensor:
-    """[n, A, ..., tail] -> [G, A, ..., R, tail], zero padded: the row index goes before the last dimension."""
+    """[n, A, ..., tail] -> [G, A, ..., R, tail], zero padded."""
     n = rows.shape[0]
     groups = -(-n // per_group)
     if groups * per_group != n:
@@ -111,7 +113,7 @@ def dequantize(data: Tensor, scales: Tensor, format: str, n: int, k: int) -> Ten
 
 
 def check_packed(data: Tensor, scales: Tensor, format: str, n: int, k: int | None = None) -> None:
-    """Raise ValueError unless data and scales are a packed weight of `n` rows (and k columns, if given)."""
+    """Raise ValueError unless data and scales are a packed weight of `n` rows (and k columns)."""
     check_format(format)
     if n < 0:
         raise ValueError(f"n must not be negative, got {n}")
@@ -119,7 +121,8 @@ def check_packed(data: Tensor, scales: Tensor, format: str, n: int, k: int | Non
     dims = {"f32": 3, "bf16": 4}.get(format, 5)
     if data.dtype != dtype or data.dim() != dims:
         raise ValueError(
-            f"data of format {format!r} must be {dtype} with {dims} dimensions, got {data.dtype} of {tuple(data.shape)}"
+            f"data of format {format!r} must be {dtype} with {dims} dimensions, "
+            f"got {data.dtype} of {tuple(data.shape)}"
         )
     rows = rows_of(data, format)
     columns = columns_of(data, format)

@@ -1,8 +1,8 @@
 """y = x @ W.T + bias for a weight that stays packed; layouts are in `packed_layout`.
 
-Per block of 32 columns either an exact int32 sum (activation "int8") or a dot of x with the unscaled code ("bf16",
-"fp32"), then one fp32 FMA with the scale and one with the minimum, blocks in ascending K: a dequantized weight is
-never rounded, and a row's bits do not depend on the other rows.
+Per block of 32 columns either an exact int32 sum (activation "int8") or a dot of x with the
+unscaled code ("bf16", "fp32"), then one fp32 FMA with the scale and one with the minimum, blocks in
+ascending K: a dequantized weight is never rounded, and a row's bits depend on that row alone.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ VARIANTS = (*(f"{f}/{a}" for f in layout.QUANTIZED for a in ACTIVATIONS), *layou
 def quantize_activation_ref(x: Tensor) -> tuple[Tensor, Tensor]:
     """x `[M, K]` -> integers as float32 `[M, K/32, 32]` and their scale dx `[M, K/32]`.
 
-    dx = amax / 127 and q = round-to-nearest-even(x * (127 / amax)) over every 32 columns; a block of
-    zeros (or of values below 4e-37) gives 0, NaN or infinity in a block makes its dx NaN or infinite.
+    dx = amax / 127 and q = round-to-nearest-even(x * (127 / amax)) over every 32 columns. A block
+    of zeros (or of values below 4e-37) gives 0; NaN or infinity makes its dx NaN or infinite.
     """
     blocks = x.float().unflatten(-1, (-1, layout.BLOCK))
     amax = blocks.abs().amax(-1)
@@ -120,8 +120,8 @@ def _variant(
 
 
 _quant_matmul = Op(
-    "quant_matmul(Tensor x, Tensor data, Tensor scales, str format, int n, Tensor? bias, str activation, "
-    "ScalarType? out_dtype=None) -> Tensor",
+    "quant_matmul(Tensor x, Tensor data, Tensor scales, str format, int n, Tensor? bias, "
+    "str activation, ScalarType? out_dtype=None) -> Tensor",
     quant_matmul_ref,
     fake=_quant_matmul_fake,
     backward=_backward,
@@ -202,8 +202,8 @@ def quant_matmul(
         format: "q4_0", "q4_1", "q8_0", "bf16" or "f32".
         n: output features N (the packed groups may hold more rows).
         bias: `[N]`, float32 or bfloat16, added in fp32.
-        activation: "int8" (x is quantized per 32 columns), "bf16" (x must be bfloat16) or "fp32" (x must be
-            float32). Dense formats need x in their own dtype instead.
+        activation: "int8" (x is quantized per 32 columns), "bf16" (x must be bfloat16) or "fp32"
+            (x must be float32). Dense formats need x in their own dtype instead.
         out_dtype: float32 or bfloat16; default that of `x`.
 
     Returns:
@@ -228,7 +228,8 @@ def _check(
 ) -> None:
     if x.dtype not in (torch.float32, torch.bfloat16) or x.dim() < 1:
         raise ValueError(
-            f"x must be float32 or bfloat16 with at least one dimension, got {x.dtype} of {tuple(x.shape)}"
+            "x must be float32 or bfloat16 with at least one dimension, "
+            f"got {x.dtype} of {tuple(x.shape)}"
         )
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")

@@ -1,6 +1,6 @@
 """`PackedWeight`: a weight in the layout that the kernels of one device read.
 
-It is a cache made from a plain tensor or from a GGUF file's blocks, never a parameter and never saved.
+It is a cache made from a plain tensor or from a GGUF file's blocks: no parameter, never saved.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SOURCE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
-    """A packed `[n, k]` weight; `data` and `scales` are laid out as in `fastllm.ops.packed_layout`."""
+    """A packed `[n, k]` weight; the layout of data and scales is in `fastllm.ops.packed_layout`."""
 
     data: Tensor
     scales: Tensor
@@ -65,9 +65,10 @@ def pack(
     """Bring a weight into the layout of `device`.
 
     Args:
-        format: "q4_0", "q4_1" or "q8_0" for GGUF blocks; "bf16" or "f32" for dense values (converted if needed).
-        rows: uint8 `[n, bytes per row]` of GGUF blocks, or a dense `[n, k]` tensor of float32, bfloat16 or
-            float16. Any row stride; read only.
+        format: "q4_0", "q4_1" or "q8_0" for GGUF blocks; "bf16" or "f32" for dense values
+            (converted if needed).
+        rows: uint8 `[n, bytes per row]` of GGUF blocks, or a dense `[n, k]` tensor of float32,
+            bfloat16 or float16. Any row stride; read only.
         n: rows (output features).
         k: columns (input features); a multiple of 32 for the quantized formats.
         device: where the weight goes.
@@ -116,9 +117,10 @@ def unpack(packed: PackedWeight) -> Tensor:
 
 
 def concat(packs: Sequence[PackedWeight]) -> PackedWeight:
-    """Stack weights of one format along N, so that one product serves them all (q, k, v or gate, up).
+    """Stack weights of one format along N: one product serves them all (q, k, v or gate, up).
 
-    The result has no gaps: if a part other than the last does not fill its groups, rows are interleaved anew.
+    The result has no gaps: if a part other than the last does not fill its groups, rows are
+    interleaved anew.
 
     Raises:
         ValueError: if `packs` is empty or formats, columns, layouts or devices differ.
@@ -130,7 +132,8 @@ def concat(packs: Sequence[PackedWeight]) -> PackedWeight:
         same = (other.format, other.k, other.rows_per_group, other.device)
         if same != (first.format, first.k, first.rows_per_group, first.device):
             raise ValueError(
-                f"packs differ: {first.format} of {first.k} columns and {other.format} of {other.k} columns"
+                f"packs differ: {first.format} of {first.k} columns and {other.format} of "
+                f"{other.k} columns"
             )
     if len(packs) == 1:
         return first
@@ -170,5 +173,6 @@ def _check_rows(format: str, rows: Tensor, n: int, k: int) -> None:
     width = row_bytes(format, k)
     if rows.dtype != torch.uint8 or tuple(rows.shape) != (n, width):
         raise ValueError(
-            f"rows of {format} must be uint8 of shape [{n}, {width}], got {rows.dtype} of {tuple(rows.shape)}"
+            f"rows of {format} must be uint8 of shape [{n}, {width}], "
+            f"got {rows.dtype} of {tuple(rows.shape)}"
         )

@@ -1,4 +1,4 @@
-"""Properties of quant_matmul: a row's bits depend on nothing but the row; hostile input is named."""
+"""Properties of quant_matmul: a row's bits depend on the row alone; hostile input is named."""
 
 from __future__ import annotations
 

@@ -71,8 +71,8 @@ INFOS = [
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
         grad_args=(1,),
         bitwise=True,
-        bench_cases=lambda dtype: (
-            _dense_case(((512,), 49152, 576), dtype, torch.int32, torch.float32),
+        bench_cases=lambda dtype: iter(
+            [_dense_case(((512,), 49152, 576), dtype, torch.int32, torch.float32)]
         ),
         bytes_moved=lambda ids, weight, out: ids.numel() * weight.shape[1] * 8,
     ),
@@ -81,7 +81,7 @@ INFOS = [
         cases=_packed_cases,
         exact=quant_embedding_ref,
         bitwise=True,
-        bench_cases=lambda dtype: (_packed_case("q8_0", 49152, 576, dtype),),
+        bench_cases=lambda dtype: iter([_packed_case("q8_0", 49152, 576, dtype)]),
         bytes_moved=lambda ids, data, *_: ids.numel() * layout.columns_of(data, "q8_0") * 8,
         variants=layout.FORMATS,
     ),
