@@ -9,7 +9,15 @@ import torch
 from fastllm.ops import packed_layout as layout
 from fastllm.ops import quant_embedding
 from fastllm.quantize.gguf_blocks import row_bytes
-from fastllm.quantize.packed import PackedWeight, concat, pack, pack_ref, rows_per_group, unpack
+from fastllm.quantize.packed import (
+    Arena,
+    PackedWeight,
+    concat,
+    pack,
+    pack_ref,
+    rows_per_group,
+    unpack,
+)
 from fastllm.testing.opinfo import generator
 
 SIZES = [(1, 32), (16, 64), (17, 96), (100, 64)]
@@ -66,6 +74,20 @@ def test_dense_weights_are_rounded_once_and_padded_with_zeros(source: torch.dtyp
         odd = pack(format, w, 19, 33)
         assert _same(odd, pack_ref(format, w, 19, 33, 16))
         assert odd.nbytes == 32 * (34 * 2 if format == "bf16" else 33 * 4)
+
+
+def test_an_arena_changes_nothing_but_where_the_bytes_lie() -> None:
+    arena = Arena(piece_bytes=4096)
+    for format in layout.FORMATS:
+        if format in layout.DENSE:
+            rows = torch.randn(32, 64, generator=generator())
+        else:
+            rows = _blocks(format, 32, 64)
+        packed = pack(format, rows, 32, 64)
+        inside = pack(format, rows, 32, 64, arena=arena)
+        assert inside.data.data_ptr() % 64 == 0
+        assert _same(inside, packed)
+        assert _same(concat([inside, inside], arena), concat([packed, packed]))
 
 
 def test_bits_per_weight() -> None:
