@@ -44,7 +44,8 @@ const dlpack::ExchangeApi& exchange_api(py::handle object) {
   if (type == known_type) return *known_api;
   py::object capsule = py::getattr(py::handle(reinterpret_cast<PyObject*>(type)),
                                    "__dlpack_c_exchange_api__", py::none());
-  if (capsule.is_none()) throw py::type_error("native ops take torch tensors (torch 2.11 or newer)");
+  if (capsule.is_none())
+    throw py::type_error("native ops take torch tensors (torch 2.11 or newer)");
   const auto* api = static_cast<const dlpack::ExchangeApi*>(
       PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
   if (!api) throw py::error_already_set();
@@ -57,7 +58,8 @@ const dlpack::ExchangeApi& exchange_api(py::handle object) {
 Tensor tensor_view(py::handle object, int device_type) {
   if (object.is_none()) return {};
   dlpack::View view;
-  if (exchange_api(object).view_from_object(object.ptr(), &view) != 0) throw py::error_already_set();
+  if (exchange_api(object).view_from_object(object.ptr(), &view) != 0)
+    throw py::error_already_set();
   if (view.device_type != device_type) throw py::value_error("a tensor is on another device");
   if (view.ndim > Tensor::kMaxDims) throw py::value_error("a tensor has too many dimensions");
   Tensor t;
@@ -163,10 +165,12 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<>())
       .def("replay", &Graph::replay, py::call_guard<py::gil_scoped_release>())
       .def("names", &Graph::names)
-      .def("begin", [](Graph& graph) {
-        if (recording) throw std::runtime_error("a graph is already being captured on this thread");
-        recording = &graph;
-      })
+      .def("begin",
+           [](Graph& graph) {
+             if (recording)
+               throw std::runtime_error("a graph is already being captured on this thread");
+             recording = &graph;
+           })
       .def("end", [](Graph& graph) {
         if (recording == &graph) recording = nullptr;
       });

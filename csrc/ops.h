@@ -42,14 +42,15 @@ struct QuantMatmulArgs {
   const void* x;  // [m, k], rows contiguous
   const void* data;
   const uint16_t* scales;
-  void* scratch;  // prepared_bytes(m, k) for rows that all threads share, or null: each prepares its own
+  void*
+      scratch;  // prepared_bytes(m, k) for rows that all threads share, or null: each prepares its own
   DType x_type;
   Format format;
   Activation activation;
   int64_t m, k, x_stride;
 };
-QuantMatmulArgs quant_matmul_args(Tensor y, Tensor x, Tensor data, Tensor scales, int64_t format, int64_t n,
-                                  Tensor bias, int64_t activation, Tensor scratch);
+QuantMatmulArgs quant_matmul_args(Tensor y, Tensor x, Tensor data, Tensor scales, int64_t format,
+                                  int64_t n, Tensor bias, int64_t activation, Tensor scratch);
 
 // y = x @ weight.T + bias, weight [n, k] in rows: panels are packed on the way, with the sums of quant_matmul.
 struct LinearArgs {
@@ -74,7 +75,8 @@ struct EmbeddingArgs {
   int64_t count, n, k, row_stride;
 };
 EmbeddingArgs embedding_args(Tensor y, Tensor ids, Tensor weight);
-EmbeddingArgs quant_embedding_args(Tensor y, Tensor ids, Tensor data, Tensor scales, int64_t format, int64_t n);
+EmbeddingArgs quant_embedding_args(Tensor y, Tensor ids, Tensor data, Tensor scales, int64_t format,
+                                   int64_t n);
 
 // Rows of a file (GGUF blocks) or of a dense tensor into panels of 16 interleaved rows.
 struct PackArgs {

@@ -3,7 +3,8 @@
 
 namespace fastllm {
 
-RmsNormArgs rms_norm_args(Tensor y, Tensor x, Tensor weight, Tensor residual, Tensor h, double eps) {
+RmsNormArgs rms_norm_args(Tensor y, Tensor x, Tensor weight, Tensor residual, Tensor h,
+                          double eps) {
   const char* op = "rms_norm";
   check(x.ndim >= 1 && x.ndim <= 3, op, "x must have 1 to 3 dimensions here");
   check(is_float(x) && is_float(y) && is_float(weight), op, "x, y and weight must be f32 or bf16");
@@ -14,8 +15,8 @@ RmsNormArgs rms_norm_args(Tensor y, Tensor x, Tensor weight, Tensor residual, Te
   check(residual.given() == h.given(), op, "residual and h go together");
   if (h.given()) {
     check(residual.dtype == DType::f32 && h.dtype == DType::f32, op, "residual and h must be f32");
-    check(same_shape(residual, x) && same_shape(h, x) && residual.contiguous() && h.contiguous(), op,
-          "residual and h must be contiguous and shaped like x");
+    check(same_shape(residual, x) && same_shape(h, x) && residual.contiguous() && h.contiguous(),
+          op, "residual and h must be contiguous and shaped like x");
   }
   return {.y = y.data,
           .x = x.data,

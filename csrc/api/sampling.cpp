@@ -72,7 +72,7 @@ SamplingArgs sampling_args(Tensor ids, Tensor logprob, Tensor logprob_t, Tensor 
   const char* op = "sampling";
   check_logits(op, logits);
   const int64_t rows = logits.shape[0], columns = logits.shape[1];
-  const Tensor* floats[] = {&logprob, &logprob_t,   &temperature, &top_p,
+  const Tensor* floats[] = {&logprob, &logprob_t,  &temperature, &top_p,
                             &min_p,   &repetition, &presence,    &frequency};
   for (const Tensor* t : floats)
     check(is_column(*t, DType::f32, rows), op, "a per-row f32 argument is not contiguous [rows]");
@@ -85,7 +85,8 @@ SamplingArgs sampling_args(Tensor ids, Tensor logprob, Tensor logprob_t, Tensor 
   const int64_t counted = counts.shape[0] == 0 ? 0 : rows;
   check(is_packed(counts, DType::i32, counted, columns) &&
             is_packed(in_prompt, DType::u8, counted, columns),
-        op, "counts (i32) and in_prompt (u8) must be contiguous [rows, columns], or both [0, columns]");
+        op,
+        "counts (i32) and in_prompt (u8) must be contiguous [rows, columns], or both [0, columns]");
   check(banned.ndim == 2 && is_packed(banned, DType::i32, rows, banned.shape[1]), op,
         "banned must be contiguous i32 [rows, any]");
   check_scratch(op, scratch, rows * (tiles_of(logits) * 6 + 1));

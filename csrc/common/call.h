@@ -18,7 +18,8 @@ class Call {
     std::memcpy(args_, &args, sizeof(Args));
     kernel_ = reinterpret_cast<void (*)()>(kernel);
     enter_ = [](const Call& call, const Team& team) {
-      (*reinterpret_cast<Kernel<Args>*>(call.kernel_))(*reinterpret_cast<const Args*>(call.args_), team);
+      (*reinterpret_cast<Kernel<Args>*>(call.kernel_))(*reinterpret_cast<const Args*>(call.args_),
+                                                       team);
     };
   }
   void run(const Team& team) const { enter_(*this, team); }

@@ -33,7 +33,8 @@ Features detect() {
   const uint64_t xcr0 = osxsave ? xgetbv() : 0;
   const bool ymm = (xcr0 & 0x6) == 0x6, zmm = (xcr0 & 0xe6) == 0xe6;
   uint32_t b7 = 0, c7 = 0, a71 = 0;
-  if (__get_cpuid_count(7, 0, &a, &b7, &c7, &d) && a >= 1) __get_cpuid_count(7, 1, &a71, &b, &c, &d);
+  if (__get_cpuid_count(7, 0, &a, &b7, &c7, &d) && a >= 1)
+    __get_cpuid_count(7, 1, &a71, &b, &c, &d);
   uint32_t ext_c = 0;
   __get_cpuid(0x80000001, &a, &b, &ext_c, &d);
   const bool lzcnt = ext_c & bit_LZCNT, bmi = (b7 & bit_BMI) && (b7 & bit_BMI2);
@@ -69,8 +70,8 @@ const Level* find(const std::string& name) {
     if (name == level.name) return &level;
     supported += supported.empty() ? level.name : std::string(", ") + level.name;
   }
-  throw std::invalid_argument("ISA level '" + name + "' does not run on this processor; it has: " +
-                              supported);
+  throw std::invalid_argument("ISA level '" + name +
+                              "' does not run on this processor; it has: " + supported);
 }
 
 const Level* initial() {

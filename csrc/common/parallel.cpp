@@ -27,7 +27,8 @@ void barrier_wait(Barrier* barrier, int size) {
   }
   // A barrier of a decode step is met within microseconds: spin first, then let others run, because
   // the peer may have lost its core to another process.
-  for (int spin = 0; __atomic_load_n(&barrier->generation, __ATOMIC_ACQUIRE) == generation; ++spin) {
+  for (int spin = 0; __atomic_load_n(&barrier->generation, __ATOMIC_ACQUIRE) == generation;
+       ++spin) {
     if (spin < 4096)
       _mm_pause();
     else
@@ -53,7 +54,8 @@ int find_gomp(dl_phdr_info* info, size_t, void* path) {
 
 OpenMP load_openmp() {
   OpenMP omp;
-  std::string path;  // torch wheels carry libgomp under names of their own, so search what is mapped
+  std::string
+      path;  // torch wheels carry libgomp under names of their own, so search what is mapped
   if (!dl_iterate_phdr(find_gomp, &path)) return omp;
   void* lib = dlopen(path.c_str(), RTLD_NOLOAD | RTLD_LAZY);
   if (!lib) return omp;

@@ -9,7 +9,7 @@ void run_parallel(int threads, void (*body)(int thread, int size, void* context)
 
 // The number of threads the next region gets: torch.get_num_threads() when torch's runtime is used.
 int num_threads();
-void set_own_threads(int threads);       // size of our own pool; no effect on OpenMP's
-const char* thread_runtime();            // "libgomp (shared with torch)" or "own pool"
+void set_own_threads(int threads);  // size of our own pool; no effect on OpenMP's
+const char* thread_runtime();       // "libgomp (shared with torch)" or "own pool"
 
 }  // namespace fastllm

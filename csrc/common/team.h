@@ -36,7 +36,8 @@ static inline int64_t next_task(const Team& team, int counter = 0) {
 }
 
 // This thread's contiguous share [begin, end) of n items, in units of `unit` items.
-static inline void my_share(const Team& team, int64_t n, int64_t unit, int64_t* begin, int64_t* end) {
+static inline void my_share(const Team& team, int64_t n, int64_t unit, int64_t* begin,
+                            int64_t* end) {
   const int64_t units = (n + unit - 1) / unit;
   const int64_t low = units * team.thread / team.size, high = units * (team.thread + 1) / team.size;
   *begin = low * unit < n ? low * unit : n;

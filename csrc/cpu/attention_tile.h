@@ -210,7 +210,7 @@ constexpr int vectors_at_once() {
 // [step][part][kMaxRows].
 template <class E, int R>
 static void score_rows(float (*scores)[kTile], const typename E::A* q, const typename E::Word* k,
-                int64_t steps, int64_t positions, float scale, const char* ahead) {
+                       int64_t steps, int64_t positions, float scale, const char* ahead) {
   constexpr int C = vectors_at_once<R>();
   constexpr int kPerChunk = kChunk / VL;
   for (int64_t first = 0; first < positions; first += C * VL) {
@@ -269,8 +269,8 @@ FASTLLM_INLINE void value_columns(float* o, int64_t o_stride, const float* alpha
 // next. A tile is summed from zero: chains are as short as a tile.
 template <class E, int R>
 static void value_rows(float* o, int64_t o_stride, const float* alpha, const typename E::A* p,
-                const typename E::Word* v, int64_t v_stride, int64_t dim, int64_t steps,
-                const typename E::Word* last, const char* ahead) {
+                       const typename E::Word* v, int64_t v_stride, int64_t dim, int64_t steps,
+                       const typename E::Word* last, const char* ahead) {
   constexpr int C = vectors_at_once<R>();
   int64_t d = 0;
   const auto columns = [&](auto width, auto masked) {
@@ -297,24 +297,17 @@ struct RowKernels {
 template <class E>
 FASTLLM_INLINE RowKernels<E> row_kernels(int64_t rows) {
   switch (rows) {
-    case 1:
-      return {score_rows<E, 1>, value_rows<E, 1>};
-    case 2:
-      return {score_rows<E, 2>, value_rows<E, 2>};
-    case 3:
-      return {score_rows<E, 3>, value_rows<E, 3>};
-    case 4:
-      return {score_rows<E, 4>, value_rows<E, 4>};
+    case 1: return {score_rows<E, 1>, value_rows<E, 1>};
+    case 2: return {score_rows<E, 2>, value_rows<E, 2>};
+    case 3: return {score_rows<E, 3>, value_rows<E, 3>};
+    case 4: return {score_rows<E, 4>, value_rows<E, 4>};
 #if defined(__AVX512F__)
     case 5:
-    case 6:
-      return {score_rows<E, 6>, value_rows<E, 6>};
+    case 6: return {score_rows<E, 6>, value_rows<E, 6>};
     case 7:
-    case 8:
-      return {score_rows<E, 8>, value_rows<E, 8>};
+    case 8: return {score_rows<E, 8>, value_rows<E, 8>};
 #endif
-    default:
-      return {score_rows<E, kMaxRows>, value_rows<E, kMaxRows>};
+    default: return {score_rows<E, kMaxRows>, value_rows<E, kMaxRows>};
   }
 }
 

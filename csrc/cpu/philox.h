@@ -22,8 +22,8 @@ FASTLLM_INLINE vu mul_low(vu a, vu b) {
 // What does not depend on the id: round keys, and the first two rounds' share of the position.
 struct PhiloxRow {
   uint32_t k0[10], k1[10];
-  uint32_t c0_after_first;            // position ^ k0[0]: the same for every id
-  uint32_t low_second, high_second;   // of multiplier 0 times it
+  uint32_t c0_after_first;           // position ^ k0[0]: the same for every id
+  uint32_t low_second, high_second;  // of multiplier 0 times it
 };
 constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;
 

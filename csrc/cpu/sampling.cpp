@@ -72,7 +72,8 @@ void penalize(const Row& row, int64_t begin, int64_t n, float* z) {
 }
 
 // Processed logits of tile t, n of them (a multiple of VL, padded with -inf): in `copy`, or in place.
-const float* processed_tile(const SamplingArgs& a, const Row& row, int64_t t, float* copy, int64_t* n) {
+const float* processed_tile(const SamplingArgs& a, const Row& row, int64_t t, float* copy,
+                            int64_t* n) {
   const float* x = padded_tile(row.logits, a.columns, t, copy, n);
   if (row.plain) return x;
   if (x != copy) __builtin_memcpy(copy, x, static_cast<size_t>(*n) * sizeof(float));
@@ -161,7 +162,8 @@ struct Best {
 };
 
 // The best noisy logit of a tile; values that cannot beat `rival` are passed over.
-Best draw_tile(const SamplingArgs& a, const Row& row, const PhiloxRow& noise, int64_t t, float rival) {
+Best draw_tile(const SamplingArgs& a, const Row& row, const PhiloxRow& noise, int64_t t,
+               float rival) {
   alignas(64) float copy[kLseTile];
   const float threshold = *row.threshold;
   int64_t n;

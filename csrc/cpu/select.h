@@ -70,7 +70,8 @@ static inline double mass_above(const float* list, const float* weight, int64_t 
 
 // Appends the values of x[n] (n a multiple of VL) that are >= low, in order; returns the new length.
 // Writes up to VL floats past it.
-static inline int64_t append_above(float* list, int64_t length, const float* x, int64_t n, float low) {
+static inline int64_t append_above(float* list, int64_t length, const float* x, int64_t n,
+                                   float low) {
   for (int64_t c = 0; c < n; c += VL) {
     const vf v = vload(x + c);
 #if defined(__AVX512F__)

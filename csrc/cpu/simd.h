@@ -96,8 +96,7 @@ FASTLLM_INLINE void vstore_bf16(uint16_t* p, vf x) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)bits));
 #elif defined(__AVX2__)
   const __m256i packed = _mm256_packus_epi32((__m256i)bits, (__m256i)bits);
-  _mm_storeu_si128((__m128i*)p,
-                   _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+  _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
 #else
   _mm_storel_epi64((__m128i*)p, _mm_packus_epi32((__m128i)bits, (__m128i)bits));
 #endif

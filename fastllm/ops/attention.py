@@ -9,7 +9,7 @@ pages lie, or what else is in the batch.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -61,7 +61,9 @@ def append_kv_ref(
         first_page = first // page_size
         pages = block_table[s, first_page : -(-length // page_size)]
         at = slice(first - first_page * page_size, length - first_page * page_size)
-        for new, cache, which in ((k, k_cache, "k"), (v, v_cache, "v")):
+        kinds: tuple[tuple[Tensor, Tensor, Literal["k", "v"]], ...]
+        kinds = ((k, k_cache, "k"), (v, v_cache, "v"))
+        for new, cache, which in kinds:
             rows = read_pages(cache, pages, which).clone()
             rows[:, at] = new[begin:end].transpose(0, 1)
             write_pages(cache, pages, rows, which)

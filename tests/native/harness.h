@@ -16,12 +16,12 @@
 #include "common/parallel.h"
 #include "ops.h"
 
-#define CHECK(condition)                                                               \
-  do {                                                                                 \
-    if (!(condition)) {                                                                \
-      std::fprintf(stderr, "%s:%d: failed: %s\n", __FILE__, __LINE__, #condition);     \
-      std::abort();                                                                    \
-    }                                                                                  \
+#define CHECK(condition)                                                           \
+  do {                                                                             \
+    if (!(condition)) {                                                            \
+      std::fprintf(stderr, "%s:%d: failed: %s\n", __FILE__, __LINE__, #condition); \
+      std::abort();                                                                \
+    }                                                                              \
   } while (0)
 
 namespace fastllm::test {
@@ -128,8 +128,7 @@ void run_everywhere(const char* name, Kernel<Args>* Kernels::* kernel, const Arg
   seen_kernels().push_back(name);
   const auto snapshot = [&] {
     std::vector<std::vector<char>> all;
-    for (Owned* t : outputs)
-      all.emplace_back(t->view.as<char>(), t->view.as<char>() + t->bytes);
+    for (Owned* t : outputs) all.emplace_back(t->view.as<char>(), t->view.as<char>() + t->bytes);
     return all;
   };
   const auto start = snapshot();
@@ -145,7 +144,8 @@ void run_everywhere(const char* name, Kernel<Args>* Kernels::* kernel, const Arg
       if (judge) judge();
       if (threads == 1) alone = snapshot();
       if (snapshot() != alone) {
-        std::fprintf(stderr, "%s at %s: %d threads change the bits\n", name, level.c_str(), threads);
+        std::fprintf(stderr, "%s at %s: %d threads change the bits\n", name, level.c_str(),
+                     threads);
         std::abort();
       }
     }
@@ -159,8 +159,8 @@ void run_everywhere(const char* name, Kernel<Args>* Kernels::* kernel, const Arg
         const float want = first_level[i][j], got = values[j];
         if (std::isnan(want) && std::isnan(got)) continue;
         if (!(std::fabs(got - want) <= tolerance * (1.f + std::fabs(want)))) {
-          std::fprintf(stderr, "%s at %s: output %zu[%zu] is %g, the generic level gives %g\n", name,
-                       level.c_str(), i, j, got, want);
+          std::fprintf(stderr, "%s at %s: output %zu[%zu] is %g, the generic level gives %g\n",
+                       name, level.c_str(), i, j, got, want);
           std::abort();
         }
       }

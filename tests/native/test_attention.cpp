@@ -15,7 +15,8 @@ void one_shape(DType dtype, int64_t dim, int64_t heads, int64_t kv_heads, int64_
   Owned cu_seqlens = ints({0, 3, 4, 6}), cache_seqlens = ints({70, 0, 600});
   Owned positions = ints({67, 68, 69, 0, 598, 599});
   Owned q = random.tensor(dtype, {tokens, heads, dim}), o(dtype, {tokens, heads, dim});
-  Owned k = random.tensor(dtype, {tokens, kv_heads, dim}), v = random.tensor(dtype, {tokens, kv_heads, dim});
+  Owned k = random.tensor(dtype, {tokens, kv_heads, dim}),
+        v = random.tensor(dtype, {tokens, kv_heads, dim});
   Owned k_cache = random.tensor(dtype, {pages, kv_heads, page, dim});
   Owned v_cache = random.tensor(dtype, {pages, kv_heads, page, dim});
   const int64_t half = dim / 2;
@@ -34,14 +35,15 @@ void one_shape(DType dtype, int64_t dim, int64_t heads, int64_t kv_heads, int64_
   std::vector<float> single;
   for (bool split : {false, true}) {
     const Tensor none;
-    run_everywhere("paged_attention", &Kernels::paged_attention,
-                   paged_attention_args(o, q, k_cache, v_cache, block_table, cu_seqlens, cache_seqlens,
-                                        split ? static_cast<Tensor>(partials) : none, 0.2, window),
-                   {&o}, close, [&] {
-                     for (int64_t i = 0; i < heads * dim; ++i) CHECK(o.get(3 * heads * dim + i) == 0.f);
-                     for (int64_t i = 0; i < tokens * heads * dim; ++i)
-                       CHECK(std::fabs(o.get(i)) <= 1.01f);  // an average of values within [-1, 1]
-                   });
+    run_everywhere(
+        "paged_attention", &Kernels::paged_attention,
+        paged_attention_args(o, q, k_cache, v_cache, block_table, cu_seqlens, cache_seqlens,
+                             split ? static_cast<Tensor>(partials) : none, 0.2, window),
+        {&o}, close, [&] {
+          for (int64_t i = 0; i < heads * dim; ++i) CHECK(o.get(3 * heads * dim + i) == 0.f);
+          for (int64_t i = 0; i < tokens * heads * dim; ++i)
+            CHECK(std::fabs(o.get(i)) <= 1.01f);  // an average of values within [-1, 1]
+        });
     for (int64_t i = 0; i < tokens * heads * dim; ++i) {
       if (!split) single.push_back(o.get(i));
       CHECK(o.get(i) == single[static_cast<size_t>(i)]);  // partials do not change the bits

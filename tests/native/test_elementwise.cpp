@@ -18,9 +18,10 @@ void norms() {
       for (bool residual : {false, true}) {
         const int64_t rows = 5;
         Owned x = random.tensor(dtype, {rows, n}), w = random.tensor(DType::f32, {n});
-        Owned r = random.tensor(DType::f32, {rows, n}), h(DType::f32, {rows, n}), y(dtype, {rows, n});
-        const RmsNormArgs args = residual ? rms_norm_args(y, x, w, r, h, 1e-5)
-                                          : rms_norm_args(y, x, w, {}, {}, 1e-5);
+        Owned r = random.tensor(DType::f32, {rows, n}), h(DType::f32, {rows, n}),
+              y(dtype, {rows, n});
+        const RmsNormArgs args =
+            residual ? rms_norm_args(y, x, w, r, h, 1e-5) : rms_norm_args(y, x, w, {}, {}, 1e-5);
         run_everywhere("rms_norm", &Kernels::rms_norm, args, {&y, &h}, tolerance_of(dtype), [&] {
           for (int64_t row = 0; row < rows; ++row) {
             const auto value = [&](int64_t c) {
@@ -44,8 +45,8 @@ void gates() {
     for (int64_t n : {1, 15, 16, 33, 130}) {
       Owned gate = random.tensor(dtype, {3, n}, 4), up = random.tensor(dtype, {3, n});
       Owned y(dtype, {3, n});
-      run_everywhere("swiglu", &Kernels::swiglu, swiglu_args(y, gate, up), {&y}, tolerance_of(dtype),
-                     [&] {
+      run_everywhere("swiglu", &Kernels::swiglu, swiglu_args(y, gate, up), {&y},
+                     tolerance_of(dtype), [&] {
                        for (int64_t i = 0; i < 3 * n; ++i) {
                          const double g = gate.get(i);
                          CHECK(close(y.get(i), g / (1 + std::exp(-g)) * up.get(i), dtype));
@@ -74,7 +75,8 @@ void rotations() {
                              CHECK(close(y.get(at + i), a * c - b * s, dtype));
                              CHECK(close(y.get(at + half + i), b * c + a * s, dtype));
                            }
-                           for (int64_t i = 2 * half; i < dim; ++i) CHECK(y.get(at + i) == x.get(at + i));
+                           for (int64_t i = 2 * half; i < dim; ++i)
+                             CHECK(y.get(at + i) == x.get(at + i));
                          }
                      });
     }
@@ -86,10 +88,11 @@ void lookups() {
   for (DType dtype : kFloats)
     for (int64_t k : {1, 17, 64}) {
       Owned weight = random.tensor(dtype, {7, k}), y(dtype, {4, k});
-      run_everywhere("embedding", &Kernels::embedding, embedding_args(y, ids, weight), {&y}, 0, [&] {
-        for (int64_t i = 0; i < 4 * k; ++i)
-          CHECK(y.get(i) == weight.get(ids.view.as<int32_t>()[i / k] * k + i % k));
-      });
+      run_everywhere("embedding", &Kernels::embedding, embedding_args(y, ids, weight), {&y}, 0,
+                     [&] {
+                       for (int64_t i = 0; i < 4 * k; ++i)
+                         CHECK(y.get(i) == weight.get(ids.view.as<int32_t>()[i / k] * k + i % k));
+                     });
     }
 }
 

@@ -125,7 +125,8 @@ void recorded_calls_run_in_order_with_barriers() {
   std::vector<std::vector<int64_t>> rows(steps + 1, std::vector<int64_t>(n, 0));
   std::vector<Call> calls;
   for (int s = 0; s < steps; ++s)
-    calls.emplace_back("add_neighbours", &add_neighbours, Chain{rows[s].data(), rows[s + 1].data(), n});
+    calls.emplace_back("add_neighbours", &add_neighbours,
+                       Chain{rows[s].data(), rows[s + 1].data(), n});
   std::vector<TaskCounter> counters(calls.size() * kCountersPerCall);
   for (int threads : {1, 2, 3, 5}) {
     set_own_threads(threads);

@@ -88,16 +88,15 @@ void dense() {
                          quant_matmul_args(y, x, w.data, w.scales, code, n, {},
                                            dtype == DType::bf16 ? 1 : 2, {}),
                          {&y}, 2e-2f);
-          run_everywhere("linear", &Kernels::linear, linear_args(y, x, weight, {}, {}), {&y}, 2e-2f,
-                         [&] {
-                           for (int64_t i = 0; i < m * n; ++i) {
-                             double want = 0;
-                             for (int64_t c = 0; c < k; ++c)
-                               want += static_cast<double>(x.get(i / n * k + c)) *
-                                       weight.get(i % n * k + c);
-                             CHECK(std::fabs(y.get(i) - want) <= 2e-2 * (1 + std::fabs(want)));
-                           }
-                         });
+          run_everywhere(
+              "linear", &Kernels::linear, linear_args(y, x, weight, {}, {}), {&y}, 2e-2f, [&] {
+                for (int64_t i = 0; i < m * n; ++i) {
+                  double want = 0;
+                  for (int64_t c = 0; c < k; ++c)
+                    want += static_cast<double>(x.get(i / n * k + c)) * weight.get(i % n * k + c);
+                  CHECK(std::fabs(y.get(i) - want) <= 2e-2 * (1 + std::fabs(want)));
+                }
+              });
         }
       }
 }

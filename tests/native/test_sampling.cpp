@@ -20,13 +20,15 @@ Owned filled(DType dtype, int64_t n, double value) {
 void likelihoods(Random& random, int64_t rows, int64_t vocab) {
   const int64_t tiles = (vocab + 511) / 512;
   Owned logits = random.tensor(DType::f32, {rows, vocab}, 8);
-  Owned out(DType::f32, {rows, 2}), scratch(DType::f32, {rows * tiles * 2}), ids(DType::i64, {rows, 2});
+  Owned out(DType::f32, {rows, 2}), scratch(DType::f32, {rows * tiles * 2}),
+      ids(DType::i64, {rows, 2});
   for (int64_t i = 0; i < rows * 2; ++i) ids.view.as<int64_t>()[i] = i % 2 ? vocab - 1 : -1;
-  run_everywhere("log_probs", &Kernels::log_probs, log_probs_args(out, scratch, logits, ids), {&out},
-                 1e-5f, [&] {
+  run_everywhere("log_probs", &Kernels::log_probs, log_probs_args(out, scratch, logits, ids),
+                 {&out}, 1e-5f, [&] {
                    for (int64_t row = 0; row < rows; ++row) {
                      double sum = 0;
-                     for (int64_t c = 0; c < vocab; ++c) sum += std::exp(logits.get(row * vocab + c));
+                     for (int64_t c = 0; c < vocab; ++c)
+                       sum += std::exp(logits.get(row * vocab + c));
                      const double want = logits.get(row * vocab + vocab - 1) - std::log(sum);
                      CHECK(std::isnan(out.get(2 * row)));
                      CHECK(std::fabs(out.get(2 * row + 1) - want) < 1e-5);
@@ -34,15 +36,16 @@ void likelihoods(Random& random, int64_t rows, int64_t vocab) {
                  });
   for (int64_t k : {int64_t{1}, vocab / 2, vocab}) {
     Owned values(DType::f32, {rows, k}), top(DType::i32, {rows, k});
-    run_everywhere("top_log_probs", &Kernels::top_log_probs,
-                   top_log_probs_args(values, top, scratch, logits), {&values, &top}, 1e-5f, [&] {
-                     for (int64_t i = 0; i < rows * k; ++i) {
-                       if (i % k == 0) continue;
-                       const int32_t* id = top.view.as<int32_t>() + i;
-                       const float* row = logits.view.as<float>() + i / k * vocab;
-                       CHECK(row[id[-1]] > row[id[0]] || (row[id[-1]] == row[id[0]] && id[-1] < id[0]));
-                     }
-                   });
+    run_everywhere(
+        "top_log_probs", &Kernels::top_log_probs, top_log_probs_args(values, top, scratch, logits),
+        {&values, &top}, 1e-5f, [&] {
+          for (int64_t i = 0; i < rows * k; ++i) {
+            if (i % k == 0) continue;
+            const int32_t* id = top.view.as<int32_t>() + i;
+            const float* row = logits.view.as<float>() + i / k * vocab;
+            CHECK(row[id[-1]] > row[id[0]] || (row[id[-1]] == row[id[0]] && id[-1] < id[0]));
+          }
+        });
   }
 }
 
@@ -59,18 +62,17 @@ void draws(Random& random, int64_t rows, int64_t vocab, float temperature, int t
   Owned repetition = filled(DType::f32, rows, 1.2), presence = filled(DType::f32, rows, 0.1);
   Owned frequency = filled(DType::f32, rows, 0.1), seed = filled(DType::i64, rows, 99);
   Owned position = filled(DType::i32, rows, 5), use = filled(DType::u8, rows, penalized);
-  run_everywhere(
-      "sampling", &Kernels::sampling,
-      sampling_args(ids, logprob, logprob_t, scratch, logits, t, k, p, m, repetition, presence,
-                    frequency, seed, position, use, counts, in_prompt, banned),
-      {&ids, &logprob, &logprob_t, &counts}, 1e-5f, [&] {
-        for (int64_t row = 0; row < rows; ++row) {
-          const int32_t id = ids.view.as<int32_t>()[row];
-          CHECK(id >= (vocab > 1 ? 1 : 0) && id < vocab);  // id 0 is banned
-          CHECK(logprob.get(row) <= 0 && logprob_t.get(row) <= 0);
-          if (penalized) CHECK(counts.view.as<int32_t>()[row * vocab + id] == 1);
-        }
-      });
+  run_everywhere("sampling", &Kernels::sampling,
+                 sampling_args(ids, logprob, logprob_t, scratch, logits, t, k, p, m, repetition,
+                               presence, frequency, seed, position, use, counts, in_prompt, banned),
+                 {&ids, &logprob, &logprob_t, &counts}, 1e-5f, [&] {
+                   for (int64_t row = 0; row < rows; ++row) {
+                     const int32_t id = ids.view.as<int32_t>()[row];
+                     CHECK(id >= (vocab > 1 ? 1 : 0) && id < vocab);  // id 0 is banned
+                     CHECK(logprob.get(row) <= 0 && logprob_t.get(row) <= 0);
+                     if (penalized) CHECK(counts.view.as<int32_t>()[row * vocab + id] == 1);
+                   }
+                 });
 }
 
 }  // namespace

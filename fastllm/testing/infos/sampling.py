@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +64,7 @@ def row_parameters(
     ]
 
 
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
     "plain": {},
     "warm": {"temperature": 0.7},
@@ -110,7 +111,19 @@ def _sampling_exact(logits: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
     # Processed logits are rounded to fp32 by definition; the statistics of both are exact here.
     counts_before = params[10].clone()
     ids = sampling_ref(logits, *params)[0]
-    z = processed_logits(logits, params[0], *params[4:7], params[9], counts_before, *params[11:])
+    temperature, repetition, presence, frequency = params[0], *params[4:7]
+    penalized, in_prompt, banned = params[9], params[11], params[12]
+    z = processed_logits(
+        logits,
+        temperature,
+        repetition,
+        presence,
+        frequency,
+        penalized,
+        counts_before,
+        in_prompt,
+        banned,
+    )
     at = ids.long()[:, None]
     return ids, *(torch.log_softmax(x.double(), 1).gather(1, at)[:, 0] for x in (logits, z))
 
