@@ -116,8 +116,10 @@ def paged_attention_ref(
 def _attend(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, window_left: int) -> Tensor:
     """q `[Tq, H, D]` over fp32 k, v `[Hk, Tk, D]`, causal, aligned at the ends: `[Tq, H, Dv]`."""
     tokens, heads, dim = q.shape
-    rows = q.float().transpose(0, 1).reshape(k.shape[0], -1, tokens, dim)  # [Hk, group, Tq, D]
-    scores = rows @ k[:, None].transpose(-1, -2) * softmax_scale
+    rows = q.float().transpose(0, 1).reshape(k.shape[0], -1, dim)  # [Hk, group * Tq, D]
+    # Not q times a broadcast k: torch gives that to a product without blocked sums (3.6 times the
+    # error of its own attention with D = 256).
+    scores = (rows @ k.transpose(-1, -2)).unflatten(1, (-1, tokens)) * softmax_scale
     key = torch.arange(k.shape[1], device=q.device)
     query = key[k.shape[1] - tokens :, None]
     visible = key <= query
@@ -125,7 +127,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, window_left: 
         visible &= key >= query - window_left
     scores = scores.masked_fill(~visible, float("-inf"))
     p = (scores - scores.amax(-1, keepdim=True)).exp()
-    out = (p.to(q.dtype).float() @ v[:, None]) / p.sum(-1, keepdim=True)
+    out = (p.to(q.dtype).float().flatten(1, 2) @ v).unflatten(1, (-1, tokens))
+    out = out / p.sum(-1, keepdim=True)
     return out.reshape(heads, tokens, -1).transpose(0, 1).to(q.dtype)
 
 

@@ -34,7 +34,7 @@ class OpInfo:
 
     `exact(*args)` is the mathematically right result in float64 from the same, already rounded,
     inputs. `peer(*args)`, where torch has the op, is what error bound and bench compare with;
-    elsewhere it is the op's own reference.
+    elsewhere it is the op's own reference. How they are compared: `fastllm.testing.check.Judge`.
     """
 
     name: str
@@ -81,21 +81,3 @@ def ulp(dtype: torch.dtype, magnitude: float) -> float:
         return torch.finfo(dtype).tiny
     exponent = torch.frexp(torch.tensor(magnitude, dtype=torch.float64)).exponent.item()
     return torch.finfo(dtype).eps * 2.0 ** (int(exponent) - 1)
-
-
-def error_bound(exact: Tensor, peer: Tensor, dtype: torch.dtype) -> float:
-    """Twice the peer's largest error, and never below one ulp of the largest value."""
-    if exact.numel() == 0:
-        return 0.0
-    peer_error = (peer.double() - exact).abs().max().item()
-    return max(2.0 * peer_error, ulp(dtype, exact.abs().max().item()))
-
-
-def assert_within_bound(got: Tensor, exact: Tensor, peer: Tensor, what: str) -> None:
-    """Raise AssertionError unless `got` is within the project's bound of `exact`."""
-    assert got.shape == exact.shape, f"{what}: shape {tuple(got.shape)}, want {tuple(exact.shape)}"
-    if exact.numel() == 0:
-        return
-    error = (got.double() - exact).abs().max().item()
-    bound = error_bound(exact, peer, got.dtype)
-    assert error <= bound, f"{what}: error {error:.3e} above the bound {bound:.3e}"

@@ -1,6 +1,7 @@
 // A small harness: checks that stop the program, tensors that own exactly their bytes, and a runner that
 // puts a kernel through every ISA level and several team sizes.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -139,7 +140,7 @@ void run_everywhere(const char* name, Kernel<Args>* Kernels::* kernel, const Arg
     for (int threads : {1, 2, 3, 5}) {
       set_own_threads(threads);
       for (size_t i = 0; i < outputs.size(); ++i)
-        std::memcpy(outputs[i]->view.data, start[i].data(), start[i].size());
+        std::copy(start[i].begin(), start[i].end(), outputs[i]->view.as<char>());
       run_call(Call(name, active_kernels().*kernel, args));
       if (judge) judge();
       if (threads == 1) alone = snapshot();

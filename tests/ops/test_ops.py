@@ -13,12 +13,11 @@ from torch import Tensor
 
 from fastllm import _C
 from fastllm.ops.registry import OPS, Impl, Op
-from fastllm.testing.check import assert_right, case_arguments, copies, results
+from fastllm.testing.check import Judge, case_arguments, case_judge, copies, results
 from fastllm.testing.opinfo import (
     Case,
     OpInfo,
     all_infos,
-    assert_within_bound,
     generator,
     outputs,
 )
@@ -61,12 +60,13 @@ def test_native_is_within_the_bound_on_every_isa_and_thread_count(
     args = case_arguments(info, case)
     rows = _cpu_rows(op, args)
     assert rows, "no native CPU row serves this case"
+    judge = case_judge(op, info, case)
     for isa in _C.isas():
         _C.set_isa(isa)
         for row in rows:
             torch.set_num_threads(1)
-            assert_right(op, info, row.fn, args, f"{row.name} {isa}")
             alone = results(op, row.fn, args)
+            judge.check(alone, f"{row.name} {isa}")
             torch.set_num_threads(2)
             for a, b in zip(alone, results(op, row.fn, args), strict=True):
                 assert torch.equal(_bits(a), _bits(b)), f"{isa}: the thread count changes bits"
@@ -75,7 +75,8 @@ def test_native_is_within_the_bound_on_every_isa_and_thread_count(
 @pytest.mark.parametrize(("info", "dtype", "case"), _cases())
 def test_reference_is_within_the_bound(info: OpInfo, dtype: torch.dtype, case: Case) -> None:
     op = OPS[info.name]
-    assert_right(op, info, op.ref, case_arguments(info, case), "reference")
+    got = results(op, op.ref, case_arguments(info, case))
+    case_judge(op, info, case).check(got, "reference")
 
 
 def _gradients(fn: Any, args: tuple[Any, ...], at: Any, upcast: bool) -> list[Tensor]:
@@ -101,10 +102,25 @@ def _gradients(fn: Any, args: tuple[Any, ...], at: Any, upcast: bool) -> list[Te
 )
 def test_gradients_are_within_the_bound(info: OpInfo, dtype: torch.dtype, case: Case) -> None:
     op = OPS[info.name]
-    args = case_arguments(info, case)
     at = tuple(info.grad_args)
-    exact = _gradients(info.exact, args, at, upcast=True)
-    peer = _gradients(info.peer or op.ref, args, at, upcast=False)
-    for i, got, e, p in zip(at, _gradients(op, args, at, upcast=False), exact, peer, strict=True):
-        assert got.dtype == args[i].dtype
-        assert_within_bound(got, e, p, f"gradient of argument {i}")
+
+    def draw(number: int) -> tuple[list[Tensor], list[Tensor]]:
+        args = case_arguments(info, case, number)
+        peer = _gradients(info.peer or op.ref, args, at, upcast=False)
+        return _gradients(info.exact, args, at, upcast=True), peer
+
+    args = case_arguments(info, case)
+    got = _gradients(op, args, at, upcast=False)
+    Judge(draw).check(got, f"gradients of arguments {at}")
+    for i, gradient in zip(at, got, strict=True):
+        assert gradient.dtype == args[i].dtype
+
+
+def test_judge_allows_twice_the_largest_peer_error_of_all_draws_and_no_more() -> None:
+    exact, peer_errors = torch.ones(4, dtype=torch.float64), [0.0, 1e-3, *[0.0] * 6]
+    judge = Judge(lambda i: ((exact,), (exact + peer_errors[i],)))
+    judge.check((exact.float() + 1.9e-3,), "inside")
+    with pytest.raises(AssertionError, match="above the bound"):
+        judge.check((exact.float() + 2.1e-3,), "outside")
+    with pytest.raises(AssertionError, match="above the bound"):
+        judge.check((exact.float() * float("nan"),), "NaN")
