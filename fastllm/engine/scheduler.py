@@ -53,13 +53,16 @@ class Scheduler:
             sequence = self.waiting[0]
             request = sequence.request
             shared = _shared_pages(request)
-            total = pages_for(len(request.prompt_ids) + request.max_tokens - 1)
-            if total - len(shared) > self.cache.free_pages:
+            own = pages_for(len(request.prompt_ids) + request.max_tokens - 1) - len(shared)
+            spare = _spare_pages(sequence)
+            if own + spare > self.cache.free_pages + len(request.spare_pages):
                 break
             slots -= 1
             self.waiting.popleft()
+            self.cache.release(request.spare_pages)
+            request.spare_pages = self.cache.allocate(spare)
             self.cache.share(shared)
-            sequence.pages = shared + self.cache.allocate(total - len(shared))
+            sequence.pages = shared + self.cache.allocate(own)
             if request.shared_pages is not None:
                 self._fork(sequence, request.shared_pages, len(shared))
             if sequence.prefilled == len(request.prompt_ids) - 1:
@@ -113,6 +116,8 @@ class Scheduler:
         if request.shared_pages is not None:
             self.cache.release(request.shared_pages)
             request.shared_pages = None
+        self.cache.release(request.spare_pages)
+        request.spare_pages = []
 
     def start(self, sequence: Sequence) -> int:
         """Put a sample into the first free slot, and return it."""
@@ -150,3 +155,15 @@ def _shared_pages(request: Request) -> list[int]:
     if request.shared_pages is None:
         return []
     return request.shared_pages[: (len(request.prompt_ids) - 1) // PAGE_SIZE]
+
+
+def _spare_pages(sequence: Sequence) -> int:
+    """Pages to hold back, with a request's first sample, for its second one.
+
+    A page that the prompt fills in part is copied for each sample, and the request keeps the
+    original: a sample that ends gives back one page less than the next one needs. Without this page
+    requests with n > 1 could fill the cache and wait for each other for ever.
+    """
+    request = sequence.request
+    first_of_many = sequence.index == 0 and len(request.samples) > 1
+    return int(first_of_many and (len(request.prompt_ids) - 1) % PAGE_SIZE != 0)

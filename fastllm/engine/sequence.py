@@ -24,6 +24,7 @@ class Request:
     samples: list[Sequence] = field(default_factory=list)
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     shared_pages: list[int] | None = None  # of the prefilled prompt, kept for samples to come
+    spare_pages: list[int] = field(default_factory=list)  # held back for the second sample
     error: Exception | None = None
 
     def __post_init__(self) -> None:

@@ -109,6 +109,22 @@ def test_random_loads_leave_nothing_behind() -> None:
     assert cache.free_pages == cache.num_pages
 
 
+def test_requests_of_several_samples_never_wait_for_each_other() -> None:
+    """Answers that fit into the prompt's last page give back nothing that a copy could use."""
+    scheduler = Scheduler(_cache(4), max_seqs=8, max_batched_tokens=512)
+    requests = [_request(name, PAGE_SIZE + 36, 5, n=3) for name in "ab"]
+    for request in requests:
+        scheduler.add(request)
+    for _ in range(20):
+        for sequence in scheduler.admit():
+            scheduler.start(sequence)
+        for sequence in scheduler.advance(scheduler.next_chunks()):
+            scheduler.start(sequence)
+        for sequence in list(scheduler.running):
+            scheduler.retire(sequence)
+    assert scheduler.idle and scheduler.cache.free_pages == 4
+
+
 def test_writable_pages_are_never_shared() -> None:
     cache = _cache(32)
     scheduler = Scheduler(cache, max_seqs=8, max_batched_tokens=1000)
