@@ -14,7 +14,7 @@ import torch
 
 from fastllm.engine.cache import PagedCache
 from fastllm.engine.logprobs import logprob_rows
-from fastllm.engine.request import MAX_BANNED, RequestOutput
+from fastllm.engine.request import RequestOutput
 from fastllm.engine.runner import LOGITS_ROWS, Runner
 from fastllm.engine.scheduler import Chunk, Scheduler
 from fastllm.engine.sequence import Request, Sequence
@@ -89,7 +89,7 @@ class Engine:
         self.runner.set_slot(slot, prompt[-1], len(prompt) - 1, sequence.pages)
         banned: list[int] = []
         if request.params.min_tokens > 0:
-            banned = sorted({*request.end_ids, *(request.params.stop_token_ids or ())})[:MAX_BANNED]
+            banned = sorted({*request.end_ids, *(request.params.stop_token_ids or ())})
         self.runner.sampler.set(slot, request.params, sequence.seed, prompt, banned)
 
     def _retire(self, sequence: Sequence) -> None:

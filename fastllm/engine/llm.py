@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastllm.engine.cache import PAGE_SIZE, PagedCache, page_bytes, pages_for
 from fastllm.engine.core import Engine
-from fastllm.engine.request import RequestOutput, SamplingParams
+from fastllm.engine.request import MAX_BANNED, RequestOutput, SamplingParams
 from fastllm.engine.sequence import Request
 from fastllm.models.chat_template import CHATML, ChatTemplate
 from fastllm.models.config import ModelConfig
@@ -61,10 +61,11 @@ class LLM:
         enforce_eager: bool = False,
     ) -> None:
         where = check_device(device)
-        batched = max_num_batched_tokens or _BATCHED_TOKENS[where.type]
-        for name, value in (("max_num_seqs", max_num_seqs), ("max_num_batched_tokens", batched)):
-            if not 1 <= value <= 1 << 20:
-                raise ValueError(f"{name} must be from 1 to {1 << 20}, got {value}")
+        batched = max_num_batched_tokens
+        if batched is None:
+            batched = _BATCHED_TOKENS[where.type]
+        _check_count("max_num_seqs", max_num_seqs, 4096)
+        _check_count("max_num_batched_tokens", batched, 1 << 20)
         source = open_weights(resolve(model))
         compute, mode = choose_compute(source, dtype, where, activation)
         _check_cache_dtype(kv_cache_dtype, compute)
@@ -191,8 +192,9 @@ class LLM:
         ids = self._check_ids(ids, name, self.max_model_len - 1)
         tokenizer = self.tokenizer if params.detokenize else None
         ends = {*self.config.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ())}
+        ends = set() if params.ignore_eos else {end for end in ends if end < self.config.vocab_size}
         room = self.max_model_len - len(ids)
-        self._check_params(params, name)
+        self._check_params(params, len(ends), name)
         return Request(
             request_id=str(next(self._numbers)),
             prompt=text,
@@ -200,7 +202,7 @@ class LLM:
             params=params,
             seed=secrets.randbits(63) if params.seed is None else params.seed,
             max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
-            end_ids=frozenset() if params.ignore_eos else frozenset(ends),
+            end_ids=frozenset(ends),
             tokenizer=tokenizer,
         )
 
@@ -210,8 +212,14 @@ class LLM:
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
 
-    def _check_params(self, params: SamplingParams, name: str) -> None:
-        for token in params.stop_token_ids or ():
+    def _check_params(self, params: SamplingParams, ends: int, name: str) -> None:
+        stops = tuple(params.stop_token_ids or ())
+        if params.min_tokens and ends + len(stops) > MAX_BANNED:
+            raise ValueError(
+                f"{name}: min_tokens can hold back {MAX_BANNED} ids that end an answer, and this "
+                f"model's {ends} and the {len(stops)} of stop_token_ids are more: give fewer"
+            )
+        for token in stops:
             if token >= self.config.vocab_size:
                 raise ValueError(
                     f"{name}: stop_token_ids holds {token}; the model's ids end at "
@@ -315,6 +323,13 @@ def _params_of(params: Params, count: int) -> list[SamplingParams]:
     if len(params) != count:
         raise ValueError(f"there are {count} prompts and {len(params)} sampling_params")
     return params
+
+
+def _check_count(name: str, value: Any, most: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r:.80}")
+    if not 1 <= value <= most:
+        raise ValueError(f"{name} must be from 1 to {most}, got {value}")
 
 
 def _check_cache_dtype(name: str | None, compute: torch.dtype) -> None:

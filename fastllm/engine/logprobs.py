@@ -26,7 +26,7 @@ def logprob_rows(
     for row, token in enumerate(tokens):
         entries = {token: Logprob(chosen[row], ranks[row], _text(tokenizer, token))}
         for rank, (other, logprob) in enumerate(zip(top_ids[row], top_values[row], strict=True)):
-            if other != token:
+            if other not in (token, -1):  # -1: the row has NaN
                 entries[other] = Logprob(logprob, rank + 1, _text(tokenizer, other))
         rows.append(entries)
     return rows

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-MAX_SAMPLES = 16  # n: samples of one prompt that share its pages
+MAX_SAMPLES = 128  # n: samples of one prompt that share its pages
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
@@ -21,11 +21,12 @@ class SamplingParams:
     n: independent samples per prompt (seeds seed, seed + 1, ...).
     max_tokens: at most so many tokens each; None: until the context is full.
     min_tokens: ends of sequence and stops do not count before so many tokens.
-    temperature: 0 is greedy (ties go to the lower id).
+    temperature: 0 is greedy (ties go to the lower id); at most 1e6.
     top_k: sample from the k most probable tokens; 0 or -1: from all.
     top_p: ... from the smallest set whose probability reaches p.
     min_p: ... from tokens at least min_p times as probable as the most probable one.
-    repetition_penalty: divides positive logits of tokens of prompt and answer, multiplies negative.
+    repetition_penalty: divides positive logits of tokens of prompt and answer, multiplies negative;
+        from 0.001 to 1000.
     presence_penalty, frequency_penalty: subtracted once, and once per occurrence in the answer.
     stop: strings that end the answer; the text ends before them.
     stop_token_ids: tokens that end the answer; their text is left out.
@@ -62,11 +63,11 @@ class SamplingParams:
         _integer("n", self.n, 1, MAX_SAMPLES)
         _integer("max_tokens", self.max_tokens, 1, 2**31 - 1, optional=True)
         _integer("min_tokens", self.min_tokens, 0, 2**31 - 1)
-        _number("temperature", self.temperature, 0.0, math.inf)
+        _number("temperature", self.temperature, 0.0, 1e6)
         _integer("top_k", self.top_k, -1, 2**31 - 1)
         _number("top_p", self.top_p, 0.0, 1.0, above=True)
         _number("min_p", self.min_p, 0.0, 1.0)
-        _number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, above=True)
+        _number("repetition_penalty", self.repetition_penalty, 1e-3, 1e3)  # no overflow of logits
         _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _integer("seed", self.seed, -(2**63), 2**63 - 1, optional=True)
@@ -155,13 +156,14 @@ def _number(name: str, value: Any, low: float, high: float, *, above: bool = Fal
         raise TypeError(f"{name} must be a number, got {value!r:.80}")
     if not math.isfinite(value) or value < low or value > high or (above and value == low):
         least = f"above {low:g}" if above else f"at least {low:g}"
-        most = "" if high == math.inf else f" and at most {high:g}"
-        raise ValueError(f"{name} must be {least}{most}, got {value}")
+        raise ValueError(f"{name} must be {least} and at most {high:g}, got {value}")
 
 
 def _stop_strings(stop: Any) -> tuple[str, ...]:
     if stop is None:
         return ()
+    if not isinstance(stop, Iterable):
+        raise TypeError(f"stop must be a string or several of them, got {stop!r:.80}")
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     if len(stops) > MAX_STOPS:
         raise ValueError(f"stop may hold at most {MAX_STOPS} strings, got {len(stops)}")
@@ -176,6 +178,8 @@ def _stop_strings(stop: Any) -> tuple[str, ...]:
 
 
 def _stop_ids(ids: Any) -> tuple[int, ...]:
+    if ids is not None and not isinstance(ids, Iterable):
+        raise TypeError(f"stop_token_ids must be a list of integers, got {ids!r:.80}")
     ids = () if ids is None else tuple(ids)
     if len(ids) > MAX_BANNED // 2:
         raise ValueError(f"stop_token_ids may hold at most {MAX_BANNED // 2} ids, got {len(ids)}")

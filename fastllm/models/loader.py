@@ -73,12 +73,15 @@ def load_model(
 
 def check_device(device: torch.device | str | None) -> torch.device:
     """The device of that name. Raises ValueError if fastllm or this machine has none such."""
-    where = torch.device("cpu" if device is None else device)
-    if where.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be 'cpu' or 'cuda', got {str(device)!r}")
-    if where.type == "cuda" and not torch.cuda.is_available():
+    name = "cpu" if device is None else str(device)
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()):
+        raise ValueError(f"device must be 'cpu' or 'cuda', got {name!r:.80}")
+    if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError("device 'cuda' was asked for, but torch sees no CUDA device; use 'cpu'")
-    return where
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise ValueError(f"torch sees {torch.cuda.device_count()} CUDA devices, got {name!r:.80}")
+    return torch.device(name) if kind == "cuda" else torch.device("cpu")
 
 
 def choose_compute(
