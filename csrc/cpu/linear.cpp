@@ -53,6 +53,7 @@ struct LinearProduct : DenseRows<D> {
         panels(static_cast<uint32_t*>(thread_scratch(
             Scratch::panels, this->words() * kPanelRows * DenseRows<D>::strip * 4))) {}
 
+  void prefetch_panel(int64_t) const {}  // rows of the weight are packed from where they lie
   void begin_strip(int64_t panel, int64_t count) const {
     for (int64_t p = 0; p < count; ++p) {
       const int64_t row = (panel + p) * kPanelRows, left = a.out.n - row;

@@ -22,7 +22,7 @@ using Bf16Dense = Bf16Float;
 
 template <class D>
 struct DenseRows {
-  static constexpr int rows = kDenseRows, strip = kDenseStrip;
+  static constexpr int rows = kDenseRows, strip = kDenseStrip, few = 4;
   const void* x;
   DType x_type;
   int64_t m, k, x_stride;

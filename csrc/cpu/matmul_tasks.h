@@ -7,10 +7,13 @@
 
 namespace fastllm::FASTLLM_ISA {
 
-// Rows of a tile that kernels are compiled for, the smallest that holds `rows`.
-FASTLLM_INLINE int tile_rows(int64_t rows, int most) {
+// Rows of a tile that kernels are compiled for, the smallest that holds `rows`. Up to P::few rows are one
+// tile of one panel; more are cut into tiles of P::rows and P::strip panels.
+template <class P>
+FASTLLM_INLINE int tile_rows(int64_t rows) {
+  if (P::few >= 8 && rows > 6 && rows <= 8) return 8;
   const int fit = rows <= 1 ? 1 : rows <= 2 ? 2 : rows <= 4 ? 4 : rows <= 6 ? 6 : 12;
-  return fit < most ? fit : most;
+  return fit < P::rows ? fit : P::rows;
 }
 
 // Prepared rows lie in groups of `width`, interleaved, so that a tile walks one pointer; the last group is
@@ -31,7 +34,6 @@ struct Tasks {
 };
 constexpr int64_t kRowBlockBytes = 512 << 10;
 constexpr int64_t kTasksPerThread = 8;
-constexpr int64_t kFewRows = 4;
 
 FASTLLM_INLINE Tasks make_tasks(const RowGroups& rows, int64_t n, int strip_panels,
                                 const Team& team) {
@@ -104,9 +106,11 @@ static void strip_times_group(const P& p, const MatmulOutput& o, int64_t panel, 
                               int64_t group, bool first) {
   const int64_t left = x.rows - group * x.width;
   const int64_t live = left < x.width ? left : x.width;
-  const int size = tile_rows(live, P::rows);
+  const int size = tile_rows<P>(live);
   if constexpr (P::rows >= 12)
     if (size == 12) return tile_and_store<P, 12, NP>(p, o, panel, x, group, live, first);
+  if constexpr (P::few >= 8 && NP == 1)
+    if (size == 8) return tile_and_store<P, 8, NP>(p, o, panel, x, group, live, first);
   if constexpr (P::rows >= 6)
     if (size == 6) return tile_and_store<P, 6, NP>(p, o, panel, x, group, live, first);
   if constexpr (P::rows >= 4)
@@ -119,7 +123,7 @@ static void strip_times_group(const P& p, const MatmulOutput& o, int64_t panel, 
 // Few rows: every thread prepares its own copy. Many: all threads prepare one together, in `shared`.
 template <class P>
 static RowGroups prepare_rows(const P& p, int64_t rows, void* shared, const Team& team) {
-  RowGroups x{rows, tile_rows(rows, P::rows), p.row_bytes(), static_cast<char*>(shared)};
+  RowGroups x{rows, tile_rows<P>(rows), p.row_bytes(), static_cast<char*>(shared)};
   const int64_t padded = x.groups() * x.width;
   if (!shared) {
     x.base = static_cast<char*>(thread_scratch(Scratch::rows, padded * x.row_bytes));
@@ -133,30 +137,45 @@ static RowGroups prepare_rows(const P& p, int64_t rows, void* shared, const Team
   return x;
 }
 
+// Strips [strip, end) times groups [first, last) of rows.
+template <class P>
+static void strips_times_groups(const P& p, const MatmulOutput& o, const RowGroups& x, int wide,
+                                int64_t strip, int64_t end, int64_t first, int64_t last) {
+  const int64_t panels = (o.n + kPanelRows - 1) / kPanelRows;
+  for (; strip < end; ++strip) {
+    const int64_t panel = strip * wide;
+    const bool whole = wide == P::strip && panel + wide <= panels;
+    p.begin_strip(panel, whole ? P::strip : 1);
+    for (int64_t group = first; group < last; ++group) {
+      if (whole)
+        strip_times_group<P, P::strip>(p, o, panel, x, group, group == first);
+      else
+        strip_times_group<P, 1>(p, o, panel, x, group, group == first);
+    }
+  }
+}
+
 template <class P>
 static void product(const P& p, const MatmulOutput& o, int64_t rows, void* shared,
                     const Team& team) {
+  if (rows <= P::few) {
+    // Bound by reading the weight: every thread streams one range of it, one panel at a time, and asks
+    // for the beginning before it prepares its rows. Strips handed out one by one would have each
+    // thread prefetch what another one is going to read.
+    int64_t begin, end;
+    my_share(team, (o.n + kPanelRows - 1) / kPanelRows, 1, &begin, &end);
+    if (begin < end) p.prefetch_panel(begin);
+    const RowGroups x = prepare_rows(p, rows, shared, team);
+    return strips_times_groups(p, o, x, 1, begin, end, 0, x.groups());
+  }
   const RowGroups x = prepare_rows(p, rows, shared, team);
-  // A few rows are bound by memory: one panel at a time is one stream to read.
-  const int wide = x.rows <= kFewRows ? 1 : P::strip;
-  const Tasks tasks = make_tasks(x, o.n, wide, team);
-  const int64_t panels = (o.n + kPanelRows - 1) / kPanelRows;
+  const Tasks tasks = make_tasks(x, o.n, P::strip, team);
   for (int64_t t; (t = next_task(team)) < tasks.count();) {
     const int64_t first = t / tasks.runs * tasks.groups_per_block, run = t % tasks.runs;
     const int64_t last =
         first + tasks.groups_per_block < x.groups() ? first + tasks.groups_per_block : x.groups();
     const int64_t end = (run + 1) * tasks.run < tasks.strips ? (run + 1) * tasks.run : tasks.strips;
-    for (int64_t strip = run * tasks.run; strip < end; ++strip) {
-      const int64_t panel = strip * wide;
-      const bool whole = wide == P::strip && panel + wide <= panels;
-      p.begin_strip(panel, whole ? P::strip : 1);
-      for (int64_t group = first; group < last; ++group) {
-        if (whole)
-          strip_times_group<P, P::strip>(p, o, panel, x, group, group == first);
-        else
-          strip_times_group<P, 1>(p, o, panel, x, group, group == first);
-      }
-    }
+    strips_times_groups(p, o, x, P::strip, run * tasks.run, end, first, last);
   }
 }
 

@@ -40,6 +40,13 @@ FASTLLM_INLINE void prefetch_lines(const void* p) {
   for (int i = 0; i < LINES; ++i) __builtin_prefetch(static_cast<const char*>(p) + 64 * i, 0, 2);
 }
 
+// The first lines of a range of weights, asked for before anything else is done.
+FASTLLM_INLINE void prefetch_range(const void* p, int64_t bytes) {
+  const int64_t most = 8 << 10;
+  for (int64_t i = 0; i < bytes && i < most; i += 64)
+    __builtin_prefetch(static_cast<const char*>(p) + i, 0, 2);
+}
+
 FASTLLM_INLINE vi vloadi(const void* p) {
   vi v;
   __builtin_memcpy(&v, p, sizeof v);

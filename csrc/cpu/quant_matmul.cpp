@@ -9,16 +9,16 @@ namespace {
 
 // Two accumulators an output: 6 rows x 32 outputs on 32 registers.
 #if defined(__AVX512F__)
-constexpr int kRows = 6, kStrip = 2;
+constexpr int kRows = 6, kStrip = 2, kFew = 8;
 #elif defined(__AVX2__)
-constexpr int kRows = 2, kStrip = 1;
+constexpr int kRows = 2, kStrip = 1, kFew = 4;
 #else
-constexpr int kRows = 1, kStrip = 1;
+constexpr int kRows = 1, kStrip = 1, kFew = 4;
 #endif
 
 template <class F>
 struct Blocks {
-  static constexpr int rows = kRows, strip = kStrip;
+  static constexpr int rows = kRows, strip = kStrip, few = kFew;
   const QuantMatmulArgs& a;
   int64_t blocks = a.k / kBlock;
 
@@ -28,6 +28,10 @@ struct Blocks {
   }
   const uint16_t* scales(int64_t panel) const {
     return a.scales + panel * blocks * block_scales<F>;
+  }
+  void prefetch_panel(int64_t panel) const {
+    prefetch_range(data(panel), blocks * block_bytes<F>);
+    prefetch_range(scales(panel), blocks * block_scales<F> * 2);
   }
 };
 
@@ -86,6 +90,10 @@ struct DenseProduct : DenseRows<D> {
   explicit DenseProduct(const QuantMatmulArgs& a)
       : DenseRows<D>{a.x, a.x_type, a.m, a.k, a.x_stride}, data(a.data) {}
   void begin_strip(int64_t, int64_t) const {}
+  void prefetch_panel(int64_t panel) const {
+    const int64_t bytes = this->words() * kPanelRows * 4;
+    prefetch_range(static_cast<const char*>(data) + panel * bytes, bytes);
+  }
   template <int MR, int NP>
   void tile(int64_t panel, const char* x, int64_t width, bool first, float* sums) const {
     const int64_t words = this->words();
