@@ -11,6 +11,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from .console import note
+from .parsing import use_threads
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -21,14 +22,9 @@ if TYPE_CHECKING:
 
 def load(options: Namespace) -> LLM:
     """The model that the options name, with a line on stderr that says how long loading took."""
-    import torch
-
     from ..engine.llm import LLM
 
-    if options.threads is not None:
-        if options.threads < 1:
-            raise ValueError(f"--threads must be at least 1, got {options.threads}")
-        torch.set_num_threads(options.threads)
+    use_threads(options.threads)
     start = time.perf_counter()
     llm = LLM(
         options.model,

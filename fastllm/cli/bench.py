@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from .console import heading, note, table
-from .parsing import command_parser
+from .parsing import command_parser, use_threads
 
 if TYPE_CHECKING:
     from ..testing.suite import BenchCase, Row, Settings, Work
@@ -59,12 +59,9 @@ def run(argv: Sequence[str]) -> int:
     for name in names:
         if name not in suites:
             raise ValueError(f"no suite named {name!r}; there are {', '.join(suites)}")
-    import torch
-
     from ..testing.suite import Settings
 
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    use_threads(options.threads)
     settings = Settings(quick=options.quick, model=options.model, device=options.device)
     measured = [row for name in names for row in measure(suites[name], settings)]
     if options.json:

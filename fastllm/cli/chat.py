@@ -93,6 +93,9 @@ def _answer(
     """Print the answer to the last message; returns the history with it."""
     try:
         text, speed = print_stream(llm.chat(history, params, stream=True))
+    except KeyboardInterrupt:  # before the first token was asked for, or a second time
+        note("\nstopped; the last message is forgotten")
+        return history[:-1]
     except ValueError as error:  # the conversation outgrew the context, say
         note(f"{error}\n/reset starts anew")
         return history[:-1]

@@ -30,9 +30,9 @@ fastllm demo --no-measure
 """
 
 PROMPTS = (
-    "Why is the sky blue? Answer in two sentences.",
-    "Write a haiku about autumn rain.",
-    "List three uses of a paper clip.",
+    "What is photosynthesis? Answer in one sentence.",
+    "Name three primary colors.",
+    "Explain gravity to a child in one sentence.",
 )
 
 

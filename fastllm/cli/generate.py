@@ -23,11 +23,11 @@ The prompt - is read from standard input.
 """
 
 EXAMPLES = """
-fastllm generate smollm2 --chat 'Why is the sky blue?'
+fastllm generate smollm2 --chat 'Name three primary colors.'
 fastllm generate smollm2 'Once upon a time' --max-tokens 200 --temperature 0.8 --seed 1
 fastllm generate smollm2 --chat 'Name a bird.' 'Name a fish.' 'Name a tree.'
 fastllm generate smollm2 --chat - < letter.txt
-fastllm generate smollm2 'The capital of France is' --json --logprobs 3
+fastllm generate smollm2 'One, two, three,' --json --logprobs 3
 """
 
 

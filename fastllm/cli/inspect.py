@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +60,7 @@ def run(argv: Sequence[str]) -> int:
     path = resolve(options.model)
     metadata, entries, config, problem = _read(path)
     heading(str(path))
-    facts([(key, shorten(value)) for key, value in metadata.items()])
+    facts([(shorten(key), shorten(value)) for key, value in metadata.items()])
     heading("Tensors")
     _show_tensors(entries, every=options.tensors)
     heading("Formats")
@@ -67,7 +68,7 @@ def run(argv: Sequence[str]) -> int:
     heading("Memory")
     _show_memory(entries, config)
     if problem:
-        print(f"\nfastllm cannot run this model: {problem}")
+        print(f"\nfastllm cannot run this model: {shorten(problem, 1000)}")
     return 0
 
 
@@ -96,12 +97,14 @@ def _read(path: Path) -> tuple[dict[str, Any], list[Entry], ModelConfig | None, 
 
 
 def shorten(value: Any, width: int = 80) -> str:
-    """A metadata value on one line."""
+    """A metadata value on one line, with nothing in it that a terminal would obey."""
     if isinstance(value, Sequence) and not isinstance(value, str):
         if len(value) > 8:
-            return f"{len(value)} values: {', '.join(shorten(v, 20) for v in value[:4])}, ..."
+            first = islice(value, 4)  # decodes no more than these of a vocabulary
+            return f"{len(value)} values: {', '.join(shorten(v, 20) for v in first)}, ..."
         return ", ".join(shorten(v, 20) for v in value)
     text = " ".join(str(value).split()) if isinstance(value, str) else str(value)
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: width + 1])
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
@@ -110,7 +113,7 @@ def _show_tensors(entries: Iterable[Entry], *, every: bool) -> None:
     nbytes: Counter[tuple[str, str, str]] = Counter()
     for entry in entries:
         name = entry.name if every else re.sub(r"(?<=\.)\d+(?=\.)", "*", entry.name)
-        kind = (name, " x ".join(map(str, entry.shape)), entry.format)
+        kind = (shorten(name), " x ".join(map(str, entry.shape)), entry.format)
         kinds[kind] += 1
         nbytes[kind] += entry.nbytes
     rows = [[*kind, count, human_bytes(nbytes[kind])] for kind, count in kinds.items()]

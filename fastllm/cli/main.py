@@ -46,7 +46,7 @@ def overview() -> str:
             "",
             "examples:",
             "  fastllm doctor",
-            "  fastllm generate smollm2 'Why is the sky blue?'",
+            "  fastllm generate smollm2 --chat 'Name three primary colors.'",
             "  fastllm chat smollm2",
         ]
     )
@@ -83,7 +83,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EXPECTED as error:
         if debug:
             raise
-        return _fail(str(error) or type(error).__name__)
+        return _fail(_printable(str(error)) or type(error).__name__)
+
+
+def _printable(text: str) -> str:
+    """Messages quote names from files: a terminal must not obey what is in them."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def _fail(message: str) -> int:

@@ -8,6 +8,8 @@ from typing import Any, NoReturn
 
 import jsonargparse
 
+MAX_THREADS = 1024  # a runtime that is asked for millions of threads ends the process
+
 
 class Parser(jsonargparse.ArgumentParser):
     """A jsonargparse parser whose error for an unknown option names the nearest one."""
@@ -74,6 +76,17 @@ def add_model_options(parser: Parser) -> None:
     group.add_argument(
         "--threads", type=int, default=None, metavar="N", help="CPU threads (default: PyTorch's)"
     )
+
+
+def use_threads(count: int | None) -> None:
+    """Set the number of CPU threads; None leaves PyTorch's. Raises ValueError naming the option."""
+    if count is None:
+        return
+    if not 1 <= count <= MAX_THREADS:
+        raise ValueError(f"--threads must be from 1 to {MAX_THREADS}, got {count}")
+    import torch
+
+    torch.set_num_threads(count)
 
 
 def add_sampling_options(parser: Parser, temperature: float, max_tokens: int) -> None:

@@ -102,6 +102,18 @@ def test_ctrl_c_ends_the_answer_keeps_what_was_said_and_closes_the_stream() -> N
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_second_ctrl_c_forgets_the_message_and_does_not_end_the_program() -> None:
+    def press_twice(word: str) -> None:
+        if word == "two":
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    parrot = Parrot(press_twice)
+    history = converse(parrot, PARAMS, None, _reader("one two three", "again"))
+    assert [m["content"] for m in history] == ["again", "again "]
+    assert parrot.closed == 2
+
+
 def test_a_conversation_that_outgrew_the_context_is_reported_and_goes_on(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -141,3 +141,4 @@ def test_long_metadata_is_shortened() -> None:
     assert shorten(list(range(100))) == "100 values: 0, 1, 2, 3, ..."
     assert len(shorten("word " * 100)) == 80
     assert shorten([1, 2]) == "1, 2"
+    assert shorten("\x1b[31mred\x9b") == "\\x1b[31mred\\x9b"
