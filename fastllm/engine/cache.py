@@ -6,14 +6,12 @@ final once it is full, so sequences that share a prefix share its full pages.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from fastllm.models.config import ModelConfig
-from fastllm.models.pages import map_zeros
 from fastllm.ops.attention import PAGE_SIZE
+from fastllm.ops.pages import lazy_zeros
 
 
 class PagedCache:
@@ -33,7 +31,7 @@ class PagedCache:
             PAGE_SIZE,
             config.head_dim,
         )
-        self._block = _reserve(shape, dtype, device)
+        self._block = lazy_zeros(shape, dtype, device)
         self.layers: list[tuple[Tensor, Tensor]] = [(layer[0], layer[1]) for layer in self._block]
         self.num_pages = num_pages
         self._free = list(range(num_pages - 1, -1, -1))  # a stack: last used, warmest
@@ -90,11 +88,3 @@ def page_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
 def pages_for(tokens: int) -> int:
     """Pages that hold `tokens` positions."""
     return -(-tokens // PAGE_SIZE)
-
-
-def _reserve(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros. On the CPU in small pages: huge ones would make the first token of any sequence touch
-    2 MB in every layer, for K and for V (120 MB for 30 layers)."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    return map_zeros(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)

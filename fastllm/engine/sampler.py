@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from fastllm.engine.request import MAX_BANNED, SamplingParams
 from fastllm.engine.static import StaticArrays
-from fastllm.models.pages import map_zeros
+from fastllm.ops.pages import lazy_zeros
 from fastllm.ops.sampling import sampling
 
 _KINDS = {
@@ -36,8 +35,8 @@ class Sampler:
         self._arrays = self.static.arrays
         self._arrays["banned"][:] = -1
         # Large, and touched for penalized slots only: they take no memory until then.
-        self.counts = _lazy_zeros((slots, vocab_size), torch.int32, device)
-        self.in_prompt = _lazy_zeros((slots, vocab_size), torch.uint8, device)
+        self.counts = lazy_zeros((slots, vocab_size), torch.int32, device)
+        self.in_prompt = lazy_zeros((slots, vocab_size), torch.uint8, device)
 
     def set(
         self, slot: int, params: SamplingParams, seed: int, prompt_ids: Sequence[int],
@@ -95,9 +94,3 @@ class Sampler:
             t["presence"], t["frequency"], t["seed"], positions, t["penalized"],
             self.counts[:rows], self.in_prompt[:rows], t["banned"],
         )  # fmt: skip
-
-
-def _lazy_zeros(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    return map_zeros(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from fastllm.models.config import ModelConfig
 from fastllm.models.decoder import Decoder
 from fastllm.models.names import resolve
-from fastllm.models.pages import Arena
 from fastllm.models.safetensors_files import save_directory
 from fastllm.models.stored_tensor import StoredTensor
 from fastllm.models.tokenizer import Tokenizer
 from fastllm.models.weights import WeightSource, open_weights
 from fastllm.nn.linear import Linear, ParallelLinear
+from fastllm.ops.pages import Arena
 from fastllm.quantize.gguf_blocks import QUANTIZED_FORMATS
 from fastllm.quantize.packed import PackedWeight, pack, unpack
 
@@ -179,17 +179,16 @@ class _Loader:
         if len({(f, s.data.dtype) for f, s in zip(formats, stored, strict=True)}) == 1:
             rows = stored[0].data if len(stored) == 1 else torch.cat([s.data for s in stored])
             count = sum(s.shape[0] for s in stored)
-            packs = [pack(formats[0], rows, count, stored[0].shape[1], self.device)]
+            packs = [pack(formats[0], rows, count, stored[0].shape[1], self.device, self.arena)]
         else:
             packs = [
-                pack(f, s.data, s.shape[0], s.shape[1], self.device)
+                pack(f, s.data, s.shape[0], s.shape[1], self.device, self.arena)
                 for f, s in zip(formats, stored, strict=True)
             ]
         del stored
         for name in names:
             self.source.release(name)
-        keep = self.arena.keep
-        return [replace(p, data=keep(p.data), scales=keep(p.scales)) for p in packs]
+        return packs
 
     def _format(self, stored: StoredTensor) -> str:
         return stored.format if stored.format in QUANTIZED_FORMATS else self.dense

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import _C
 from .checks import values_readable
+from .pages import lazy_zeros
 
 PAGE_SIZE = 64
 CHUNK = 16  # tokens interleaved in K
@@ -33,7 +34,7 @@ def new_cache(
     device: torch.device | str = "cpu",
     value_dim: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Zero-filled `(k_cache, v_cache)`; the system maps pages when they are first written.
+    """Zero-filled `(k_cache, v_cache)`; on the CPU memory is taken when it is first written.
 
     Args:
         num_pages: pages in the pool.
@@ -52,9 +53,8 @@ def new_cache(
     if head_dim <= 0 or head_dim % 2:
         raise ValueError(f"head_dim must be positive and even, got {head_dim}")
     shape = (num_pages, kv_heads, page_size)
-    k_cache = torch.zeros(*shape, head_dim, dtype=dtype, device=device)
-    v_cache = torch.zeros(*shape, value_dim or head_dim, dtype=dtype, device=device)
-    return k_cache, v_cache
+    k_cache = lazy_zeros((*shape, head_dim), dtype, device)
+    return k_cache, lazy_zeros((*shape, value_dim or head_dim), dtype, device)
 
 
 def pack_page(page: Tensor, which: Which) -> Tensor:

@@ -5,7 +5,6 @@ It is a cache made from a plain tensor or from a GGUF file's blocks: no paramete
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from .. import _C
 from ..ops import packed_layout as layout
+from ..ops.pages import Arena
 from .gguf_blocks import row_bytes
 
 _SCALE_BYTES = {"q4_0": 2, "q4_1": 4, "q8_0": 2}
@@ -50,29 +50,6 @@ class PackedWeight:
     def device(self) -> torch.device:
         """Where the weight lies."""
         return self.data.device
-
-
-class Arena:
-    """CPU memory for many packed weights, taken in large pieces.
-
-    A model's hundreds of tensors, each in memory of its own, cost a page fault every 4 KB; large
-    pieces are backed by huge pages (98 MB packed in 0.15 s against 1.6 s where faults are dear). A
-    piece is released when the last weight in it is.
-    """
-
-    def __init__(self, piece_bytes: int = 16 << 20) -> None:
-        self._piece_bytes = piece_bytes
-        self._piece = torch.empty(0, dtype=torch.uint8)
-        self._used = 0
-
-    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """An uninitialized contiguous CPU tensor on a 64-byte boundary."""
-        nbytes = math.prod(shape) * dtype.itemsize
-        if self._used + nbytes > self._piece.numel():
-            self._piece = torch.empty(max(self._piece_bytes, nbytes), dtype=torch.uint8)
-            self._used = 0
-        start, self._used = self._used, self._used + -(-nbytes // 64) * 64
-        return self._piece[start : start + nbytes].view(dtype).view(*shape)
 
 
 def _empty(shape: Sequence[int], dtype: torch.dtype, arena: Arena | None) -> Tensor:

@@ -8,9 +8,9 @@ import torch
 
 from fastllm.ops import packed_layout as layout
 from fastllm.ops import quant_embedding
+from fastllm.ops.pages import Arena
 from fastllm.quantize.gguf_blocks import row_bytes
 from fastllm.quantize.packed import (
-    Arena,
     PackedWeight,
     concat,
     pack,
@@ -77,7 +77,7 @@ def test_dense_weights_are_rounded_once_and_padded_with_zeros(source: torch.dtyp
 
 
 def test_an_arena_changes_nothing_but_where_the_bytes_lie() -> None:
-    arena = Arena(piece_bytes=4096)
+    arena = Arena(chunk_bytes=4096)
     for format in layout.FORMATS:
         if format in layout.DENSE:
             rows = torch.randn(32, 64, generator=generator())

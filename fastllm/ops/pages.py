@@ -1,0 +1,56 @@
+"""Memory straight from the system: zeros that take no room until they are touched, and huge pages.
+
+torch.zeros writes all it allocates, and torch.empty's 4 KB pages cost a product that streams its
+weights about 9% (decode of a 98 MB model: 3.01 against 2.75 ms a token, Zen 5, 2 threads).
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_CHUNK = 32 << 20  # bytes mapped at once; what is not used of the last one is never touched
+_ALIGN = 64
+
+
+def map_zeros(nbytes: int, *, huge: bool = False) -> Tensor:
+    """uint8 `[nbytes]` of zeros on the CPU, mapped when touched, by 2 MB at a time if `huge`."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # the default, shared memory, has no huge pages
+    memory = mmap.mmap(-1, max(nbytes, 1), flags=flags)
+    if huge and hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)[:nbytes]
+
+
+def lazy_zeros(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> Tensor:
+    """torch.zeros, but on the CPU mapped when touched, 4 KB at a time: by huge pages the first
+    token of a sequence would take 2 MB in every layer, for K and for V (120 MB for 30 layers)."""
+    if torch.device(device).type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return map_zeros(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
+
+
+class Arena:
+    """CPU memory for tensors that stay, one after another in huge pages.
+
+    A chunk is released when the last tensor in it is.
+    """
+
+    def __init__(self, chunk_bytes: int = _CHUNK) -> None:
+        self._chunk_bytes = chunk_bytes
+        self._free = torch.empty(0, dtype=torch.uint8)
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A contiguous tensor on a 64-byte boundary; nobody else has its memory, which is zero."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        size = -(-nbytes // _ALIGN) * _ALIGN
+        if size > self._free.numel():
+            self._free = map_zeros(max(size, self._chunk_bytes), huge=True)
+        place, self._free = self._free[:nbytes], self._free[size:]
+        return place.view(dtype).view(*shape)
