@@ -122,7 +122,7 @@ def _panel(axes: Any, row: Row) -> None:
         axes.axvline(row.bound, color="#d1242f", linestyle="--", linewidth=1)
         axes.annotate(
             "machine's bound", (row.bound, 1.0), xycoords=("data", "axes fraction"),
-            xytext=(-4, -4), textcoords="offset points", ha="right", va="top",
+            xytext=(0, 3), textcoords="offset points", ha="center", va="bottom",
             fontsize=8, color="#d1242f",
         )  # fmt: skip
         widest = max(widest, row.bound)
