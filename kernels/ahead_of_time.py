@@ -26,12 +26,23 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from . import attention, embedding, linear, quant_matmul, rms_norm, rope, sampling, swiglu
+from . import (
+    attention,
+    embedding,
+    linear,
+    log_probs,
+    quant_matmul,
+    rms_norm,
+    rope,
+    sampling,
+    swiglu,
+)
 
 KERNEL_MODULES = (
     "attention",
     "embedding",
     "linear",
+    "log_probs",
     "quant_matmul",
     "rms_norm",
     "rope",
@@ -112,8 +123,8 @@ def shipped_launches() -> dict[str, Callable[[], Any]]:
         "quant_embedding q8_0": lambda: _quant_embedding("q8_0"),
         "append_kv": lambda: _append_kv(),
         "sampling": lambda: _sampling(8, 128256),
-        "top_log_probs": lambda: sampling.top_log_probs(_meta(8, 128256, dtype=f32), 5),
-        "log_probs": lambda: sampling.log_probs(_meta(8, 128256, dtype=f32), _ids(8, 1)),
+        "top_log_probs": lambda: log_probs.top_log_probs(_meta(8, 128256, dtype=f32), 5),
+        "log_probs": lambda: log_probs.log_probs(_meta(8, 128256, dtype=f32), _ids(8, 1)),
     }
     for m, x in x8.items():
         calls[f"linear bf16 m={m}"] = lambda x=x: linear.linear(x, _meta(4096, 4096))

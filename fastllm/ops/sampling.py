@@ -262,14 +262,14 @@ def _sampling_cuda(*args: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @_log_probs.impl("triton", "cuda", dtypes=(torch.float32,))
 def _log_probs_cuda(logits: Tensor, ids: Tensor) -> Tensor:
-    from ..kernels import sampling as kernel
+    from ..kernels import log_probs as kernel
 
     return kernel.log_probs(logits, ids)
 
 
 @_top_log_probs.impl("triton", "cuda", dtypes=(torch.float32,))
 def _top_log_probs_cuda(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    from ..kernels import sampling as kernel
+    from ..kernels import log_probs as kernel
 
     return kernel.top_log_probs(logits, k)
 

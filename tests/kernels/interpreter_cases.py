@@ -575,7 +575,7 @@ def gumbel_margins() -> float:
 
 
 def top_log_probs_case(vocab: int, k: int) -> float:
-    from fastllm.kernels.sampling import top_log_probs
+    from fastllm.kernels.log_probs import top_log_probs
 
     logits = (randn(3, vocab) * 4).round() / 4  # ties
     values, ids = top_log_probs(logits, k)
@@ -584,8 +584,19 @@ def top_log_probs_case(vocab: int, k: int) -> float:
     return max(same(ids, order.int()), excess(values, ref, F32))
 
 
+def top_log_probs_of_bad_rows() -> float:
+    from fastllm.kernels.log_probs import top_log_probs
+
+    logits = randn(4, 700)
+    logits[0, 650], logits[1, 3], logits[2] = math.nan, math.inf, -math.inf
+    values, ids = top_log_probs(logits, 3)
+    refused = (ids[:3] == -1).all() and values[:3].isnan().all()
+    right = torch.equal(ids[3].long(), logits[3].topk(3).indices) and values[3].isfinite().all()
+    return 0.0 if refused and right else math.inf
+
+
 def log_probs_case(vocab: int) -> float:
-    from fastllm.kernels.sampling import log_probs
+    from fastllm.kernels.log_probs import log_probs
 
     logits = randn(3, vocab + 5)[:, :vocab]
     ids = torch.tensor([[0, vocab - 1], [vocab // 2, 1], [3, 3]])
@@ -665,6 +676,7 @@ def quick_cases() -> dict[str, Case]:
     add("sampling noise", gumbel_margins)
     add("top_log_probs", top_log_probs_case, 700, 4)
     add("top_log_probs all", top_log_probs_case, 5, 5)
+    add("top_log_probs bad rows", top_log_probs_of_bad_rows)
     add("log_probs", log_probs_case, 1300)
     return cases
 
