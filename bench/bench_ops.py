@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastllm.ops.registry import OPS
 from fastllm.testing.check import case_arguments, copies
-from fastllm.testing.opinfo import Case, OpInfo, all_infos
+from fastllm.testing.opinfo import Args, Case, OpInfo, all_infos
 from fastllm.testing.suite import OURS, BenchCase, Settings, Work, benchmark_case
 from fastllm.testing.timing import rotation
 
@@ -62,20 +62,27 @@ def _work(info: OpInfo, case: Case, device: str) -> Work:
     large = size > _CACHED_BYTES
     op = OPS[info.name]
     peer, fn = ("torch", info.peer) if info.peer is not None else ("eager", op.ref)
+    prepare: Callable[..., Args] = _as_they_are
+    if info.bench_peer is not None:
+        prepare, fn = info.bench_peer
 
-    def ready(function: Callable[..., Any]) -> Callable[[], Any]:
+    def ready(function: Callable[..., Any], prepare: Callable[..., Args]) -> Callable[[], Any]:
         if not large:
-            own = copies(args)
+            own = prepare(*copies(args))
             return lambda: function(*own)
-        inputs = rotation(lambda: copies(args), max(size, (128 << 20) // _MAX_COPIES))
+        inputs = rotation(lambda: prepare(*copies(args)), max(size, (128 << 20) // _MAX_COPIES))
         return lambda: function(*next(inputs))
 
     return Work(
-        functions={OURS: ready(op), peer: ready(fn)},
+        functions={OURS: ready(op, _as_they_are), peer: ready(fn, prepare)},
         nbytes=info.bytes_moved(*args) if info.bytes_moved and large else 0,
         flops=info.flops(*args) if info.flops and large else 0,
         kind="f32" if torch.float32 in {getattr(a, "dtype", None) for a in args[:2]} else "bf16",
     )
+
+
+def _as_they_are(*args: Any) -> Args:
+    return args
 
 
 @pytest.mark.parametrize("case", cases(Settings(quick=True)), ids=str)

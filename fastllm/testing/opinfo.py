@@ -45,6 +45,8 @@ class OpInfo:
     grad_args: Sequence[int] = ()  # indices of the arguments whose gradients are tested
     bitwise: bool = False  # integer or copy results: native must equal exact
     bench_cases: Callable[[torch.dtype], Iterator[Case]] | None = None
+    # (prepare, run): what bench times in place of `peer` is run(*prepare(*args)), prepare untimed
+    bench_peer: tuple[Callable[..., Args], Callable[..., Any]] | None = None
     bytes_moved: Callable[..., int] | None = None
     flops: Callable[..., int] | None = None
     variants: tuple[str, ...] = field(
