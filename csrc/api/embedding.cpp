@@ -8,7 +8,7 @@ namespace {
 EmbeddingArgs common_args(const Tensor& y, const Tensor& ids, int64_t k, const char* op) {
   check(ids.contiguous() && (ids.dtype == DType::i32 || ids.dtype == DType::i64), op,
         "ids must be contiguous int32 or int64");
-  check(is_float(y) && y.contiguous() && y.numel() == ids.numel() * k, op,
+  check(y.given() && is_float(y) && y.contiguous() && y.numel() == ids.numel() * k, op,
         "y must be f32 or bf16, contiguous, with a row of k columns for each id");
   EmbeddingArgs a{};
   a.y = y.data;

@@ -43,6 +43,12 @@ QuantMatmulArgs quant_matmul_args(Tensor y, Tensor x, Tensor data, Tensor scales
   check_packed(data, scales, format, n, x.shape[1], op);
   check_scratch(scratch, prepared_bytes(x.shape[0], x.shape[1]), op);
   check(activation >= 0 && activation <= 2, op, "unknown activation mode");
+  const Activation mode = static_cast<Activation>(activation);
+  const DType needed = is_dense(format)           ? data.dtype
+                       : mode == Activation::int8 ? x.dtype
+                       : mode == Activation::bf16 ? DType::bf16
+                                                  : DType::f32;
+  check(x.dtype == needed, op, "x has another dtype than format and activation need");
   return {.out = matmul_output(y, bias, x.shape[0], n, op),
           .x = x.data,
           .data = data.data,
@@ -50,7 +56,7 @@ QuantMatmulArgs quant_matmul_args(Tensor y, Tensor x, Tensor data, Tensor scales
           .scratch = scratch.given() ? scratch.data : nullptr,
           .x_type = x.dtype,
           .format = format,
-          .activation = static_cast<Activation>(activation),
+          .activation = mode,
           .m = x.shape[0],
           .k = x.shape[1],
           .x_stride = x.stride[0]};
