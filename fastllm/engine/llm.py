@@ -16,6 +16,7 @@ from fastllm.engine.cache import PAGE_SIZE, PagedCache, page_bytes, pages_for
 from fastllm.engine.core import Engine
 from fastllm.engine.request import MAX_BANNED, RequestOutput, SamplingParams
 from fastllm.engine.sequence import Request
+from fastllm.errors import ModelFileError
 from fastllm.models.chat_template import CHATML, ChatTemplate
 from fastllm.models.config import ModelConfig
 from fastllm.models.loader import DTYPES, check_device, choose_compute, load_model
@@ -67,6 +68,8 @@ class LLM:
         _check_count("max_num_seqs", max_num_seqs, 4096)
         _check_count("max_num_batched_tokens", batched, 1 << 20)
         source = open_weights(resolve(model))
+        if where.type == "cpu" and not enforce_eager:
+            _check_head_dim(source.config.head_dim, source.path)
         compute, mode = choose_compute(source, dtype, where, activation)
         _check_cache_dtype(kv_cache_dtype, compute)
         self.config: ModelConfig = source.config
@@ -323,6 +326,14 @@ def _params_of(params: Params, count: int) -> list[SamplingParams]:
     if len(params) != count:
         raise ValueError(f"there are {count} prompts and {len(params)} sampling_params")
     return params
+
+
+def _check_head_dim(head_dim: int, path: str | os.PathLike[str]) -> None:
+    if head_dim % 8 or head_dim > 512:
+        raise ModelFileError(
+            path, "head_dim", f"{head_dim} has no attention kernel: multiples of 8 up to 512 do",
+            "Pass enforce_eager=True to run plain PyTorch attention, which is slow"
+        )  # fmt: skip
 
 
 def _check_count(name: str, value: Any, most: int) -> None:

@@ -7,9 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastllm import LLM, SamplingParams
-from fastllm.errors import NumericalError
+from fastllm.errors import ModelFileError, NumericalError
+from fastllm.models.config import ModelConfig
+from fastllm.models.safetensors_files import save_directory
+from fastllm.testing.random_model import random_weights
 
 TEXT = "中🎉é END.quick*"  # what the chain model says after "*", again and again
 GREEDY = {"temperature": 0.0}
@@ -286,3 +290,17 @@ def test_chat_renders_the_template_and_refuses_bad_messages(llm: LLM) -> None:
 def test_bad_options_are_named(chain_model: Path, option: str, value: object, words: str) -> None:
     with pytest.raises((ValueError, TypeError), match=words):
         LLM(chain_model, **{option: value})
+
+
+def test_a_head_dim_without_a_kernel_is_named_and_runs_eagerly(tmp_path: Path) -> None:
+    config = ModelConfig(
+        model_type="llama", vocab_size=64, hidden_size=40, intermediate_size=32,
+        num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=20,
+        rms_norm_eps=1e-5, max_position_embeddings=64, dtype=torch.float32,
+    )  # fmt: skip
+    save_directory(tmp_path / "model", random_weights(config), config.to_hf())
+    with pytest.raises(ModelFileError, match=r"head_dim.*20.*enforce_eager"):
+        LLM(tmp_path / "model")
+    llm = LLM(tmp_path / "model", enforce_eager=True)
+    params = SamplingParams(**GREEDY, max_tokens=3, detokenize=False)
+    assert len(llm.generate([[1, 2]], params)[0].outputs[0].token_ids) == 3
