@@ -289,69 +289,20 @@ def sampling(
     best_id = torch.empty((n_rows, n_tiles), **i32)
     stride_l = logits.stride(0)
     sampling_scores_kernel[(n_rows, n_tiles)](
-        scores,
-        stats,
-        logits,
-        temperature,
-        repetition,
-        presence,
-        frequency,
-        penalized,
-        counts,
-        in_prompt,
-        banned,
-        stride_l,
-        vocab,
-        n_tiles,
-        banned.shape[1],
-        HAS_COUNTS=counts.shape[0] > 0,
-        TILE=VOCAB_TILE,
-        num_warps=4,
-    )
+        scores, stats, logits, temperature, repetition, presence, frequency, penalized, counts,
+        in_prompt, banned, stride_l, vocab, n_tiles, banned.shape[1],
+        HAS_COUNTS=counts.shape[0] > 0, TILE=VOCAB_TILE, num_warps=4,
+    )  # fmt: skip
     sampling_cutoff_kernel[(n_rows,)](
-        lse,
-        cutoff,
-        scores,
-        stats,
-        temperature,
-        top_k,
-        top_p,
-        min_p,
-        vocab,
-        n_tiles,
-        BLOCK=tuning.CUTOFF_BLOCK,
-        BLOCK_TILES=block_tiles,
-        num_warps=tuning.CUTOFF_WARPS,
-    )
+        lse, cutoff, scores, stats, temperature, top_k, top_p, min_p, vocab, n_tiles,
+        BLOCK=tuning.CUTOFF_BLOCK, BLOCK_TILES=block_tiles, num_warps=tuning.CUTOFF_WARPS,
+    )  # fmt: skip
     sampling_draw_kernel[(n_rows, n_tiles)](
-        best,
-        best_id,
-        scores,
-        cutoff,
-        temperature,
-        seed,
-        position,
-        vocab,
-        n_tiles,
-        TILE=VOCAB_TILE,
-        num_warps=4,
-    )
+        best, best_id, scores, cutoff, temperature, seed, position, vocab, n_tiles,
+        TILE=VOCAB_TILE, num_warps=4,
+    )  # fmt: skip
     sampling_select_kernel[(n_rows,)](
-        ids,
-        logprob,
-        logprob_t,
-        counts,
-        best,
-        best_id,
-        logits,
-        scores,
-        lse,
-        penalized,
-        stride_l,
-        vocab,
-        n_tiles,
-        HAS_COUNTS=counts.shape[0] > 0,
-        BLOCK_TILES=block_tiles,
-        num_warps=4,
-    )
+        ids, logprob, logprob_t, counts, best, best_id, logits, scores, lse, penalized, stride_l,
+        vocab, n_tiles, HAS_COUNTS=counts.shape[0] > 0, BLOCK_TILES=block_tiles, num_warps=4,
+    )  # fmt: skip
     return ids, logprob, logprob_t
