@@ -8,6 +8,7 @@ import pkgutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -70,7 +71,11 @@ def run(argv: Sequence[str]) -> int:
 
 
 def find_suites() -> dict[str, ModuleType]:
-    """The installed suites by name."""
+    """The installed suites by name. Raises ModuleNotFoundError naming the extra without pytest."""
+    if find_spec("pytest") is None:  # the suites are its tests too
+        raise ModuleNotFoundError(
+            "the benchmark suites need pytest: pip install 'fastllm-engine[bench]'"
+        )
     import fastllm.bench
 
     found = {}
