@@ -74,10 +74,6 @@ class PagedCache:
         """Copy the K and V of a page in every layer."""
         self._block[:, :, target].copy_(self._block[:, :, source])
 
-    def clear_pages(self, pages: list[int]) -> None:
-        """Zero pages that hold NaN or infinity, before somebody else's positions share them."""
-        self._block[:, :, pages] = 0
-
 
 def page_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes of one page, K and V of all layers."""

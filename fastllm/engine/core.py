@@ -146,9 +146,9 @@ class Engine:
             self._retire(sequence)
 
     def _fail(self, sequence: Sequence) -> None:
-        """The model gave NaN: keep the others clean of it, and let the owner raise."""
+        """The model gave NaN: let the owner raise. The others never see it: attention reads nothing
+        of a page behind the positions that a sequence has written."""
         request = sequence.request
-        self.cache.clear_pages(sequence.pages)
         position = len(request.prompt_ids) + len(sequence.token_ids)
         request.error = NumericalError(
             f"request {request.request_id}: the logits for position {position} hold NaN or no "
