@@ -83,9 +83,17 @@ T argument(py::handle object) {
     return object.cast<T>();
 }
 
+class Graph;
+thread_local Graph* recording = nullptr;  // the graph that this thread's calls are added to
+
 // The native calls of a decode step and the tensors they point to.
 class Graph {
  public:
+  Graph() = default;
+  Graph(const Graph&) = delete;
+  ~Graph() {
+    if (recording == this) recording = nullptr;
+  }
   void record(const Call& call, py::object owners) {
     calls_.push_back(call);
     owners_.push_back(std::move(owners));
@@ -103,8 +111,6 @@ class Graph {
   std::vector<py::object> owners_;
   std::vector<TaskCounter> counters_;
 };
-
-thread_local Graph* recording = nullptr;
 
 // Binds an op: Python calls it with the arguments of its *_args function.
 template <class Args, class... In, size_t... I>

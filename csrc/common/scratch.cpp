@@ -19,9 +19,11 @@ void* thread_scratch(Scratch slot, size_t bytes) {
   Buffer& buffer = buffers[static_cast<int>(slot)];
   if (buffer.bytes < bytes) {
     std::free(buffer.data);
-    buffer.bytes = (bytes + bytes / 2 + 4095) / 4096 * 4096;
-    buffer.data = std::aligned_alloc(64, buffer.bytes);
+    buffer.bytes = 0;
+    const size_t grown = (bytes + bytes / 2 + 4095) / 4096 * 4096;
+    buffer.data = std::aligned_alloc(64, grown);
     if (!buffer.data) throw std::bad_alloc();
+    buffer.bytes = grown;
   }
   return buffer.data;
 }
