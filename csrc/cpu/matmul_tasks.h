@@ -7,8 +7,8 @@
 
 namespace fastllm::FASTLLM_ISA {
 
-// Rows of a tile that kernels are compiled for, the smallest that holds `rows`. Up to P::few rows are one
-// tile of one panel; more are cut into tiles of P::rows and P::strip panels.
+// Rows of a tile that kernels are compiled for, the smallest that holds `rows`. Up to P::few rows
+// are one tile of one panel; more are cut into tiles of P::rows and P::strip panels.
 template <class P>
 FASTLLM_INLINE int tile_rows(int64_t rows) {
   if (P::few >= 8 && rows > 6 && rows <= 8) return 8;
@@ -159,9 +159,10 @@ template <class P>
 static void product(const P& p, const MatmulOutput& o, int64_t rows, void* shared,
                     const Team& team) {
   if (rows <= P::few) {
-    // Bound by reading the weight: every thread streams one range of it, one panel at a time, and asks
-    // for the beginning before it prepares its rows. Strips handed out one by one would have each
-    // thread prefetch what another one is going to read.
+    // Bound by reading the weight: every thread streams one range of it, one panel at a time, and
+    // asks for the beginning before it prepares its rows. Strips handed out one by one would have
+    // each thread prefetch what another one is going to read: that cost a SmolLM2 step of 8 rows
+    // 4.2 ms against 2.8 on two cores, a step of one row 2.3 ms against 1.9.
     int64_t begin, end;
     my_share(team, (o.n + kPanelRows - 1) / kPanelRows, 1, &begin, &end);
     if (begin < end) p.prefetch_panel(begin);
