@@ -1,5 +1,5 @@
-// The only file that knows Python. A native op is bound with one line: its name, its place in the kernel
-// table, and the function that checks its tensors.
+// The only file that knows Python. A native op is bound with one line: its name, its place in the
+// kernel table, and the function that checks its tensors.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -1,6 +1,7 @@
-// Every native op: its argument struct (plain pointers and numbers: a graph keeps a copy), the function that checks tensors and fills it, and its place in
-// the kernel table. Adding an op: a struct and a *_args function here, its checks in api/<op>.cpp, its
-// kernel in cpu/<op>.cpp, a row in cpu/kernels.cpp, a line in bindings.cpp.
+// Every native op: its argument struct (plain pointers and numbers: a graph keeps a copy), the
+// function that checks tensors and fills it, and its place in the kernel table. Adding an op: a
+// struct and a *_args function here, its checks in api/<op>.cpp, its kernel in cpu/<op>.cpp, a row
+// in cpu/kernels.cpp, a line in bindings.cpp.
 #pragma once
 #include <cstdint>
 
@@ -9,9 +10,9 @@
 
 namespace fastllm {
 
-// y[rows, n] = (h * rsqrt(mean(h^2) + eps)) * weight with h = x, or h = residual + x (then h is stored).
-// Rows are indexed [outer, inner] so that heads of a fused projection need no copy. One row per task
-// step; bound by memory.
+// y[rows, n] = (h * rsqrt(mean(h^2) + eps)) * weight with h = x, or h = residual + x (then h is
+// stored). Rows are indexed [outer, inner] so that heads of a fused projection need no copy. One
+// row per task step; bound by memory.
 struct RmsNormArgs {
   void* y;                // [outer, inner, n] contiguous
   const void* x;          // [outer, inner, n], rows contiguous
@@ -36,14 +37,14 @@ struct MatmulOutput {
   int64_t n;
 };
 
-// y = x @ W.T + bias with W [n, k] packed. Few rows are bound by the bytes of W, many by multiplications.
+// y = x @ W.T + bias with W [n, k] packed. Few rows are bound by the bytes of W, many by
+// multiplications.
 struct QuantMatmulArgs {
   MatmulOutput out;
   const void* x;  // [m, k], rows contiguous
   const void* data;
   const uint16_t* scales;
-  void*
-      scratch;  // prepared_bytes(m, k) for rows that all threads share, or null: each prepares its own
+  void* scratch;  // prepared_bytes(m, k): rows that all threads share; null: each prepares its own
   DType x_type;
   Format format;
   Activation activation;
@@ -52,7 +53,8 @@ struct QuantMatmulArgs {
 QuantMatmulArgs quant_matmul_args(Tensor y, Tensor x, Tensor data, Tensor scales, int64_t format,
                                   int64_t n, Tensor bias, int64_t activation, Tensor scratch);
 
-// y = x @ weight.T + bias, weight [n, k] in rows: panels are packed on the way, with the sums of quant_matmul.
+// y = x @ weight.T + bias, weight [n, k] in rows: panels are packed on the way, with the sums of
+// quant_matmul.
 struct LinearArgs {
   MatmulOutput out;
   const void* x;       // [m, k], rows contiguous
@@ -89,7 +91,8 @@ struct PackArgs {
 };
 PackArgs pack_args(Tensor data, Tensor scales, Tensor rows, int64_t format, int64_t n, int64_t k);
 
-// y[tokens, heads, dim] = x with the first 2 * half dimensions of every head rotated (half-split layout).
+// y[tokens, heads, dim] = x with the first 2 * half dimensions of every head rotated (half-split
+// layout).
 struct RopeArgs {
   void* y;        // contiguous
   const void* x;  // heads contiguous
@@ -116,8 +119,9 @@ struct Paging {
 };
 constexpr int64_t kMaxHeadDim = 512;
 
-// The caches that new keys and values go to: [num_pages, kv_heads, page_size, dim | value_dim], the bytes
-// of a (page, head) interleaved: K [page/16][dim/w][16][w], V [page/w][dim][w], w = 2 for bf16, 1 for f32.
+// The caches that new keys and values go to: [num_pages, kv_heads, page_size, dim | value_dim], the
+// bytes of a (page, head) interleaved: K [page/16][dim/w][16][w], V [page/w][dim][w], w = 2 for
+// bf16, 1 for f32.
 struct KvTarget {
   void *k_cache, *v_cache;
   Paging paging;
@@ -147,8 +151,8 @@ RopeAppendKvArgs rope_append_kv_args(Tensor q_out, Tensor q, Tensor k, Tensor v,
                                      Tensor cos, Tensor sin, Tensor k_cache, Tensor v_cache,
                                      Tensor block_table, Tensor cu_seqlens, Tensor cache_seqlens);
 
-// o[tokens, heads, value_dim]: causal attention over the paged cache. Positions are cut into splits of
-// 512; with `partials` the splits of a row may run on several threads, to the same bits.
+// o[tokens, heads, value_dim]: causal attention over the paged cache. Positions are cut into splits
+// of 512; with `partials` the splits of a row may run on several threads, to the same bits.
 struct PagedAttentionArgs {
   void* o;
   Rows q;
@@ -185,7 +189,8 @@ struct TopLogProbsArgs {
 };
 TopLogProbsArgs top_log_probs_args(Tensor values, Tensor ids, Tensor scratch, Tensor logits);
 
-// One sampled token per row (see cpu/sampling.cpp). Everything per row is read when the kernel runs.
+// One sampled token per row (see cpu/sampling.cpp). Everything per row is read when the kernel
+// runs.
 struct SamplingArgs {
   int32_t* ids;
   float *logprob, *logprob_t;

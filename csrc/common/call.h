@@ -1,4 +1,5 @@
-// A native call is a kernel and a copy of its arguments: what eager mode runs at once and a graph records.
+// A native call is a kernel and a copy of its arguments: what eager mode runs at once and a graph
+// records.
 #pragma once
 #include <cstddef>
 #include <cstring>

@@ -1,4 +1,5 @@
-// Checks at the native door: Python has checked for people, this protects memory whatever it is given.
+// Checks at the native door: Python has checked for people, this protects memory whatever it is
+// given.
 #pragma once
 #include <stdexcept>
 #include <string>

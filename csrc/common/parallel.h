@@ -1,10 +1,11 @@
-// The one place that forks. Threads come from the OpenMP runtime that torch has already mapped, so that
-// there is one pool and no second runtime; without one (C++ tests), from a pool of our own.
+// The one place that forks. Threads come from the OpenMP runtime that torch has already mapped, so
+// that there is one pool and no second runtime; without one (C++ tests), from a pool of our own.
 #pragma once
 
 namespace fastllm {
 
-// Calls body(thread, size, context) on up to `threads` threads; size is what the runtime really gave.
+// Calls body(thread, size, context) on up to `threads` threads; size is what the runtime really
+// gave.
 void run_parallel(int threads, void (*body)(int thread, int size, void* context), void* context);
 
 // The number of threads the next region gets: torch.get_num_threads() when torch's runtime is used.

@@ -6,8 +6,8 @@ namespace fastllm {
 
 enum class Scratch : int { rows, panels, count };
 
-// At least `bytes` bytes on a 64-byte boundary, this thread's own until its next call with that slot.
-// Contents are undefined. The memory grows and is released when the thread ends.
+// At least `bytes` bytes on a 64-byte boundary, this thread's own until its next call with that
+// slot. Contents are undefined. The memory grows and is released when the thread ends.
 void* thread_scratch(Scratch slot, size_t bytes);
 
 }  // namespace fastllm

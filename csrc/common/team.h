@@ -1,5 +1,6 @@
-// What a kernel knows of its threads. Kernels are SPMD: run(args, team) is entered by every thread of
-// the team at once. Plain __atomic builtins and no std types: this header is compiled at every ISA level.
+// What a kernel knows of its threads. Kernels are SPMD: run(args, team) is entered by every thread
+// of the team at once. Plain __atomic builtins and no std types: this header is compiled at every
+// ISA level.
 #pragma once
 #include <cstdint>
 

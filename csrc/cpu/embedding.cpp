@@ -1,4 +1,5 @@
-// Rows of a dense or packed table, one rounding. Bound by memory; an id outside the table gives zeros.
+// Rows of a dense or packed table, one rounding. Bound by memory; an id outside the table gives
+// zeros.
 #include "cpu/packed.h"
 #include "ops.h"
 

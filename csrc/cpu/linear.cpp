@@ -1,5 +1,6 @@
-// y = x @ weight.T + bias for weights in rows. A strip of panels is packed into this thread's scratch and
-// meets all rows of x while it lies in the cache; the tiles are those of packed weights, so the bits are too.
+// y = x @ weight.T + bias for weights in rows. A strip of panels is packed into this thread's
+// scratch and meets all rows of x while it lies in the cache; the tiles are those of packed
+// weights, so the bits are too.
 #include "cpu/matmul_dense.h"
 #include "cpu/transpose.h"
 #include "ops.h"
@@ -7,7 +8,8 @@
 namespace fastllm::FASTLLM_ISA {
 namespace {
 
-// Words [begin, words) of one row into lane r of a panel; the last word of an odd bf16 row is half full.
+// Words [begin, words) of one row into lane r of a panel; the last word of an odd bf16 row is half
+// full.
 FASTLLM_INLINE void pack_row(const char* row, int64_t row_bytes, int64_t begin, int64_t words,
                              uint32_t* panel) {
   for (int64_t w = begin; w < words; ++w) {

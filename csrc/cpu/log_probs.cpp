@@ -59,7 +59,8 @@ int64_t collect_top(const float* x, int64_t columns, int64_t k, float threshold,
   return found;
 }
 
-// Where the k-th largest of the row is at least: that of the tiles' maxima, each of which is a value.
+// Where the k-th largest of the row is at least: that of the tiles' maxima, each of which is a
+// value.
 float floor_of_top(const float* stats, int64_t tiles, int64_t k, float max, float* list) {
   if (k > tiles) return -__builtin_inff();
   for (int64_t t = 0; t < tiles; ++t) list[t] = stats[2 * t];

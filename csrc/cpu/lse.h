@@ -1,6 +1,8 @@
-// Log-sum-exp of a row of logits, over fixed tiles of 512 columns merged in ascending order. One routine
-// for the sampler and the losses, so that a rollout's log-probabilities equal the training's bit for bit.
-//   row: tiles t give (m_t, s_t) = (max, sum exp(x - m_t));  M = max m_t;  S = sum_t s_t * exp(m_t - M)
+// Log-sum-exp of a row of logits, over fixed tiles of 512 columns merged in ascending order. One
+// routine for the sampler and the losses, so that a rollout's log-probabilities equal the
+// training's bit for bit.
+//   row: tiles t give (m_t, s_t) = (max, sum exp(x - m_t));
+//        M = max m_t;  S = sum_t s_t * exp(m_t - M)
 //   log p(x) = (x - M) - log(S): subtracting M first keeps the digits of small log-probabilities.
 #pragma once
 #include "cpu/simd.h"
@@ -16,8 +18,9 @@ struct RowLse {
   float max, sum, log_sum;
 };
 
-// log1p(f) = f - f^2/2 + f^3 P(f) for f in [sqrt(1/2) - 1, sqrt(2) - 1], relative error 8e-10 before
-// rounding (P: weighted least squares on Chebyshev points, of degree 8), plus exponent * ln2.
+// log1p(f) = f - f^2/2 + f^3 P(f) for f in [sqrt(1/2) - 1, sqrt(2) - 1], relative error 8e-10
+// before rounding (P: weighted least squares on Chebyshev points, of degree 8), plus exponent *
+// ln2.
 FASTLLM_INLINE vf log_of_parts(vf f, vf exponent) {
   vf p = vset(6.7527964711e-2f);
   p = vfma(p, f, vset(-1.1670621485e-1f));
@@ -38,7 +41,8 @@ FASTLLM_INLINE vf log_of_parts(vf f, vf exponent) {
 // Natural logarithm within 2 ulp of normal positive x; 0 gives -inf, negative x and NaN give NaN.
 // Denormals count as zero.
 FASTLLM_INLINE vf vlog(vf x) {
-  // Taking sqrt(1/2) off the bits before the exponent is read puts the mantissa in [sqrt(1/2), sqrt(2)).
+  // Taking sqrt(1/2) off the bits before the exponent is read puts the mantissa in [sqrt(1/2),
+  // sqrt(2)).
   const vi shifted = vbits(x) - vseti(0x3f3504f3);
   const vi e = shifted >> 23;
   const vf m = vbits((shifted & vseti(0x007fffff)) + vseti(0x3f3504f3));
@@ -88,7 +92,8 @@ FASTLLM_INLINE bool is_valid(const RowLse& row) {
 }
 FASTLLM_INLINE float log_prob(const RowLse& row, float x) { return (x - row.max) - row.log_sum; }
 
-// Columns of tile t as kLseTile floats or fewer, a multiple of VL: the row itself, or its padded copy.
+// Columns of tile t as kLseTile floats or fewer, a multiple of VL: the row itself, or its padded
+// copy.
 FASTLLM_INLINE const float* padded_tile(const float* row, int64_t columns, int64_t t, float* copy,
                                         int64_t* n) {
   const int64_t begin = t * kLseTile;

@@ -1,11 +1,13 @@
-// The rows of x and the tiles of dense products, for packed weights and for panels packed on the way.
+// The rows of x and the tiles of dense products, for packed weights and for panels packed on the
+// way.
 #pragma once
 #include "cpu/matmul_float.h"
 #include "cpu/matmul_tasks.h"
 
 namespace fastllm::FASTLLM_ISA {
 
-// 12 rows x 32 outputs: 24 accumulators, two weights and a broadcast fill the 32 registers of AVX-512.
+// 12 rows x 32 outputs: 24 accumulators, two weights and a broadcast fill the 32 registers of
+// AVX-512.
 #if defined(__AVX512F__)
 constexpr int kDenseRows = 12, kDenseStrip = 2;
 #elif defined(__AVX2__)

@@ -1,7 +1,9 @@
-// Products with fp32 sums: bf16 pairs by vdpbf16ps, everything else by fp32 FMA. A row of x is prepared as
-// words of 4 bytes, one a step: a float, or a pair of bf16. Weights are decoded in registers, two ways:
+// Products with fp32 sums: bf16 pairs by vdpbf16ps, everything else by fp32 FMA. A row of x is
+// prepared as words of 4 bytes, one a step: a float, or a pair of bf16. Weights are decoded in
+// registers, two ways:
 //   dense:     one accumulator an output over a chunk of K, chunks added up in ascending order
-//   quantized: a fresh sum of x times unscaled codes a block, then an FMA with the scale (and the minimum)
+//   quantized: a fresh sum of x times unscaled codes a block, then an FMA with the scale (and one
+//     with the minimum).
 // The codes are exact in bf16 and fp32, so no dequantized weight is ever rounded.
 #pragma once
 #include "cpu/packed.h"
@@ -31,8 +33,9 @@ struct FloatDot {
   FASTLLM_INLINE vf dot(vf acc, vi w, vi x) { return vfma_once(vbits(w), vbits(x), acc); }
 };
 
-// The word of 4 codes at column 4i (of the low or high half of a 4-bit block) as weights of 4 / columns
-// steps. A 4-bit pair is (4i + s, 4i + s + 2), which shifts bring to the low bits of both halves of a lane.
+// The word of 4 codes at column 4i (of the low or high half of a 4-bit block) as weights of 4 /
+// columns steps. A 4-bit pair is (4i + s, 4i + s + 2), which shifts bring to the low bits of both
+// halves of a lane.
 template <class F, class Dot>
 FASTLLM_INLINE void decode_word(vi word, int half, vi* out) {
   if constexpr (Dot::columns == 2) {
@@ -87,7 +90,8 @@ constexpr int block_steps = kBlock / Dot::columns;
 
 FASTLLM_INLINE uint32_t word_of(float v) { return __builtin_bit_cast(uint32_t, v); }
 
-// A row of x for a quantized weight: block_steps words a block, `width` apart, then the sum of the block.
+// A row of x for a quantized weight: block_steps words a block, `width` apart, then the sum of the
+// block.
 template <class F, class Dot, class X>
 static void prepare_blocks(const X* x, int64_t n, uint32_t* out, int64_t width) {
   for (int64_t c = 0; c < n; c += kBlock) {
@@ -171,8 +175,8 @@ static __attribute__((noinline)) void block_tile(const uint8_t* data, const uint
     for (int v = 0; v < V; ++v) vstore(out + m * NP * kPanelRows + v * VL, acc[m][v]);
 }
 
-// Dense panels: `words` words of 4 bytes a row, each one float or a pair of bf16. Bf16Float: pairs of bf16
-// multiplied in fp32, the even column first.
+// Dense panels: `words` words of 4 bytes a row, each one float or a pair of bf16. Bf16Float: pairs
+// of bf16 multiplied in fp32, the even column first.
 struct Bf16Pair {
   using Dot = PairDot;
   static constexpr int steps = 1, columns = 2;
@@ -191,8 +195,8 @@ struct Float32 {
   FASTLLM_INLINE vi weight(vi word, int) { return word; }
 };
 
-// Sums of 256 bf16 or 128 fp32 columns are added up in ascending order: a long row is summed more exactly
-// than by one chain, and the same for any number of rows.
+// Sums of 256 bf16 or 128 fp32 columns are added up in ascending order: a long row is summed more
+// exactly than by one chain, and the same for any number of rows.
 constexpr int64_t kChunkWords = 128;
 
 template <class D, int MR, int NP>

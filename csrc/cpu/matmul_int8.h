@@ -1,16 +1,18 @@
-// int8 activations against packed codes: exact int32 sums over blocks of 32 columns, then one FMA with
-// the scales and one with the minimum. Rows of x are prepared as records of 40 bytes a block.
+// int8 activations against packed codes: exact int32 sums over blocks of 32 columns, then one FMA
+// with the scales and one with the minimum. Rows of x are prepared as records of 40 bytes a block.
 //
-// Cost on AVX-512 VNNI (two 512-bit multiplier ports): a row and panel of 16 outputs need 8 vpdpbusd, one
-// product of scales and one or two FMA a block, so 8/10 (8/11 with a minimum) of the bare int8 peak is
-// the ceiling. A tile of 6 rows x 32 outputs keeps 12 int32 and 12 fp32 accumulators in registers.
+// Cost on AVX-512 VNNI (two 512-bit multiplier ports): a row and panel of 16 outputs need 8
+// vpdpbusd, one product of scales and one or two FMA a block, so 8/10 (8/11 with a minimum) of the
+// bare int8 peak is the ceiling. A tile of 6 rows x 32 outputs keeps 12 int32 and 12 fp32
+// accumulators in registers.
 #pragma once
 #include "cpu/packed.h"
 
 namespace fastllm::FASTLLM_ISA {
 
-// One row's block of 32 columns: codes, scale, and what completes the sum: the start value of the int32
-// accumulator (minus offset times the sum of the codes), or dx * sum for formats with a minimum.
+// One row's block of 32 columns: codes, scale, and what completes the sum: the start value of the
+// int32 accumulator (minus offset times the sum of the codes), or dx * sum for formats with a
+// minimum.
 struct Int8Block {
   int8_t q[kBlock];
   float scale;
@@ -21,8 +23,9 @@ struct Int8Block {
 };
 static_assert(sizeof(Int8Block) == 40);
 
-// Whether signed codes are shifted to unsigned ones for the dot product (vpdpbusd), or the sign is moved
-// from the weight to the activation (vpmaddubsw: |w| * x stays below 2^15, so nothing saturates).
+// Whether signed codes are shifted to unsigned ones for the dot product (vpdpbusd), or the sign is
+// moved from the weight to the activation (vpmaddubsw: |w| * x stays below 2^15, so nothing
+// saturates).
 #if defined(__AVX512VNNI__)
 constexpr bool kShiftSigned = true;
 #else
@@ -58,7 +61,8 @@ FASTLLM_INLINE vi dot_signed(vi acc, vi w, vi x) {
 }
 
 // Quantizes n columns of a row (a multiple of 32) into records `step` records apart.
-// amax is found on the bit patterns, where NaN is above everything: it ends in the scale and is not lost.
+// amax is found on the bit patterns, where NaN is above everything: it ends in the scale and is not
+// lost.
 template <class F, class X>
 static void quantize_row(const X* x, int64_t n, Int8Block* out, int64_t step) {
   constexpr int parts = kBlock / VL;
@@ -93,7 +97,8 @@ static void quantize_row(const X* x, int64_t n, Int8Block* out, int64_t step) {
   }
 }
 
-// out[MR][NP * 16] = x[MR rows] times NP panels, over all blocks; weights `ahead` bytes on are prefetched.
+// out[MR][NP * 16] = x[MR rows] times NP panels, over all blocks; weights `ahead` bytes on are
+// prefetched.
 template <class F, int MR, int NP>
 static __attribute__((noinline)) void int8_tile(const uint8_t* data, const uint16_t* scales,
                                                 int64_t blocks, int64_t ahead, const Int8Block* x,

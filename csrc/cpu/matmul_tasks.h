@@ -1,5 +1,6 @@
-// What all products share: how rows of x are grouped, how outputs are cut into tasks, how a tile of fp32
-// sums becomes y. None of it touches the order of summation, so none of it changes a bit of the result.
+// What all products share: how rows of x are grouped, how outputs are cut into tasks, how a tile of
+// fp32 sums becomes y. None of it touches the order of summation, so none of it changes a bit of
+// the result.
 #pragma once
 #include "common/scratch.h"
 #include "cpu/packed.h"
@@ -16,8 +17,8 @@ FASTLLM_INLINE int tile_rows(int64_t rows) {
   return fit < P::rows ? fit : P::rows;
 }
 
-// Prepared rows lie in groups of `width`, interleaved, so that a tile walks one pointer; the last group is
-// padded with zeros to a whole tile.
+// Prepared rows lie in groups of `width`, interleaved, so that a tile walks one pointer; the last
+// group is padded with zeros to a whole tile.
 struct RowGroups {
   int64_t rows, width, row_bytes;
   char* base;
@@ -26,8 +27,9 @@ struct RowGroups {
   char* group(int64_t g) const { return base + g * group_bytes(); }
 };
 
-// Columns of y are cut into strips of kStrip panels, rows into blocks that stay in the L2 cache; a task is
-// a run of strips of one block. Rows vary slowest, so a block of x is reused by consecutive tasks.
+// Columns of y are cut into strips of kStrip panels, rows into blocks that stay in the L2 cache; a
+// task is a run of strips of one block. Rows vary slowest, so a block of x is reused by consecutive
+// tasks.
 struct Tasks {
   int64_t strips, run, runs, groups_per_block, blocks;
   int64_t count() const { return runs * blocks; }
@@ -77,7 +79,8 @@ FASTLLM_INLINE void store_row(Y* y, const float* sums, const MatmulOutput& o, in
   }
 }
 
-// Adds the bias and rounds `rows` rows of a tile whose sums lie `stride` apart into y at (row, column).
+// Adds the bias and rounds `rows` rows of a tile whose sums lie `stride` apart into y at (row,
+// column).
 FASTLLM_INLINE void store_tile(const MatmulOutput& o, const float* sums, int64_t stride,
                                int64_t row, int64_t rows, int64_t column) {
   const int64_t n = o.n - column < stride ? o.n - column : stride;
@@ -120,7 +123,8 @@ static void strip_times_group(const P& p, const MatmulOutput& o, int64_t panel, 
   tile_and_store<P, 1, NP>(p, o, panel, x, group, live, first);
 }
 
-// Few rows: every thread prepares its own copy. Many: all threads prepare one together, in `shared`.
+// Few rows: every thread prepares its own copy. Many: all threads prepare one together, in
+// `shared`.
 template <class P>
 static RowGroups prepare_rows(const P& p, int64_t rows, void* shared, const Team& team) {
   RowGroups x{rows, tile_rows<P>(rows), p.row_bytes(), static_cast<char*>(shared)};

@@ -1,11 +1,13 @@
-// Brings a weight into panels of 16 interleaved rows, straight from a file's blocks: one pass, no temporary.
+// Brings a weight into panels of 16 interleaved rows, straight from a file's blocks: one pass, no
+// temporary.
 #include "cpu/packed.h"
 #include "ops.h"
 
 namespace fastllm::FASTLLM_ISA {
 namespace {
 
-// GGUF blocks are the scales (fp16 d, and m for q4_1) followed by the codes, already in groups of 4 bytes.
+// GGUF blocks are the scales (fp16 d, and m for q4_1) followed by the codes, already in groups of 4
+// bytes.
 template <class F>
 void pack_panel(const PackArgs& a, int64_t g) {
   constexpr int head = 2 * F::scales, size = head + 4 * F::words;

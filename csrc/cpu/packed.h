@@ -1,5 +1,5 @@
-// Packed weights as kernels see them: panels of 16 rows, so that lane r of a 16-lane vector is row r.
-// The layouts are described in fastllm/ops/packed_layout.py.
+// Packed weights as kernels see them: panels of 16 rows, so that lane r of a 16-lane vector is row
+// r. The layouts are described in fastllm/ops/packed_layout.py.
 #pragma once
 #include "cpu/simd.h"
 
@@ -9,8 +9,8 @@ constexpr int kPanelRows = 16;
 constexpr int NV = kPanelRows / VL;  // vectors to a panel
 constexpr int kBlock = 32;           // columns under one scale
 
-// Per format: words of 4 bytes a block and row, scales a block and row, what is added to a signed code
-// to make it unsigned.
+// Per format: words of 4 bytes a block and row, scales a block and row, what is added to a signed
+// code to make it unsigned.
 struct Q4_0 {
   static constexpr bool nibbles = true;
   static constexpr int words = 4, scales = 1, offset = 8;
@@ -28,8 +28,9 @@ constexpr int64_t block_bytes = F::words * 4 * kPanelRows;
 template <class F>
 constexpr int64_t block_scales = F::scales * kPanelRows;
 
-// How far ahead of its reads a tile prefetches weights into the L2 cache: two panels, which hides the short
-// streams of small panels from the hardware prefetcher (one thread reads 26 GB/s without, 36 with).
+// How far ahead of its reads a tile prefetches weights into the L2 cache: two panels, which hides
+// the short streams of small panels from the hardware prefetcher (one thread reads 26 GB/s without,
+// 36 with).
 FASTLLM_INLINE int64_t prefetch_distance(int64_t panel_bytes) {
   const int64_t most = 32 << 10;
   return 2 * panel_bytes < most ? 2 * panel_bytes : most;

@@ -1,10 +1,12 @@
-// Philox4x32-10 (Salmon et al., 2011), word 0 only, counter (id, position, 0, 0), for VL ids at once.
+// Philox4x32-10 (Salmon et al., 2011), word 0 only, counter (id, position, 0, 0), for VL ids at
+// once.
 #pragma once
 #include "cpu/lse.h"
 
 namespace fastllm::FASTLLM_ISA {
 
-// 64-bit lanes: a 32 x 32 -> 64 bit product per lane leaves both of its halves where they are needed.
+// 64-bit lanes: a 32 x 32 -> 64 bit product per lane leaves both of its halves where they are
+// needed.
 typedef uint64_t vu __attribute__((vector_size(VL * 4)));
 
 FASTLLM_INLINE vu vsetu(uint64_t x) { return x - vu{}; }
@@ -69,7 +71,8 @@ FASTLLM_INLINE vi philox_words(const PhiloxRow& row, int64_t first) {
   return reinterpret_cast<vi>((even & vsetu(0xffffffffu)) | (odd << 32));
 }
 
-// (word + 0.5) / 2^32 of unsigned words, rounded once or twice; conversions of 16-bit halves are exact.
+// (word + 0.5) / 2^32 of unsigned words, rounded once or twice; conversions of 16-bit halves are
+// exact.
 FASTLLM_INLINE vf unit_interval(vi words) {
   const vf high = __builtin_convertvector((words >> 16) & 0xffff, vf);
   const vf low = __builtin_convertvector(words & 0xffff, vf);
@@ -83,7 +86,8 @@ FASTLLM_INLINE vf gumbel_noise(vi words) {
   const vf near_one = log_of_parts(-one_minus_u, vset(0.f));
   return -vlog(-(one_minus_u < vset(0.29f) ? near_one : vlog(u)));
 }
-// A cheap bound that the noise does not exceed: -log(-log(u)) <= -log(1 - u) <= -floor(log2(1 - u)) ln2.
+// A cheap bound that the noise does not exceed: -log(-log(u)) <= -log(1 - u) <= -floor(log2(1 - u))
+// ln2.
 FASTLLM_INLINE vf gumbel_bound(vi words) {
   const vi exponent = (vbits(unit_interval(~words)) >> 23) - 127;
   return __builtin_convertvector(-exponent, vf) * 0.69315f;

@@ -1,5 +1,5 @@
-// y = x @ W.T + bias for packed weights. Rows of x are brought into the form that the tiles read, then
-// strips of outputs are handed out.
+// y = x @ W.T + bias for packed weights. Rows of x are brought into the form that the tiles read,
+// then strips of outputs are handed out.
 #include "cpu/matmul_dense.h"
 #include "cpu/matmul_int8.h"
 #include "ops.h"

@@ -1,4 +1,5 @@
-// RMSNorm over the last dimension, optionally of a residual sum. Two passes over a row that stays in
+// RMSNorm over the last dimension, optionally of a residual sum. Two passes over a row that stays
+// in
 // cache: the sum of squares, then the scaled store.
 #include "cpu/simd.h"
 #include "ops.h"

@@ -3,8 +3,8 @@
 //   2. rows with min_p, top_k or top_p: the threshold that survivors reach (one thread per row)
 //   3. tiles again, for rows that draw: the best processed logit + noise
 //   4. rows: the winner, its log-probabilities, its count
-// Processed logits are made again from the raw ones wherever they are needed: a multiplication, against
-// a [rows, columns] buffer. No result depends on which thread did a tile.
+// Processed logits are made again from the raw ones wherever they are needed: a multiplication,
+// against a [rows, columns] buffer. No result depends on which thread did a tile.
 #include "common/scratch.h"
 #include "cpu/philox.h"
 #include "cpu/select.h"
@@ -71,7 +71,8 @@ void penalize(const Row& row, int64_t begin, int64_t n, float* z) {
   }
 }
 
-// Processed logits of tile t, n of them (a multiple of VL, padded with -inf): in `copy`, or in place.
+// Processed logits of tile t, n of them (a multiple of VL, padded with -inf): in `copy`, or in
+// place.
 const float* processed_tile(const SamplingArgs& a, const Row& row, int64_t t, float* copy,
                             int64_t* n) {
   const float* x = padded_tile(row.logits, a.columns, t, copy, n);

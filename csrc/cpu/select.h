@@ -1,5 +1,5 @@
-// Thresholds without sorting: the k-th largest value, and the value at which a sum of weights is reached,
-// by bisection over the ordered bits of floats (at most 32 passes over a short list).
+// Thresholds without sorting: the k-th largest value, and the value at which a sum of weights is
+// reached, by bisection over the ordered bits of floats (at most 32 passes over a short list).
 #pragma once
 #include "cpu/lse.h"
 
@@ -25,7 +25,8 @@ FASTLLM_INLINE float of_order(int64_t order) {
   return __builtin_bit_cast(float, bits < 0 ? bits ^ 0x7fffffff : bits);
 }
 
-// The largest float in [low, high] for which reached(x) holds; low must, and reached must be monotone.
+// The largest float in [low, high] for which reached(x) holds; low must, and reached must be
+// monotone.
 template <class Reached>
 FASTLLM_INLINE float last_reached(float low, float high, Reached reached) {
   int64_t yes = order_of(low), no = order_of(high) + 1;
@@ -68,8 +69,8 @@ static inline double mass_above(const float* list, const float* weight, int64_t 
   return total;
 }
 
-// Appends the values of x[n] (n a multiple of VL) that are >= low, in order; returns the new length.
-// Writes up to VL floats past it.
+// Appends the values of x[n] (n a multiple of VL) that are >= low, in order; returns the new
+// length. Writes up to VL floats past it.
 static inline int64_t append_above(float* list, int64_t length, const float* x, int64_t n,
                                    float low) {
   for (int64_t c = 0; c < n; c += VL) {

@@ -1,5 +1,6 @@
 // One vocabulary of float vectors for every ISA level: vf holds VL floats. Everything has internal
-// linkage, so that no object compiled with high flags can lend a weak symbol to the rest of the program.
+// linkage, so that no object compiled with high flags can lend a weak symbol to the rest of the
+// program.
 #pragma once
 #include <immintrin.h>
 
@@ -19,8 +20,8 @@ constexpr int VL = 8;
 constexpr int VL = 4;
 #endif
 
-// GCC's own vector types: + - * / and comparisons are operators, and arrays of them stay in registers
-// where arrays of __m512 have been seen to be kept on the stack.
+// GCC's own vector types: + - * / and comparisons are operators, and arrays of them stay in
+// registers where arrays of __m512 have been seen to be kept on the stack.
 typedef float vf __attribute__((vector_size(VL * 4)));
 typedef int32_t vi __attribute__((vector_size(VL * 4)));
 
@@ -140,7 +141,8 @@ FASTLLM_INLINE float vhmax(vf v) {
 }
 
 // e^x within 2 ulp: x = k ln2 + r, |r| <= ln2/2, a degree-6 polynomial in r (Cody-Waite reduction).
-// Below -87.33 the result is 0 (a softmax needs no denormals); above 88.72 it is inf; NaN stays NaN.
+// Below -87.33 the result is 0 (a softmax needs no denormals); above 88.72 it is inf; NaN stays
+// NaN.
 FASTLLM_INLINE vf vexp(vf x) {
   const vf clamped = vmin(vmax(x, vset(-87.33f)), vset(88.72f));
   // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits.
@@ -165,7 +167,8 @@ FASTLLM_INLINE vf vexp(vf x) {
   return x != x ? x : y;
 }
 
-// Calls body with a value of the element type: dispatch_float(dtype, [&](auto t) { decltype(t) ... }).
+// Calls body with a value of the element type: dispatch_float(dtype, [&](auto t) { decltype(t) ...
+// }).
 template <class Body>
 FASTLLM_INLINE void dispatch_float(DType dtype, Body body) {
   if (dtype == DType::bf16)

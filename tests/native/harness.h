@@ -1,5 +1,5 @@
-// A small harness: checks that stop the program, tensors that own exactly their bytes, and a runner that
-// puts a kernel through every ISA level and several team sizes.
+// A small harness: checks that stop the program, tensors that own exactly their bytes, and a runner
+// that puts a kernel through every ISA level and several team sizes.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -39,7 +39,8 @@ inline size_t size_of(DType dtype) {
   }
 }
 
-// A contiguous tensor whose allocation ends with its last byte: AddressSanitizer sees any step past it.
+// A contiguous tensor whose allocation ends with its last byte: AddressSanitizer sees any step past
+// it.
 struct Owned {
   Tensor view;
   std::shared_ptr<void> memory;
@@ -118,10 +119,10 @@ inline std::vector<std::string>& seen_kernels() {
   return names;
 }
 
-// Runs the call at every ISA level and with 1, 2, 3 and 5 threads. Thread counts must not change one
-// bit of `outputs` (which start from their present contents each time); levels may differ by `tolerance`
-// (relative to 1 + |value|), in f32 and bf16 outputs; a negative one skips that comparison.
-// `judge`, if given, sees the outputs of every run.
+// Runs the call at every ISA level and with 1, 2, 3 and 5 threads. Thread counts must not change
+// one bit of `outputs` (which start from their present contents each time); levels may differ by
+// `tolerance` (relative to 1 + |value|), in f32 and bf16 outputs; a negative one skips that
+// comparison. `judge`, if given, sees the outputs of every run.
 template <class Args>
 void run_everywhere(const char* name, Kernel<Args>* Kernels::* kernel, const Args& args,
                     std::vector<Owned*> outputs, float tolerance,

@@ -1,4 +1,5 @@
-// Tests of the native core, without Python and torch. Arguments name the suites to run; none runs all.
+// Tests of the native core, without Python and torch. Arguments name the suites to run; none runs
+// all.
 #include <set>
 
 #include "harness.h"
