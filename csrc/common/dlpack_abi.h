@@ -1,5 +1,5 @@
 // The part of the DLPack 1.3 C exchange ABI that we read: a tensor's pointer, sizes and strides
-// straight from the Python object, in about 30 ns, without linking against torch. Layouts follow
+// straight from the Python object, without linking against torch. Layouts follow
 // the DLPack specification (github.com/dmlc/dlpack, include/dlpack/dlpack.h).
 #pragma once
 #include <cstdint>

