@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastllm.models.config import ModelConfig
-from fastllm.ops.attention import PAGE_SIZE
+from fastllm.ops.paged_cache import PAGE_SIZE
 from fastllm.ops.pages import lazy_zeros
 
 

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from fastllm.nn.batch import Batch
 from fastllm.nn.linear import Linear, ParallelLinear
 from fastllm.nn.norm import RMSNorm
-from fastllm.ops.attention import paged_attention, rope_append_kv
+from fastllm.ops.append_kv import rope_append_kv
+from fastllm.ops.paged_attention import paged_attention
 
 
 class Attention(nn.Module):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from .attention import append_kv, new_cache, paged_attention, rope_append_kv
+from .append_kv import append_kv, rope_append_kv
 from .embedding import embedding, quant_embedding
 from .linear import linear
+from .paged_attention import paged_attention
+from .paged_cache import new_cache
 from .quant_matmul import quant_matmul
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import rope

@@ -21,6 +21,8 @@ from .pages import lazy_zeros
 
 PAGE_SIZE = 64
 CHUNK = 16  # tokens interleaved in K
+_TILE = 64  # positions the native kernel takes at once; a page holds a whole number of them
+_MAX_HEAD_DIM = 512
 
 Which = Literal["k", "v"]
 
@@ -97,6 +99,16 @@ def write_pages(cache: Tensor, pages: Tensor, rows: Tensor, which: Which) -> Non
     if cache.device.type == "cpu":
         page_rows = pack_page(page_rows, which)
     cache[pages.long()] = page_rows
+
+
+def native_cache(k_cache: Tensor, v_cache: Tensor, block_table: Tensor) -> bool:
+    """Whether the native kernels take this cache."""
+    return (
+        k_cache.shape[2] % _TILE == 0
+        and k_cache.shape[3] % 2 == 0
+        and max(k_cache.shape[3], v_cache.shape[3]) <= _MAX_HEAD_DIM
+        and block_table.stride(-1) == 1
+    )
 
 
 def check_paging(

@@ -295,7 +295,7 @@ class Cache:
 
     def append(self, begin: list[int], end: list[int]) -> tuple[Tensor, Tensor]:
         """Appends tokens begin..end of every sequence; (cu_seqlens_q, cache_seqlens)."""
-        from fastllm.kernels.attention import append_kv
+        from fastllm.kernels.append_kv import append_kv
 
         spans = list(zip(begin, end, strict=True))
         cu_seqlens = torch.tensor([0, *(e - b for b, e in spans)], dtype=torch.int32).cumsum(0)
@@ -320,7 +320,7 @@ def attention_ref(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) ->
 def attend(
     cache: Cache, q: Tensor, cu_seqlens: Tensor, lens: Tensor, window: int = -1, **mode: bool
 ) -> Tensor:
-    from fastllm.kernels.attention import paged_attention
+    from fastllm.kernels.paged_attention import paged_attention
 
     scale = q.shape[-1] ** -0.5
     return paged_attention(
@@ -352,7 +352,7 @@ def attention_case(
 
 def attention_dead_slots() -> float:
     """A slot of cache length 0 writes nothing to the cache and gets zeros."""
-    from fastllm.kernels.attention import append_kv
+    from fastllm.kernels.append_kv import append_kv
 
     cache = Cache([5, 1, 70], 1, 16, F32)
     cache.fill([4, 0, 69])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastllm import _C
 from fastllm.ops import append_kv, new_cache, paged_attention, rope, rope_append_kv
-from fastllm.ops.attention import paged_attention_ref
+from fastllm.ops.paged_attention import paged_attention_ref
 from fastllm.ops.paged_cache import pack_page, read_pages, unpack_page
 
 DTYPES = (torch.float32, torch.bfloat16)

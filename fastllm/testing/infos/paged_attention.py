@@ -1,47 +1,18 @@
-"""Cases of append_kv, rope_append_kv and paged_attention."""
+"""Cases of paged_attention."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...ops.attention import append_kv_ref, pack_page
 from ...ops.paged_cache import read_pages
 from ..opinfo import Args, Case, OpInfo
-from .rope import exact_rope, positions, tables
-
-PAGE = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """Sequences of a step: new tokens and cached tokens (new ones included, 0 is a dead slot)."""
-
-    new: tuple[int, ...]
-    cached: tuple[int, ...]
-    heads: int = 4
-    kv_heads: int = 1
-    dim: int = 64
-    value_dim: int | None = None
-    window: int = -1
-    page_size: int = PAGE
-
-    @property
-    def label(self) -> str:
-        lengths = "+".join(f"{n}of{c}" for n, c in zip(self.new, self.cached, strict=True))
-        text = f"{lengths}-{self.heads}h{self.kv_heads}-d{self.dim}"
-        if self.value_dim:
-            text += f"v{self.value_dim}"
-        if self.page_size != PAGE:
-            text += f"-p{self.page_size}"
-        return text + (f"-w{self.window}" if self.window >= 0 else "")
-
+from .append_kv import Batch, make_cache
 
 # Together: T 0, 1, 3, 17, 65, 130; every head dim class; GQA 1 to 9/3; chunks of longer contexts;
 # several splits of 512; windows that begin inside a tile and a split; dead slots.
@@ -72,20 +43,6 @@ BENCH = (
     Batch(new=(1,), cached=(256,), heads=9, kv_heads=3, dim=64),
     Batch(new=(1,), cached=(16384,), heads=32, kv_heads=8, dim=128),
 )
-
-
-def make_cache(g: torch.Generator, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """`(k_cache, v_cache, block_table, cu_seqlens_q, cache_seqlens)`: random, pages shuffled."""
-    width = max(1, -(-max(batch.cached) // batch.page_size))
-    sequences = len(batch.cached)
-    pages = sequences * width + 1
-    shape = (pages, batch.kv_heads, batch.page_size)
-    k = torch.randn(*shape, batch.dim, generator=g).to(dtype)
-    v = torch.randn(*shape, batch.value_dim or batch.dim, generator=g).to(dtype)
-    table = torch.randperm(pages, generator=g)[: sequences * width].view(sequences, width)
-    starts = torch.tensor([0, *accumulate(batch.new)], dtype=torch.int32)
-    lengths = torch.tensor(batch.cached, dtype=torch.int32)
-    return pack_page(k, "k"), pack_page(v, "v"), table.int(), starts, lengths
 
 
 def _attention_case(batch: Batch, dtype: torch.dtype, full: bool = False) -> Case:
@@ -180,49 +137,7 @@ def _attention_bytes(q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Tensor)
     return int(rest[2].sum()) * per_token + 2 * q.nbytes
 
 
-APPENDS = (
-    Batch(new=(3, 1, 0, 5), cached=(70, 64, 0, 0), kv_heads=2, dim=24),
-    Batch(new=(130, 1), cached=(135, 1), kv_heads=3, dim=64),
-    Batch(new=(1,), cached=(128,), kv_heads=1, dim=80, value_dim=48),
-    Batch(new=(0,), cached=(0,), kv_heads=2, dim=16),
-)
-
-
-def _append_cases(dtype: torch.dtype) -> Iterator[Case]:
-    for batch in APPENDS:
-
-        def make(g: torch.Generator, batch: Batch = batch) -> Args:
-            cache = make_cache(g, batch, dtype)
-            tokens, value_dim = sum(batch.new), batch.value_dim or batch.dim
-            kv = torch.randn(tokens, batch.kv_heads, batch.dim + value_dim, generator=g).to(dtype)
-            return kv[..., : batch.dim], kv[..., batch.dim :], *cache
-
-        yield Case(label=batch.label, make=make)
-
-
-def _rope_append_cases(dtype: torch.dtype) -> Iterator[Case]:
-    for batch in APPENDS:
-
-        def make(g: torch.Generator, batch: Batch = batch) -> Args:
-            cache = make_cache(g, batch, dtype)
-            tokens, value_dim = sum(batch.new), batch.value_dim or batch.dim
-            q = torch.randn(tokens, batch.heads, batch.dim, generator=g).to(dtype)
-            k = torch.randn(tokens, batch.kv_heads, batch.dim, generator=g).to(dtype)
-            v = torch.randn(tokens, batch.kv_heads, value_dim, generator=g).to(dtype)
-            return q, k, v, positions(g, tokens), *tables(g, batch.dim), *cache
-
-        yield Case(label=batch.label, make=make)
-
-
-def _exact_rope_append(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
-    places, cos, sin, *cache = rest
-    append_kv_ref(exact_rope(k, places, cos, sin).to(k.dtype), v, *cache)
-    return exact_rope(q, places, cos, sin)
-
-
 INFOS = [
-    OpInfo(name="append_kv", cases=_append_cases, exact=append_kv_ref, bitwise=True),
-    OpInfo(name="rope_append_kv", cases=_rope_append_cases, exact=_exact_rope_append),
     OpInfo(
         name="paged_attention",
         cases=_attention_cases,

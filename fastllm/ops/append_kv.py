@@ -1,0 +1,211 @@
+"""Writing new keys and values into the paged cache, with or without their rotation."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from .paged_cache import check_paging, native_cache, read_pages, write_pages
+from .registry import Op
+from .rope import check_rope, rope_ref, tables_contiguous
+
+
+def append_kv_ref(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens_q: Tensor,
+    cache_seqlens: Tensor,
+) -> None:
+    """Plain PyTorch definition of `append_kv`."""
+    page_size = k_cache.shape[2]
+    starts = cu_seqlens_q.tolist()
+    for s, length in enumerate(cache_seqlens.tolist()):
+        begin, end = starts[s], starts[s + 1]
+        if length == 0 or begin == end:
+            continue
+        first = length - (end - begin)
+        first_page = first // page_size
+        pages = block_table[s, first_page : -(-length // page_size)]
+        at = slice(first - first_page * page_size, length - first_page * page_size)
+        kinds: tuple[tuple[Tensor, Tensor, Literal["k", "v"]], ...]
+        kinds = ((k, k_cache, "k"), (v, v_cache, "v"))
+        for new, cache, which in kinds:
+            rows = read_pages(cache, pages, which).clone()
+            rows[:, at] = new[begin:end].transpose(0, 1)
+            write_pages(cache, pages, rows, which)
+
+
+def rope_append_kv_ref(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens_q: Tensor,
+    cache_seqlens: Tensor,
+) -> Tensor:
+    """Plain PyTorch definition of `rope_append_kv`: the three ops in sequence."""
+    rotated = rope_ref(k, positions, cos, sin)
+    append_kv_ref(rotated, v, k_cache, v_cache, block_table, cu_seqlens_q, cache_seqlens)
+    return rope_ref(q, positions, cos, sin)
+
+
+def _nothing(*_: Any) -> None:
+    return None
+
+
+def _rope_append_kv_fake(q: Tensor, *_: Any) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+_append_kv = Op(
+    "append_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor block_table,"
+    " Tensor cu_seqlens_q, Tensor cache_seqlens) -> ()",
+    append_kv_ref,
+    fake=_nothing,
+)
+_rope_append_kv = Op(
+    "rope_append_kv(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor cos, Tensor sin,"
+    " Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor block_table, Tensor cu_seqlens_q,"
+    " Tensor cache_seqlens) -> Tensor",
+    rope_append_kv_ref,
+    fake=_rope_append_kv_fake,
+)
+
+
+def _native_append(
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, *_: Tensor
+) -> bool:
+    last_contiguous = k.stride(-1) == 1 and v.stride(-1) == 1
+    return last_contiguous and native_cache(k_cache, v_cache, block_table)
+
+
+@_append_kv.impl("native", "cpu", when=_native_append)
+def _append_kv_cpu(*args: Tensor) -> None:
+    _C.append_kv(*args)
+
+
+def _native_rope_append(
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, *cache: Tensor
+) -> bool:
+    return q.stride(-1) == 1 and tables_contiguous(cos, sin) and _native_append(k, v, *cache)
+
+
+@_rope_append_kv.impl("native", "cpu", when=_native_rope_append)
+def _rope_append_kv_cpu(q: Tensor, *args: Tensor) -> Tensor:
+    rotated = torch.empty(q.shape, dtype=q.dtype)
+    _C.rope_append_kv(rotated, q, *args)
+    return rotated
+
+
+@_append_kv.impl("triton", "cuda")
+def _append_kv_triton(*args: Any) -> None:
+    from ..kernels import append_kv as kernel
+
+    kernel.append_kv(*args)
+
+
+@_rope_append_kv.impl("triton", "cuda")
+def _rope_append_kv_triton(
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, *cache: Tensor
+) -> Tensor:
+    from ..kernels import append_kv, rope
+
+    append_kv.append_kv(rope.rope(k, positions, cos, sin), v, *cache)
+    return rope.rope(q, positions, cos, sin)
+
+
+def append_kv(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens_q: Tensor,
+    cache_seqlens: Tensor,
+) -> None:
+    """Write this step's keys and values into their pages.
+
+    Token i of sequence s goes to position `cache_seqlens[s] - len_q(s) + i`; a dead slot writes
+    nothing.
+
+    Args:
+        k: `[T, Hk, D]` in the caches' dtype, already rotated; any strides of T and Hk.
+        v: `[T, Hk, Dv]`.
+        k_cache: `[num_pages, Hk, page_size, D]` as `new_cache` makes it; written.
+        v_cache: `[num_pages, Hk, page_size, Dv]`; written.
+        block_table: `[S, P]` int32, the pages of each sequence in order.
+        cu_seqlens_q: `[S + 1]` int32, where each sequence's tokens begin in `k` and `v`.
+        cache_seqlens: `[S]` int32, tokens of each sequence *including* these; 0 marks a dead slot.
+
+    Raises:
+        ValueError: on mismatched shapes or dtypes, pages outside the cache, lengths outside the
+            table.
+    """
+    _check_new_kv(k, v, k_cache, v_cache)
+    check_paging(k_cache, v_cache, block_table, cu_seqlens_q, cache_seqlens, k.shape[0])
+    _append_kv(k, v, k_cache, v_cache, block_table, cu_seqlens_q, cache_seqlens)
+
+
+def rope_append_kv(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens_q: Tensor,
+    cache_seqlens: Tensor,
+) -> Tensor:
+    """`rope` of q and k and `append_kv` in one pass over them, the same bits as the three ops.
+
+    Args:
+        q: `[T, H, D]`, any strides of T and H (q, k, v may be views of one fused projection).
+        k: `[T, Hk, D]`, not yet rotated.
+        v: `[T, Hk, Dv]`.
+        positions, cos, sin: as in `rope`.
+        k_cache, v_cache, block_table, cu_seqlens_q, cache_seqlens: as in `append_kv`.
+
+    Returns:
+        Rotated q, `[T, H, D]`, contiguous.
+
+    Raises:
+        ValueError: as `rope` and `append_kv` do.
+    """
+    check_rope(q, positions, cos, sin, "q")
+    if k.shape[0] != q.shape[0] or k.shape[-1] != q.shape[-1] or k.dtype != q.dtype:
+        raise ValueError(
+            f"k must be {q.dtype} with the {q.shape[0]} tokens and head dim {q.shape[2]} of q, "
+            f"got {k.dtype} of {tuple(k.shape)}"
+        )
+    _check_new_kv(k, v, k_cache, v_cache)
+    check_paging(k_cache, v_cache, block_table, cu_seqlens_q, cache_seqlens, k.shape[0])
+    return _rope_append_kv(
+        q, k, v, positions, cos, sin, k_cache, v_cache, block_table, cu_seqlens_q, cache_seqlens
+    )
+
+
+def _check_new_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+    for name, new, cache in (("k", k, k_cache), ("v", v, v_cache)):
+        if new.ndim != 3 or cache.ndim != 4 or new.shape[1:] != (cache.shape[1], cache.shape[3]):
+            raise ValueError(
+                f"{name} must have shape [T, heads, head_dim] with the heads and head_dim of "
+                f"{name}_cache {tuple(cache.shape)}, got {tuple(new.shape)}"
+            )
+        if new.dtype != cache.dtype:
+            raise ValueError(f"{name} must be {cache.dtype} like {name}_cache, got {new.dtype}")
+    if k.shape[0] != v.shape[0]:
+        raise ValueError(f"v must have the {k.shape[0]} tokens of k, got {v.shape[0]}")
