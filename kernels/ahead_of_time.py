@@ -27,10 +27,11 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from . import (
-    attention,
+    append_kv,
     embedding,
     linear,
     log_probs,
+    paged_attention,
     quant_matmul,
     rms_norm,
     rope,
@@ -39,7 +40,8 @@ from . import (
 )
 
 KERNEL_MODULES = (
-    "attention",
+    "append_kv",
+    "paged_attention",
     "embedding",
     "linear",
     "log_probs",
@@ -267,7 +269,7 @@ def _quant_matmul(x: Tensor, format: str, activation: str) -> Tensor:
 
 def _append_kv() -> None:
     cache, rows = _meta(64, 8, 64, 128), _meta(8, 8, 128)
-    attention.append_kv(rows, rows, cache, cache, _ids(8, 64), _ids(9), _ids(8))
+    append_kv.append_kv(rows, rows, cache, cache, _ids(8, 64), _ids(9), _ids(8))
 
 
 def _attention(
@@ -276,7 +278,7 @@ def _attention(
     cache = _meta(64, kv_heads, 64, dim, dtype=dtype)
     tables = _ids(8, 64), _ids(9), _ids(8)
     q = _meta(n_tokens, heads, dim, dtype=dtype)
-    return attention.paged_attention(q, cache, cache, *tables, dim**-0.5, batch_invariant=invariant)
+    return paged_attention.paged_attention(q, cache, cache, *tables, dim**-0.5, batch_invariant=invariant)
 
 
 def _sampling(rows: int, vocab: int) -> tuple[Tensor, Tensor, Tensor]:
