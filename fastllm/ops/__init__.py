@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .append_kv import append_kv, rope_append_kv
+from .attention import attention
 from .embedding import embedding, quant_embedding
 from .linear import linear
 from .paged_attention import paged_attention
@@ -16,6 +17,7 @@ from .swiglu import swiglu
 __all__ = [
     "add_rms_norm",
     "append_kv",
+    "attention",
     "embedding",
     "linear",
     "log_probs",

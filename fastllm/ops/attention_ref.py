@@ -1,0 +1,174 @@
+"""Attention and its gradients in plain PyTorch: the definition of right for every kernel.
+
+Scores, statistics and sums are fp32 (float64 for float64 inputs, so that `gradcheck` can speak);
+P and dS are rounded to the dtype of q where a product takes them. Keys that no query of a document
+sees are cleared before the products: 0 * NaN is NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NO_KEYS = float("-inf")  # lse of a row that sees nothing
+
+
+def attention_ref(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    key_mask: Tensor | None,
+    sinks: Tensor | None,
+    softmax_scale: float,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """Plain PyTorch definition of `attention`: `(o, lse)`."""
+    o = torch.zeros(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
+    lse = torch.full(lse_shape(q), NO_KEYS, dtype=wide_dtype(q), device=q.device)
+    for rows, keys, lse_rows in documents(q, k, cu_seqlens_q, cu_seqlens_k):
+        mask = None if key_mask is None else key_mask[keys]
+        visible = visible_keys(q[rows], k[keys], mask, window_left, window_right)
+        seen_k, seen_v = _seen(k[keys], visible), _seen(v[keys], visible)
+        s, _ = _scores(q[rows], seen_k, visible, softmax_scale, softcap)
+        o[rows], lse[lse_rows] = _attend(s, seen_v, sinks, q.dtype)
+    return o, lse
+
+
+def attention_backward_ref(
+    grad_o: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    key_mask: Tensor | None,
+    sinks: Tensor | None,
+    softmax_scale: float,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Plain PyTorch definition of `attention_backward`: `(dq, dk, dv, dsinks)`."""
+    dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dsinks = q.new_zeros(0 if sinks is None else sinks.shape[0], dtype=wide_dtype(q))
+    for rows, keys, lse_rows in documents(q, k, cu_seqlens_q, cu_seqlens_k):
+        mask = None if key_mask is None else key_mask[keys]
+        visible = visible_keys(q[rows], k[keys], mask, window_left, window_right)
+        seen_k, seen_v = _seen(k[keys], visible), _seen(v[keys], visible)
+        s, slope = _scores(q[rows], seen_k, visible, softmax_scale, softcap)
+        alive = lse[lse_rows] != NO_KEYS
+        row_lse = lse[lse_rows].where(alive, 0.0)
+        delta = (_wide(grad_o[rows]) * _wide(o[rows])).sum(-1).T
+        if grad_lse is not None:
+            delta = delta - grad_lse[lse_rows]
+        if sinks is not None:
+            p_sink = (sinks[:, None] - row_lse).exp().where(alive, 0.0)
+            dsinks -= (p_sink * delta).sum(-1)
+        p = (s - row_lse[..., None]).exp()
+        do = _by_kv_head(grad_o[rows], seen_v)
+        dp = (do @ _wide(seen_v).permute(1, 2, 0)).view(p.shape)
+        ds = (p * (dp - delta[..., None])).where(visible, 0.0) * slope
+        p_rows, ds_rows = (x.to(q.dtype).to(s.dtype).view(*do.shape[:2], -1) for x in (p, ds))
+        dv[keys] = (p_rows.mT @ do).transpose(0, 1).to(v.dtype)
+        dk[keys] = (
+            (softmax_scale * (ds_rows.mT @ _by_kv_head(q[rows], k))).transpose(0, 1).to(k.dtype)
+        )
+        of_q = softmax_scale * (ds_rows @ _wide(seen_k).transpose(0, 1))
+        dq[rows] = of_q.view(q.shape[-2], -1, q.shape[-1]).transpose(0, 1).to(q.dtype)
+    return dq, dk, dv, dsinks
+
+
+def lse_shape(q: Tensor) -> tuple[int, ...]:
+    """`[H, T]` for q `[T, H, D]`, `[B, H, T]` for q `[B, T, H, D]`."""
+    return (*q.shape[:-3], q.shape[-2], q.shape[-3])
+
+
+def documents(
+    q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None
+) -> Iterator[tuple[Any, Any, Any]]:
+    """Where each document's rows of q, keys, and columns of lse are, as indices."""
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        yield from ((b, b, b) for b in range(q.shape[0]))
+        return
+    starts, key_starts = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for s in range(len(starts) - 1):
+        rows = slice(starts[s], starts[s + 1])
+        yield rows, slice(key_starts[s], key_starts[s + 1]), (slice(None), rows)
+
+
+def visible_keys(
+    q: Tensor, k: Tensor, key_mask: Tensor | None, window_left: int, window_right: int
+) -> Tensor:
+    """Which keys each row of one document sees: bool `[Tq, Tk]`; q and k are aligned at the end."""
+    key = torch.arange(k.shape[0], device=q.device)
+    position = torch.arange(q.shape[0], device=q.device)[:, None] + (k.shape[0] - q.shape[0])
+    visible = torch.ones(q.shape[0], k.shape[0], dtype=torch.bool, device=q.device)
+    if window_left >= 0:
+        visible &= key >= position - window_left
+    if window_right >= 0:
+        visible &= key <= position + window_right
+    return visible if key_mask is None else visible & key_mask
+
+
+def _seen(x: Tensor, visible: Tensor) -> Tensor:
+    """Rows of k or v `[Tk, Hk, D]`, zero where no query sees them."""
+    return x.where(visible.any(0)[:, None, None], 0.0)
+
+
+def _scores(
+    q: Tensor, k: Tensor, visible: Tensor, softmax_scale: float, softcap: float
+) -> tuple[Tensor, Tensor | float]:
+    """Logits `[H, Tq, Tk]` (-inf where hidden) and their derivative by scale * q.k."""
+    # Not q times a broadcast k: torch gives that to a product without blocked sums (3.6 times the
+    # error of its own attention with D = 256).
+    s = _by_kv_head(q, k) @ _wide(k).permute(1, 2, 0)
+    s = s.view(q.shape[1], q.shape[0], k.shape[0]) * softmax_scale
+    slope: Tensor | float = 1.0
+    if softcap > 0:
+        t = torch.tanh(s / softcap)
+        s, slope = softcap * t, 1 - t * t
+    return s.masked_fill(~visible, float("-inf")), slope
+
+
+def _attend(
+    s: Tensor, v: Tensor, sinks: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`(o [Tq, H, Dv], lse [H, Tq])` from the logits of one document."""
+    heads, tokens, keys = s.shape
+    top = s.amax(-1) if keys else s.new_full((heads, tokens), NO_KEYS)
+    shift = top.where(top != NO_KEYS, 0.0)
+    p = (s - shift[..., None]).exp()
+    total = p.sum(-1)
+    p = p.to(dtype).to(s.dtype).view(v.shape[1], -1, keys)
+    o = (p @ _wide(v).transpose(0, 1)).view(heads, tokens, -1)
+    if sinks is not None:
+        with_sink = torch.maximum(top, sinks[:, None].to(s.dtype))
+        keep = (top - with_sink).exp()
+        total, shift = total * keep + (sinks[:, None] - with_sink).exp(), with_sink
+        o = o * keep[..., None]
+    o = o / total.where(total != 0, 1.0)[..., None]
+    return o.transpose(0, 1).to(dtype), total.log() + shift
+
+
+def _by_kv_head(x: Tensor, k: Tensor) -> Tensor:
+    """Rows `[T, H, D]` as `[Hk, group * T, D]` in the dtype of sums."""
+    return _wide(x).transpose(0, 1).reshape(k.shape[-2], -1, x.shape[-1])
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(wide_dtype(x))
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of scores, statistics and sums."""
+    return torch.promote_types(x.dtype, torch.float32)
