@@ -121,8 +121,8 @@ def check_paging(
 ) -> None:
     """Raise ValueError, naming the argument, unless these tensors index a paged cache.
 
-    Shapes and dtypes are always checked, values where they can be read (`values_readable`). Kernels
-    stay inside the cache whatever the values are.
+    Shapes and dtypes are always checked, values where they can be read. Kernels stay inside the
+    cache whatever the values are.
     """
     if k_cache.ndim != 4 or v_cache.ndim != 4 or k_cache.shape[:3] != v_cache.shape[:3]:
         raise ValueError(
@@ -133,6 +133,23 @@ def check_paging(
         raise ValueError(f"v_cache must be {k_cache.dtype} like k_cache, got {v_cache.dtype}")
     if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
         raise ValueError("k_cache and v_cache must be contiguous")
+    check_index(
+        block_table, cu_seqlens_q, cache_seqlens, tokens, k_cache.shape[0], k_cache.shape[2]
+    )
+
+
+def check_index(
+    block_table: Tensor,
+    cu_seqlens_q: Tensor,
+    cache_seqlens: Tensor,
+    tokens: int,
+    num_pages: int,
+    page_size: int,
+) -> None:
+    """Raise ValueError, naming the argument, unless these index `num_pages` pages.
+
+    Shapes and dtypes are always checked, values where they can be read (`values_readable`).
+    """
     for name, index in (
         ("block_table", block_table),
         ("cu_seqlens_q", cu_seqlens_q),
@@ -154,7 +171,6 @@ def check_paging(
             f"got {tuple(cu_seqlens_q.shape)}"
         )
     if values_readable(block_table):
-        num_pages, _, page_size, _ = k_cache.shape
         _C.check_paging_values(
             block_table, cu_seqlens_q, cache_seqlens, tokens, num_pages, page_size
         )
