@@ -122,10 +122,12 @@ def attention(
     check_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask, sinks, window_size, softcap)
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
+    if sinks is not None:
+        sinks = sinks.to(wide_dtype(q))
     value_dim = v.shape[-1]
     q, k, v = (_whole_words(x) for x in (q, k, v))
     o, lse = _attention(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask, None if sinks is None else sinks.to(wide_dtype(q)),
+        q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask, sinks,
         float(softmax_scale), window_size[0], 0 if causal else window_size[1], float(softcap),
     )  # fmt: skip
     if o.shape[-1] != value_dim:

@@ -149,8 +149,8 @@ def _attend(
     shift = top.where(top != NO_KEYS, 0.0)
     p = (s - shift[..., None]).exp()
     total = p.sum(-1)
-    p = p.to(dtype).to(s.dtype).view(v.shape[1], -1, keys)
-    o = (p @ _wide(v).transpose(0, 1)).view(heads, tokens, -1)
+    p = p.to(dtype).to(s.dtype).view(v.shape[1], heads // v.shape[1] * tokens, keys)
+    o = (p @ _wide(v).transpose(0, 1)).view(heads, tokens, v.shape[2])
     if sinks is not None:
         with_sink = torch.maximum(top, sinks[:, None].to(s.dtype))
         keep = (top - with_sink).exp()
@@ -162,7 +162,8 @@ def _attend(
 
 def _by_kv_head(x: Tensor, k: Tensor) -> Tensor:
     """Rows `[T, H, D]` as `[Hk, group * T, D]` in the dtype of sums."""
-    return _wide(x).transpose(0, 1).reshape(k.shape[-2], -1, x.shape[-1])
+    group = x.shape[1] // k.shape[-2]
+    return _wide(x).transpose(0, 1).reshape(k.shape[-2], group * x.shape[0], x.shape[-1])
 
 
 def _wide(x: Tensor) -> Tensor:
