@@ -78,13 +78,13 @@ def attention_backward_ref(
         do = _by_kv_head(grad_o[rows], seen_v)
         dp = (do @ _wide(seen_v).permute(1, 2, 0)).view(p.shape)
         ds = (p * (dp - delta[..., None])).where(visible, 0.0) * slope
-        p_rows, ds_rows = (x.to(q.dtype).to(s.dtype).view(*do.shape[:2], -1) for x in (p, ds))
-        dv[keys] = (p_rows.mT @ do).transpose(0, 1).to(v.dtype)
-        dk[keys] = (
-            (softmax_scale * (ds_rows.mT @ _by_kv_head(q[rows], k))).transpose(0, 1).to(k.dtype)
-        )
+        shape = (*do.shape[:2], p.shape[-1])
+        p_rows, ds_rows = (x.to(q.dtype).to(s.dtype).view(shape) for x in (p, ds))
+        of_k = softmax_scale * (ds_rows.mT @ _by_kv_head(q[rows], k))
         of_q = softmax_scale * (ds_rows @ _wide(seen_k).transpose(0, 1))
-        dq[rows] = of_q.view(q.shape[-2], -1, q.shape[-1]).transpose(0, 1).to(q.dtype)
+        dv[keys] = (p_rows.mT @ do).transpose(0, 1).to(v.dtype)
+        dk[keys] = of_k.transpose(0, 1).to(k.dtype)
+        dq[rows] = of_q.view(q[rows].transpose(-3, -2).shape).transpose(0, 1).to(q.dtype)
     return dq, dk, dv, dsinks
 
 
