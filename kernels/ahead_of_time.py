@@ -278,7 +278,8 @@ def _attention(
     cache = _meta(64, kv_heads, 64, dim, dtype=dtype)
     tables = _ids(8, 64), _ids(9), _ids(8)
     q = _meta(n_tokens, heads, dim, dtype=dtype)
-    return paged_attention.paged_attention(q, cache, cache, *tables, dim**-0.5, batch_invariant=invariant)
+    mode = {"batch_invariant": invariant}
+    return paged_attention.paged_attention(q, cache, cache, *tables, dim**-0.5, **mode)
 
 
 def _sampling(rows: int, vocab: int) -> tuple[Tensor, Tensor, Tensor]:
