@@ -6,6 +6,7 @@ from .append_kv import append_kv, rope_append_kv
 from .attention import attention
 from .embedding import embedding, quant_embedding
 from .linear import linear
+from .mla_attention import append_mla, mla_attention, new_mla_cache
 from .paged_attention import paged_attention
 from .paged_cache import new_cache
 from .quant_matmul import quant_matmul
@@ -17,11 +18,14 @@ from .swiglu import swiglu
 __all__ = [
     "add_rms_norm",
     "append_kv",
+    "append_mla",
     "attention",
     "embedding",
     "linear",
     "log_probs",
+    "mla_attention",
     "new_cache",
+    "new_mla_cache",
     "paged_attention",
     "quant_embedding",
     "quant_matmul",

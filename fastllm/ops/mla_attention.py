@@ -1,0 +1,252 @@
+"""Attention over the compressed cache of multi-head latent attention (DeepSeek-V2, 2405.04434).
+
+A cached position is one row for all heads: the normed latent, of which every head's key and value
+are linear maps, and behind it the rotated key that the heads share. With its part of the key map
+absorbed into the query, a head's score is a product of rows, and its output the weighted sum of
+latents, to which its value map is applied afterwards. So `mla_attention` is attention with one KV
+head whose values are the first columns of its keys: a position is read once for all heads.
+
+KV tiles of 64 positions and splits of 512 count from position 0, as in `paged_attention`: a row's
+bits do not depend on chunking, paging or what else is in the batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .paged_cache import CHUNK, PAGE_SIZE, check_index
+from .pages import lazy_zeros
+from .registry import Op, batch_invariant
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def new_mla_cache(
+    num_pages: int,
+    page_size: int = PAGE_SIZE,
+    width: int = 576,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Zero-filled `[num_pages, page_size, width]`, in natural order on every device.
+
+    Args:
+        num_pages: pages in the pool.
+        page_size: tokens of a page; a multiple of 16 (the kernels want a multiple of 64).
+        width: columns of the latent and of the rotated key together.
+        dtype: float32, bfloat16 or float16.
+        device: where it lives; on the CPU memory is taken when it is first written.
+
+    Raises:
+        ValueError: on a page size or width that cannot be.
+    """
+    if page_size <= 0 or page_size % CHUNK:
+        raise ValueError(f"page_size must be a positive multiple of {CHUNK}, got {page_size}")
+    if width <= 0:
+        raise ValueError(f"width must be positive, got {width}")
+    return lazy_zeros((num_pages, page_size, width), dtype, device)
+
+
+def append_mla_ref(
+    latent: Tensor,
+    rope_key: Tensor,
+    cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens_q: Tensor,
+    cache_seqlens: Tensor,
+) -> None:
+    """Plain PyTorch definition of `append_mla`."""
+    page_size = cache.shape[1]
+    rows = torch.cat((latent, rope_key), dim=-1)
+    starts = cu_seqlens_q.tolist()
+    for s, length in enumerate(cache_seqlens.tolist()):
+        begin, end = starts[s], starts[s + 1]
+        if length == 0 or begin == end:
+            continue
+        position = torch.arange(length - (end - begin), length, device=cache.device)
+        pages = block_table[s].long()[position // page_size]
+        cache[pages, position % page_size] = rows[begin:end]
+
+
+def mla_attention_ref(
+    q: Tensor,
+    cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens_q: Tensor,
+    cache_seqlens: Tensor,
+    value_dim: int,
+    softmax_scale: float,
+) -> Tensor:
+    """Plain PyTorch definition of `mla_attention`: fp32, but P is rounded to the dtype of q."""
+    page_size = cache.shape[1]
+    out = q.new_zeros(q.shape[0], q.shape[1], value_dim)
+    starts = cu_seqlens_q.tolist()
+    for s, length in enumerate(cache_seqlens.tolist()):
+        begin, end = starts[s], starts[s + 1]
+        if length == 0 or begin == end:
+            continue
+        pages = block_table[s, : -(-length // page_size)].long()
+        rows = cache[pages].flatten(0, 1)[:length].float()  # [Tk, R + P]
+        out[begin:end] = _attend(q[begin:end], rows, value_dim, softmax_scale)
+    return out
+
+
+def _attend(q: Tensor, rows: Tensor, value_dim: int, softmax_scale: float) -> Tensor:
+    """q `[Tq, H, R + P]` over fp32 rows `[Tk, R + P]`, causal, aligned at the ends."""
+    tokens, heads, dim = q.shape
+    scores = (q.float().reshape(-1, dim) @ rows.T).view(tokens, heads, -1) * softmax_scale
+    key = torch.arange(rows.shape[0], device=q.device)
+    visible = key <= key[rows.shape[0] - tokens :, None]
+    scores = scores.masked_fill(~visible[:, None], float("-inf"))
+    p = (scores - scores.amax(-1, keepdim=True)).exp()
+    out = p.to(q.dtype).float().flatten(0, 1) @ rows[:, :value_dim]
+    return (out.view(tokens, heads, -1) / p.sum(-1, keepdim=True)).to(q.dtype)
+
+
+def _nothing(*_: Any) -> None:
+    return None
+
+
+def _mla_attention_fake(q: Tensor, *args: Any) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[1], args[4])
+
+
+_append_mla = Op(
+    "append_mla(Tensor latent, Tensor rope_key, Tensor(a!) cache, Tensor block_table,"
+    " Tensor cu_seqlens_q, Tensor cache_seqlens) -> ()",
+    append_mla_ref,
+    fake=_nothing,
+)
+_mla_attention = Op(
+    "mla_attention(Tensor q, Tensor cache, Tensor block_table, Tensor cu_seqlens_q,"
+    " Tensor cache_seqlens, int value_dim, float softmax_scale) -> Tensor",
+    mla_attention_ref,
+    fake=_mla_attention_fake,
+)
+
+
+@_append_mla.impl("triton", "cuda", dtypes=_DTYPES)
+def _append_mla_triton(*args: Tensor) -> None:
+    from ..kernels import mla_attention as kernel
+
+    kernel.append_mla(*args)
+
+
+def _triton_supports(q: Tensor, cache: Tensor, *args: Any) -> bool:
+    page_size, width, value_dim = cache.shape[1], cache.shape[2], args[3]
+    return page_size & (page_size - 1) == 0 and page_size <= 64 and value_dim < width
+
+
+@_mla_attention.impl("triton", "cuda", dtypes=_DTYPES, when=_triton_supports)
+def _mla_attention_triton(*args: Any) -> Tensor:
+    from ..kernels import mla_attention as kernel
+
+    return kernel.mla_attention(*args, batch_invariant=batch_invariant())
+
+
+def append_mla(
+    latent: Tensor,
+    rope_key: Tensor,
+    cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens_q: Tensor,
+    cache_seqlens: Tensor,
+) -> None:
+    """Write this step's latents and shared keys into their pages.
+
+    Token i of sequence s goes to position `cache_seqlens[s] - len_q(s) + i`; a dead slot writes
+    nothing.
+
+    Args:
+        latent: `[T, R]` in the cache's dtype, already normed; rows may lie apart.
+        rope_key: `[T, P]`, already rotated; rows may lie apart.
+        cache: `[num_pages, page_size, R + P]` as `new_mla_cache` makes it; written.
+        block_table: `[S, P]` int32, the pages of each sequence in order.
+        cu_seqlens_q: `[S + 1]` int32, where each sequence's tokens begin.
+        cache_seqlens: `[S]` int32, tokens of each sequence *including* these; 0 marks a dead slot.
+
+    Raises:
+        ValueError: on mismatched shapes or dtypes, pages outside the cache, lengths outside the
+            table.
+    """
+    _check_cache(cache)
+    for name, rows in (("latent", latent), ("rope_key", rope_key)):
+        if rows.ndim != 2:
+            raise ValueError(f"{name} must have shape [T, columns], got {tuple(rows.shape)}")
+        if rows.dtype != cache.dtype:
+            raise ValueError(f"{name} must be {cache.dtype} like cache, got {rows.dtype}")
+    if rope_key.shape[0] != latent.shape[0]:
+        raise ValueError(
+            f"rope_key must have the {latent.shape[0]} tokens of latent, got {rope_key.shape[0]}"
+        )
+    if latent.shape[1] + rope_key.shape[1] != cache.shape[2]:
+        raise ValueError(
+            f"latent and rope_key must fill the {cache.shape[2]} columns of cache, they have "
+            f"{latent.shape[1]} and {rope_key.shape[1]}"
+        )
+    _check_places(cache, block_table, cu_seqlens_q, cache_seqlens, latent.shape[0])
+    _append_mla(latent, rope_key, cache, block_table, cu_seqlens_q, cache_seqlens)
+
+
+def mla_attention(
+    q: Tensor,
+    cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens_q: Tensor,
+    cache_seqlens: Tensor,
+    value_dim: int,
+    softmax_scale: float,
+) -> Tensor:
+    """Causal attention of each sequence's last tokens over its compressed pages.
+
+    Args:
+        q: `[T, H, R + P]` in the cache's dtype: the key map absorbed, then the rotated part.
+        cache: `[num_pages, page_size, R + P]`, with this step's rows already appended.
+        block_table: `[S, P]` int32.
+        cu_seqlens_q: `[S + 1]` int32; the last `len_q(s)` positions of sequence s are its queries.
+        cache_seqlens: `[S]` int32, this step's tokens included; rows of a dead slot (0) are 0.
+        value_dim: R, how many leading columns of a row are its value.
+        softmax_scale: factor of the scores. It has no default: it is that of the uncompressed head
+            dim, which these shapes do not tell.
+
+    Returns:
+        `[T, H, value_dim]`, contiguous, in the dtype of `q`: the value map is still to be applied.
+
+    Raises:
+        ValueError: on mismatched shapes or dtypes, pages outside the cache, lengths outside the
+            table.
+    """
+    _check_cache(cache)
+    if q.ndim != 3 or q.shape[1] == 0 or q.shape[2] != cache.shape[2]:
+        raise ValueError(
+            f"q must have shape [T, H, {cache.shape[2]}] (the columns of cache) with at least one "
+            f"head, got {tuple(q.shape)}"
+        )
+    if q.dtype != cache.dtype:
+        raise ValueError(f"q must be {cache.dtype} like cache, got {q.dtype}")
+    if not 1 <= value_dim <= cache.shape[2]:
+        raise ValueError(
+            f"value_dim must be from 1 to the {cache.shape[2]} columns of cache, got {value_dim}"
+        )
+    _check_places(cache, block_table, cu_seqlens_q, cache_seqlens, q.shape[0])
+    return _mla_attention(
+        q, cache, block_table, cu_seqlens_q, cache_seqlens, value_dim, softmax_scale
+    )
+
+
+def _check_cache(cache: Tensor) -> None:
+    if cache.ndim != 3 or cache.dtype not in _DTYPES or not cache.is_contiguous():
+        raise ValueError(
+            "cache must be contiguous float32, bfloat16 or float16 of shape "
+            f"[num_pages, page_size, columns], got {cache.dtype} of {tuple(cache.shape)} with "
+            f"strides {cache.stride()}"
+        )
+
+
+def _check_places(
+    cache: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, cache_seqlens: Tensor, tokens: int
+) -> None:
+    check_index(block_table, cu_seqlens_q, cache_seqlens, tokens, cache.shape[0], cache.shape[1])
