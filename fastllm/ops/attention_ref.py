@@ -75,16 +75,17 @@ def attention_backward_ref(
             p_sink = (sinks[:, None] - row_lse).exp().where(alive, 0.0)
             dsinks -= (p_sink * delta).sum(-1)
         p = (s - row_lse[..., None]).exp()
-        do = _by_kv_head(grad_o[rows], seen_v)
-        dp = (do @ _wide(seen_v).permute(1, 2, 0)).view(p.shape)
+        do, rows_q = _wide(grad_o[rows]).transpose(0, 1), _wide(q[rows]).transpose(0, 1)
+        dp = (_by_kv_head(grad_o[rows], v) @ _wide(seen_v).permute(1, 2, 0)).view(p.shape)
         ds = (p * (dp - delta[..., None])).where(visible, 0.0) * slope
-        shape = (*do.shape[:2], p.shape[-1])
-        p_rows, ds_rows = (x.to(q.dtype).to(s.dtype).view(shape) for x in (p, ds))
-        of_k = softmax_scale * (ds_rows.mT @ _by_kv_head(q[rows], k))
-        of_q = softmax_scale * (ds_rows @ _wide(seen_k).transpose(0, 1))
-        dv[keys] = (p_rows.mT @ do).transpose(0, 1).to(v.dtype)
-        dk[keys] = of_k.transpose(0, 1).to(k.dtype)
-        dq[rows] = of_q.view(q[rows].transpose(-3, -2).shape).transpose(0, 1).to(q.dtype)
+        p, ds = (x.to(q.dtype).to(s.dtype) for x in (p, ds))
+        of_q = ds.view(k.shape[-2], p.shape[0] // k.shape[-2] * p.shape[1], p.shape[2]) @ _wide(
+            seen_k
+        ).transpose(0, 1)
+        dq[rows] = (softmax_scale * of_q).view(rows_q.shape).transpose(0, 1).to(q.dtype)
+        # A head at a time, then the group's heads: the short sums of torch's own backward.
+        dk[keys] = _of_group(softmax_scale * (ds.mT @ rows_q), k).to(k.dtype)
+        dv[keys] = _of_group(p.mT @ do, v).to(v.dtype)
     return dq, dk, dv, dsinks
 
 
@@ -164,6 +165,11 @@ def _by_kv_head(x: Tensor, k: Tensor) -> Tensor:
     """Rows `[T, H, D]` as `[Hk, group * T, D]` in the dtype of sums."""
     group = x.shape[1] // k.shape[-2]
     return _wide(x).transpose(0, 1).reshape(k.shape[-2], group * x.shape[0], x.shape[-1])
+
+
+def _of_group(grad: Tensor, k: Tensor) -> Tensor:
+    """`[H, Tk, D]` summed over the heads that share a kv head: `[Tk, Hk, D]`."""
+    return grad.unflatten(0, (k.shape[-2], -1)).sum(1).transpose(0, 1)
 
 
 def _wide(x: Tensor) -> Tensor:

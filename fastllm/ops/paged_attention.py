@@ -122,16 +122,20 @@ def _paged_attention_cpu(
     return o
 
 
-def _triton_supports(q: Tensor, k_cache: Tensor, v_cache: Tensor, *_: Any) -> bool:
-    page_size = k_cache.shape[2]
-    return v_cache.shape == k_cache.shape and page_size & (page_size - 1) == 0 and page_size <= 512
+@_paged_attention.impl("triton", "cuda")
+def _paged_attention_triton(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens_q: Tensor,
+    cache_seqlens: Tensor,
+    *numbers: Any,
+) -> Tensor:
+    from ..kernels import paged_attention as kernel
 
-
-@_paged_attention.impl("triton", "cuda", when=_triton_supports)
-def _paged_attention_triton(*args: Any) -> Tensor:
-    from ..kernels import attention as kernel
-
-    return kernel.paged_attention(*args, batch_invariant=batch_invariant())
+    cache = k_cache, v_cache, block_table, cu_seqlens_q, cache_seqlens, None, None, None
+    return kernel.paged_attention(q, *cache, *numbers, batch_invariant=batch_invariant())
 
 
 def paged_attention(

@@ -102,14 +102,14 @@ def _gradients(fn: Any, args: tuple[Any, ...], at: Any, upcast: bool) -> list[Te
 )
 def test_gradients_are_within_the_bound(info: OpInfo, dtype: torch.dtype, case: Case) -> None:
     op = OPS[info.name]
-    at = tuple(info.grad_args)
+    args = case_arguments(info, case)
+    at = tuple(i for i in info.grad_args if args[i] is not None)
 
     def draw(number: int) -> tuple[list[Tensor], list[Tensor]]:
         args = case_arguments(info, case, number)
         peer = _gradients(info.peer or op.ref, args, at, upcast=False)
         return _gradients(info.exact, args, at, upcast=True), peer
 
-    args = case_arguments(info, case)
     got = _gradients(op, args, at, upcast=False)
     Judge(draw).check(got, f"gradients of arguments {at}")
     for i, gradient in zip(at, got, strict=True):
