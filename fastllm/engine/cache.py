@@ -7,10 +7,9 @@ final once it is full, so sequences that share a prefix share its full pages.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from fastllm.models.config import ModelConfig
-from fastllm.ops.paged_cache import PAGE_SIZE
+from fastllm.ops.paged_cache import PAGE_SIZE, KvCache
 from fastllm.ops.pages import lazy_zeros
 
 
@@ -32,7 +31,7 @@ class PagedCache:
             config.head_dim,
         )
         self._block = lazy_zeros(shape, dtype, device)
-        self.layers: list[tuple[Tensor, Tensor]] = [(layer[0], layer[1]) for layer in self._block]
+        self.layers = [KvCache(layer[0], layer[1]) for layer in self._block]
         self.num_pages = num_pages
         self._free = list(range(num_pages - 1, -1, -1))  # a stack: last used, warmest
         self._users = [0] * num_pages

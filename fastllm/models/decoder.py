@@ -19,6 +19,7 @@ from fastllm.nn.embedding import Embedding
 from fastllm.nn.linear import Linear, ParallelLinear
 from fastllm.nn.mlp import MLP
 from fastllm.nn.norm import RMSNorm
+from fastllm.ops.paged_cache import KvCache
 
 
 class DecoderLayer(nn.Module):
@@ -92,14 +93,14 @@ class Decoder(nn.Module):
             yield f"model.layers.{i}.self_attn", layer.self_attn.qkv
             yield f"model.layers.{i}.mlp", layer.mlp.gate_up
 
-    def forward(self, batch: Batch, cache: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    def forward(self, batch: Batch, cache: Sequence[KvCache]) -> Tensor:
         """Logits of every token, float32 [T, vocab]."""
         return self.logits(self.hidden(batch, cache))
 
-    def hidden(self, batch: Batch, cache: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    def hidden(self, batch: Batch, cache: Sequence[KvCache]) -> Tensor:
         """The final norm's output, [T, hidden] in the compute dtype.
 
-        cache: (k, v) pages of every layer; K and V of the batch's tokens are written to them.
+        cache: pages of every layer; K and V of the batch's tokens are written to them.
         """
         tables = (self.rope_cos, self.rope_sin)
         residual = self.model.embed_tokens(batch.ids)  # float32 [T, hidden]

@@ -9,6 +9,7 @@ from fastllm.nn.linear import Linear, ParallelLinear
 from fastllm.nn.norm import RMSNorm
 from fastllm.ops.append_kv import rope_append_kv
 from fastllm.ops.paged_attention import paged_attention
+from fastllm.ops.paged_cache import KvCache
 
 
 class Attention(nn.Module):
@@ -37,14 +38,16 @@ class Attention(nn.Module):
         self.qkv = ParallelLinear((self.q_proj, self.k_proj, self.v_proj))
 
     def forward(
-        self, x: Tensor, batch: Batch, rope_tables: tuple[Tensor, Tensor],
-        cache: tuple[Tensor, Tensor],
-    ) -> Tensor:  # fmt: skip
+        self, x: Tensor, batch: Batch, rope_tables: tuple[Tensor, Tensor], cache: KvCache
+    ) -> Tensor:
         """x [T, hidden] -> [T, hidden]; K and V of the tokens are appended to `cache`."""
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv(x))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         places = (batch.block_table, batch.cu_seqlens_q, batch.cache_seqlens)
-        q = rope_append_kv(q, k, v, batch.positions, *rope_tables, *cache, *places)
-        o = paged_attention(q, *cache, *places, self.softmax_scale, self.window_left)
+        scales = {"k_scales": cache.k_scales, "v_scales": cache.v_scales}
+        pages = (cache.k, cache.v, *places)
+        q = rope_append_kv(q, k, v, batch.positions, *rope_tables, *pages, **scales)
+        window = (self.window_left, -1)
+        o = paged_attention(q, *pages, self.softmax_scale, window_size=window, **scales)
         return self.o_proj(o.flatten(1))

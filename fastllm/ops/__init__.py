@@ -8,7 +8,7 @@ from .embedding import embedding, quant_embedding
 from .linear import linear
 from .mla_attention import append_mla, mla_attention, new_mla_cache
 from .paged_attention import paged_attention
-from .paged_cache import new_cache
+from .paged_cache import KvCache, new_cache
 from .quant_matmul import quant_matmul
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import rope
@@ -16,6 +16,7 @@ from .sampling import log_probs, sampling, top_log_probs
 from .swiglu import swiglu
 
 __all__ = [
+    "KvCache",
     "add_rms_norm",
     "append_kv",
     "append_mla",

@@ -8,7 +8,20 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .paged_cache import check_paging, native_cache, read_pages, write_pages
+from .paged_cache import (
+    FLOAT,
+    FLOATS,
+    KvCache,
+    cache_variant,
+    check_device,
+    check_paging,
+    native_cache,
+    quantize_rows,
+    read_pages,
+    read_scales,
+    write_pages,
+    write_scales,
+)
 from .registry import Op
 from .rope import check_rope, rope_ref, tables_contiguous
 
@@ -21,6 +34,8 @@ def append_kv_ref(
     block_table: Tensor,
     cu_seqlens_q: Tensor,
     cache_seqlens: Tensor,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> None:
     """Plain PyTorch definition of `append_kv`."""
     page_size = k_cache.shape[2]
@@ -33,11 +48,17 @@ def append_kv_ref(
         first_page = first // page_size
         pages = block_table[s, first_page : -(-length // page_size)]
         at = slice(first - first_page * page_size, length - first_page * page_size)
-        kinds: tuple[tuple[Tensor, Tensor, Literal["k", "v"]], ...]
-        kinds = ((k, k_cache, "k"), (v, v_cache, "v"))
-        for new, cache, which in kinds:
+        kinds: tuple[tuple[Tensor, Tensor, Tensor | None, Literal["k", "v"]], ...]
+        kinds = ((k, k_cache, k_scales, "k"), (v, v_cache, v_scales, "v"))
+        for source, cache, scales, which in kinds:
+            new = source[begin:end].transpose(0, 1)
+            if scales is not None:
+                new, new_scales = quantize_rows(new)
+                scale_rows = read_scales(scales, pages).clone()
+                scale_rows[:, at] = new_scales
+                write_scales(scales, pages, scale_rows)
             rows = read_pages(cache, pages, which).clone()
-            rows[:, at] = new[begin:end].transpose(0, 1)
+            rows[:, at] = new
             write_pages(cache, pages, rows, which)
 
 
@@ -53,10 +74,13 @@ def rope_append_kv_ref(
     block_table: Tensor,
     cu_seqlens_q: Tensor,
     cache_seqlens: Tensor,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     """Plain PyTorch definition of `rope_append_kv`: the three ops in sequence."""
     rotated = rope_ref(k, positions, cos, sin)
-    append_kv_ref(rotated, v, k_cache, v_cache, block_table, cu_seqlens_q, cache_seqlens)
+    places = (block_table, cu_seqlens_q, cache_seqlens)
+    append_kv_ref(rotated, v, k_cache, v_cache, *places, k_scales, v_scales)
     return rope_ref(q, positions, cos, sin)
 
 
@@ -68,60 +92,71 @@ def _rope_append_kv_fake(q: Tensor, *_: Any) -> Tensor:
     return q.new_empty(q.shape)
 
 
+def _append_variant(k: Tensor, v: Tensor, k_cache: Tensor, *_: Any) -> str:
+    return cache_variant(k_cache)
+
+
+def _rope_append_variant(*args: Any) -> str:
+    return cache_variant(args[6])
+
+
 _append_kv = Op(
     "append_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor block_table,"
-    " Tensor cu_seqlens_q, Tensor cache_seqlens) -> ()",
+    " Tensor cu_seqlens_q, Tensor cache_seqlens, Tensor(c!)? k_scales=None,"
+    " Tensor(d!)? v_scales=None) -> ()",
     append_kv_ref,
     fake=_nothing,
+    variant=_append_variant,
 )
 _rope_append_kv = Op(
     "rope_append_kv(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor cos, Tensor sin,"
     " Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor block_table, Tensor cu_seqlens_q,"
-    " Tensor cache_seqlens) -> Tensor",
+    " Tensor cache_seqlens, Tensor(c!)? k_scales=None, Tensor(d!)? v_scales=None) -> Tensor",
     rope_append_kv_ref,
     fake=_rope_append_kv_fake,
+    variant=_rope_append_variant,
 )
 
 
 def _native_append(
-    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, *_: Tensor
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, *_: Any
 ) -> bool:
     last_contiguous = k.stride(-1) == 1 and v.stride(-1) == 1
     return last_contiguous and native_cache(k_cache, v_cache, block_table)
 
 
-@_append_kv.impl("native", "cpu", when=_native_append)
-def _append_kv_cpu(*args: Tensor) -> None:
-    _C.append_kv(*args)
+@_append_kv.impl("native", "cpu", variants=(FLOAT,), when=_native_append)
+def _append_kv_cpu(*args: Any) -> None:
+    _C.append_kv(*args[:7])
 
 
 def _native_rope_append(
-    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, *cache: Tensor
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, *cache: Any
 ) -> bool:
     return q.stride(-1) == 1 and tables_contiguous(cos, sin) and _native_append(k, v, *cache)
 
 
-@_rope_append_kv.impl("native", "cpu", when=_native_rope_append)
-def _rope_append_kv_cpu(q: Tensor, *args: Tensor) -> Tensor:
+@_rope_append_kv.impl("native", "cpu", variants=(FLOAT,), when=_native_rope_append)
+def _rope_append_kv_cpu(q: Tensor, *args: Any) -> Tensor:
     rotated = torch.empty(q.shape, dtype=q.dtype)
-    _C.rope_append_kv(rotated, q, *args)
+    _C.rope_append_kv(rotated, q, *args[:10])
     return rotated
 
 
-@_append_kv.impl("triton", "cuda")
+@_append_kv.impl("triton", "cuda", variants=(FLOAT,))
 def _append_kv_triton(*args: Any) -> None:
     from ..kernels import append_kv as kernel
 
-    kernel.append_kv(*args)
+    kernel.append_kv(*args[:7])
 
 
-@_rope_append_kv.impl("triton", "cuda")
+@_rope_append_kv.impl("triton", "cuda", variants=(FLOAT,))
 def _rope_append_kv_triton(
-    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, *cache: Tensor
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, *cache: Any
 ) -> Tensor:
     from ..kernels import append_kv, rope
 
-    append_kv.append_kv(rope.rope(k, positions, cos, sin), v, *cache)
+    append_kv.append_kv(rope.rope(k, positions, cos, sin), v, *cache[:5])
     return rope.rope(q, positions, cos, sin)
 
 
@@ -133,6 +168,8 @@ def append_kv(
     block_table: Tensor,
     cu_seqlens_q: Tensor,
     cache_seqlens: Tensor,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> None:
     """Write this step's keys and values into their pages.
 
@@ -140,21 +177,23 @@ def append_kv(
     nothing.
 
     Args:
-        k: `[T, Hk, D]` in the caches' dtype, already rotated; any strides of T and Hk.
-        v: `[T, Hk, Dv]`.
+        k: `[T, Hk, D]` in the caches' dtype, already rotated; any strides of T and Hk. Into int8
+            caches float32, bfloat16 or float16.
+        v: `[T, Hk, Dv]`, of the dtype of `k`.
         k_cache: `[num_pages, Hk, page_size, D]` as `new_cache` makes it; written.
         v_cache: `[num_pages, Hk, page_size, Dv]`; written.
         block_table: `[S, P]` int32, the pages of each sequence in order.
         cu_seqlens_q: `[S + 1]` int32, where each sequence's tokens begin in `k` and `v`.
         cache_seqlens: `[S]` int32, tokens of each sequence *including* these; 0 marks a dead slot.
+        k_scales, v_scales: `[num_pages, Hk, page_size]` float32, of int8 caches; written.
 
     Raises:
-        ValueError: on mismatched shapes or dtypes, pages outside the cache, lengths outside the
-            table.
+        ValueError: on mismatched shapes, dtypes or devices, pages outside the cache, lengths
+            outside the table.
     """
-    _check_new_kv(k, v, k_cache, v_cache)
-    check_paging(k_cache, v_cache, block_table, cu_seqlens_q, cache_seqlens, k.shape[0])
-    _append_kv(k, v, k_cache, v_cache, block_table, cu_seqlens_q, cache_seqlens)
+    cache = KvCache(k_cache, v_cache, k_scales, v_scales)
+    check_paging(cache, block_table, cu_seqlens_q, cache_seqlens, _check_new_kv(k, v, cache))
+    _append_kv(k, v, k_cache, v_cache, block_table, cu_seqlens_q, cache_seqlens, k_scales, v_scales)
 
 
 def rope_append_kv(
@@ -169,6 +208,8 @@ def rope_append_kv(
     block_table: Tensor,
     cu_seqlens_q: Tensor,
     cache_seqlens: Tensor,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     """`rope` of q and k and `append_kv` in one pass over them, the same bits as the three ops.
 
@@ -177,7 +218,8 @@ def rope_append_kv(
         k: `[T, Hk, D]`, not yet rotated.
         v: `[T, Hk, Dv]`.
         positions, cos, sin: as in `rope`.
-        k_cache, v_cache, block_table, cu_seqlens_q, cache_seqlens: as in `append_kv`.
+        k_cache, v_cache, block_table, cu_seqlens_q, cache_seqlens, k_scales, v_scales: as in
+            `append_kv`.
 
     Returns:
         Rotated q, `[T, H, D]`, contiguous.
@@ -191,21 +233,31 @@ def rope_append_kv(
             f"k must be {q.dtype} with the {q.shape[0]} tokens and head dim {q.shape[2]} of q, "
             f"got {k.dtype} of {tuple(k.shape)}"
         )
-    _check_new_kv(k, v, k_cache, v_cache)
-    check_paging(k_cache, v_cache, block_table, cu_seqlens_q, cache_seqlens, k.shape[0])
+    cache = KvCache(k_cache, v_cache, k_scales, v_scales)
+    check_paging(cache, block_table, cu_seqlens_q, cache_seqlens, _check_new_kv(k, v, cache))
+    places = (block_table, cu_seqlens_q, cache_seqlens)
     return _rope_append_kv(
-        q, k, v, positions, cos, sin, k_cache, v_cache, block_table, cu_seqlens_q, cache_seqlens
+        q, k, v, positions, cos, sin, k_cache, v_cache, *places, k_scales, v_scales
     )
 
 
-def _check_new_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
-    for name, new, cache in (("k", k, k_cache), ("v", v, v_cache)):
-        if new.ndim != 3 or cache.ndim != 4 or new.shape[1:] != (cache.shape[1], cache.shape[3]):
+def _check_new_kv(k: Tensor, v: Tensor, cache: KvCache) -> int:
+    """The tokens of k and v."""
+    for name, new, pages in (("k", k, cache.k), ("v", v, cache.v)):
+        if new.ndim != 3 or pages.ndim != 4 or new.shape[1:] != (pages.shape[1], pages.shape[3]):
             raise ValueError(
                 f"{name} must have shape [T, heads, head_dim] with the heads and head_dim of "
-                f"{name}_cache {tuple(cache.shape)}, got {tuple(new.shape)}"
+                f"{name}_cache {tuple(pages.shape)}, got {tuple(new.shape)}"
             )
-        if new.dtype != cache.dtype:
-            raise ValueError(f"{name} must be {cache.dtype} like {name}_cache, got {new.dtype}")
+        if pages.dtype == torch.int8:
+            if new.dtype not in FLOATS or new.dtype != k.dtype:
+                raise ValueError(
+                    "k and v must be float32, bfloat16 or float16, both the same, got "
+                    f"{k.dtype} and {v.dtype}"
+                )
+        elif new.dtype != pages.dtype:
+            raise ValueError(f"{name} must be {pages.dtype} like {name}_cache, got {new.dtype}")
+        check_device(name, new, cache.k)
     if k.shape[0] != v.shape[0]:
         raise ValueError(f"v must have the {k.shape[0]} tokens of k, got {v.shape[0]}")
+    return k.shape[0]

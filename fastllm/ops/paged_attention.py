@@ -15,7 +15,19 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .paged_cache import check_paging, native_cache, read_pages
+from .attention_checks import check_window
+from .paged_cache import (
+    FLOAT,
+    FLOATS,
+    INT8,
+    KvCache,
+    cache_variant,
+    check_device,
+    check_paging,
+    native_cache,
+    read_pages,
+    read_scales,
+)
 from .registry import Op, batch_invariant
 
 
@@ -26,10 +38,18 @@ def paged_attention_ref(
     block_table: Tensor,
     cu_seqlens_q: Tensor,
     cache_seqlens: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
+    sinks: Tensor | None,
     softmax_scale: float,
     window_left: int = -1,
+    softcap: float = 0.0,
 ) -> Tensor:
-    """Plain PyTorch definition of `paged_attention`: fp32, but P is rounded to the dtype of q."""
+    """Plain PyTorch definition of `paged_attention`: fp32, but P is rounded to the dtype of q.
+
+    Codes of an int8 cache are never turned into values: a key's scale multiplies its score, a
+    value's scale its P, before the rounding.
+    """
     page_size = k_cache.shape[2]
     out = q.new_zeros(q.shape[0], q.shape[1], v_cache.shape[3])
     starts = cu_seqlens_q.tolist()
@@ -40,26 +60,44 @@ def paged_attention_ref(
         pages = block_table[s, : -(-length // page_size)]
         k = read_pages(k_cache, pages, "k")[:, :length].float()
         v = read_pages(v_cache, pages, "v")[:, :length].float()
-        out[begin:end] = _attend(q[begin:end], k, v, softmax_scale, window_left)
+        scales = [
+            None if scale is None else read_scales(scale, pages)[:, :length]
+            for scale in (k_scales, v_scales)
+        ]
+        rows = q[begin:end]
+        out[begin:end] = _attend(rows, k, v, *scales, sinks, softmax_scale, window_left, softcap)
     return out
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, window_left: int) -> Tensor:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, k_scales: Tensor | None, v_scales: Tensor | None,
+    sinks: Tensor | None, softmax_scale: float, window_left: int, softcap: float,
+) -> Tensor:  # fmt: skip
     """q `[Tq, H, D]` over fp32 k, v `[Hk, Tk, D]`, causal, aligned at the ends: `[Tq, H, Dv]`."""
     tokens, heads, dim = q.shape
     rows = q.float().transpose(0, 1).reshape(k.shape[0], -1, dim)  # [Hk, group * Tq, D]
     # Not q times a broadcast k: torch gives that to a product without blocked sums (3.6 times the
     # error of its own attention with D = 256).
-    scores = (rows @ k.transpose(-1, -2)).unflatten(1, (-1, tokens)) * softmax_scale
+    scores = rows @ k.transpose(-1, -2)
+    if k_scales is not None:
+        scores = scores * k_scales[:, None]
+    scores = scores.unflatten(1, (-1, tokens)) * softmax_scale  # [Hk, group, Tq, Tk]
+    if softcap > 0:
+        scores = softcap * (scores / softcap).tanh()
     key = torch.arange(k.shape[1], device=q.device)
     query = key[k.shape[1] - tokens :, None]
     visible = key <= query
     if window_left >= 0:
         visible &= key >= query - window_left
     scores = scores.masked_fill(~visible, float("-inf"))
-    p = (scores - scores.amax(-1, keepdim=True)).exp()
-    out = (p.to(q.dtype).float().flatten(1, 2) @ v).unflatten(1, (-1, tokens))
-    out = out / p.sum(-1, keepdim=True)
+    top = scores.amax(-1, keepdim=True)
+    p = (scores - top).exp()
+    total = p.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + (sinks.view(k.shape[0], -1, 1, 1) - top).exp()
+    if v_scales is not None:
+        p = p * v_scales[:, None, None]
+    out = (p.to(q.dtype).float().flatten(1, 2) @ v).unflatten(1, (-1, tokens)) / total
     return out.reshape(heads, tokens, -1).transpose(0, 1).to(q.dtype)
 
 
@@ -67,26 +105,39 @@ def _paged_attention_fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, *_: Any) 
     return q.new_empty(q.shape[0], q.shape[1], v_cache.shape[3])
 
 
+def _variant(q: Tensor, k_cache: Tensor, *_: Any) -> str:
+    return cache_variant(k_cache)
+
+
 _paged_attention = Op(
     "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table,"
-    " Tensor cu_seqlens_q, Tensor cache_seqlens, float softmax_scale,"
-    " int window_left=-1) -> Tensor",
+    " Tensor cu_seqlens_q, Tensor cache_seqlens, Tensor? k_scales, Tensor? v_scales,"
+    " Tensor? sinks, float softmax_scale, int window_left=-1, float softcap=0.0) -> Tensor",
     paged_attention_ref,
     fake=_paged_attention_fake,
+    variant=_variant,
 )
 
 
 _SPLIT = 512  # positions of a split, the unit that decode may run on another thread
 
 
+def _plain(
+    sinks: Tensor | None, softmax_scale: float, window_left: int = -1, softcap: float = 0.0
+) -> bool:
+    """Whether the scores are used as they are."""
+    return sinks is None and softcap == 0.0
+
+
 def _native_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, *_: Any
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, *rest: Any
 ) -> bool:
     dims_fit = k_cache.shape[3] % 8 == 0 and v_cache.shape[3] % 8 == 0
-    return q.stride(-1) == 1 and dims_fit and native_cache(k_cache, v_cache, block_table)
+    fits = q.stride(-1) == 1 and dims_fit and native_cache(k_cache, v_cache, block_table)
+    return fits and _plain(*rest[4:])
 
 
-@_paged_attention.impl("native", "cpu", when=_native_attention)
+@_paged_attention.impl("native", "cpu", variants=(FLOAT,), when=_native_attention)
 def _paged_attention_cpu(
     q: Tensor,
     k_cache: Tensor,
@@ -94,8 +145,12 @@ def _paged_attention_cpu(
     block_table: Tensor,
     cu_seqlens_q: Tensor,
     cache_seqlens: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
+    sinks: Tensor | None,
     softmax_scale: float,
     window_left: int = -1,
+    softcap: float = 0.0,
 ) -> Tensor:
     tokens, heads, _ = q.shape
     value_dim = v_cache.shape[3]
@@ -122,20 +177,11 @@ def _paged_attention_cpu(
     return o
 
 
-@_paged_attention.impl("triton", "cuda")
-def _paged_attention_triton(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table: Tensor,
-    cu_seqlens_q: Tensor,
-    cache_seqlens: Tensor,
-    *numbers: Any,
-) -> Tensor:
+@_paged_attention.impl("triton", "cuda", dtypes=FLOATS, variants=(FLOAT, INT8))
+def _paged_attention_triton(*args: Any) -> Tensor:
     from ..kernels import paged_attention as kernel
 
-    cache = k_cache, v_cache, block_table, cu_seqlens_q, cache_seqlens, None, None, None
-    return kernel.paged_attention(q, *cache, *numbers, batch_invariant=batch_invariant())
+    return kernel.paged_attention(*args, batch_invariant=batch_invariant())
 
 
 def paged_attention(
@@ -146,45 +192,90 @@ def paged_attention(
     cu_seqlens_q: Tensor,
     cache_seqlens: Tensor,
     softmax_scale: float | None = None,
-    window_left: int = -1,
+    *,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of each sequence's last tokens over its pages, themselves included.
 
     Args:
-        q: `[T, H, D]` in the caches' dtype, rotated; H is a multiple of the caches' heads (GQA).
+        q: `[T, H, D]` in the caches' dtype (over int8 caches float32, bfloat16 or float16),
+            rotated; H is a multiple of the caches' heads (GQA).
         k_cache: `[num_pages, Hk, page_size, D]`, with this step's keys already appended.
         v_cache: `[num_pages, Hk, page_size, Dv]`.
         block_table: `[S, P]` int32.
         cu_seqlens_q: `[S + 1]` int32; the last `len_q(s)` positions of sequence s are its queries.
         cache_seqlens: `[S]` int32, this step's tokens included; rows of a dead slot (0) are 0.
         softmax_scale: factor of the scores; default `D ** -0.5`.
-        window_left: a query sees itself and this many positions before it; -1 is no window.
+        window_size: `(left, right)`: a query sees itself and `left` positions before it, -1 is no
+            window; `right` may be -1 or 0, which are the same here, attention being causal.
+        softcap: above 0, scores become `softcap * tanh(scores / softcap)`.
+        sinks: `[H]`, one more logit of each head, which takes probability and has no value.
+        k_scales, v_scales: `[num_pages, Hk, page_size]` float32, of int8 caches.
 
     Returns:
         `[T, H, Dv]`, contiguous, in the dtype of `q`.
 
     Raises:
-        ValueError: on mismatched shapes or dtypes, pages outside the cache, lengths outside the
-            table.
+        ValueError: on mismatched shapes, dtypes or devices, pages outside the cache, lengths
+            outside the table.
     """
-    if q.ndim != 3 or k_cache.ndim != 4 or q.shape[2] != k_cache.shape[3]:
-        raise ValueError(
-            f"q must have shape [T, H, D] with the D of k_cache {tuple(k_cache.shape)}, "
-            f"got {tuple(q.shape)}"
-        )
-    if q.dtype != k_cache.dtype:
-        raise ValueError(f"q must be {k_cache.dtype} like k_cache, got {q.dtype}")
-    kv_heads = k_cache.shape[1]
-    if kv_heads == 0 or q.shape[1] == 0 or q.shape[1] % kv_heads:
-        raise ValueError(
-            f"the heads of q must be a positive multiple of the {kv_heads} of k_cache, "
-            f"got {q.shape[1]}"
-        )
-    if window_left < -1:
-        raise ValueError(f"window_left must be -1 (no window) or at least 0, got {window_left}")
-    check_paging(k_cache, v_cache, block_table, cu_seqlens_q, cache_seqlens, q.shape[0])
+    cache = KvCache(k_cache, v_cache, k_scales, v_scales)
+    _check_query(q, cache, sinks)
+    check_paging(cache, block_table, cu_seqlens_q, cache_seqlens, q.shape[0])
     if softmax_scale is None:
         softmax_scale = q.shape[2] ** -0.5
-    return _paged_attention(
-        q, k_cache, v_cache, block_table, cu_seqlens_q, cache_seqlens, softmax_scale, window_left
-    )
+    window_left, softcap = _checked_window(window_size), _checked_softcap(softcap)
+    lengths = (block_table, cu_seqlens_q, cache_seqlens)
+    if sinks is not None:
+        sinks = sinks.float()
+    scores = (sinks, float(softmax_scale), window_left, softcap)
+    return _paged_attention(q, k_cache, v_cache, *lengths, k_scales, v_scales, *scores)
+
+
+def _check_query(q: Tensor, cache: KvCache, sinks: Tensor | None) -> None:
+    k = cache.k
+    if q.ndim != 3 or k.ndim != 4 or q.shape[2] != k.shape[3] or q.shape[2] == 0:
+        raise ValueError(
+            f"q must have shape [T, H, D] with the D of k_cache {tuple(k.shape)}, at least 1, "
+            f"got {tuple(q.shape)}"
+        )
+    if k.dtype == torch.int8:
+        if q.dtype not in FLOATS:
+            raise ValueError(f"q must be float32, bfloat16 or float16, got {q.dtype}")
+    elif q.dtype != k.dtype:
+        raise ValueError(f"q must be {k.dtype} like k_cache, got {q.dtype}")
+    check_device("q", q, k)
+    heads, kv_heads = q.shape[1], k.shape[1]
+    if kv_heads == 0 or heads == 0 or heads % kv_heads:
+        raise ValueError(
+            f"the heads of q must be a positive multiple of the {kv_heads} of k_cache, got {heads}"
+        )
+    if sinks is None:
+        return
+    if sinks.shape != (heads,) or not sinks.is_floating_point():
+        raise ValueError(
+            f"sinks must hold a floating number for each of the {heads} heads of q, "
+            f"got {sinks.dtype} of {tuple(sinks.shape)}"
+        )
+    check_device("sinks", sinks, k)
+
+
+def _checked_window(window_size: tuple[int, int]) -> int:
+    check_window(window_size)
+    left, right = window_size
+    if right > 0:
+        raise ValueError(
+            "window_size must be (left, right) with right -1 or 0, as attention over a cache is "
+            f"causal, got {window_size}"
+        )
+    return left
+
+
+def _checked_softcap(softcap: float) -> float:
+    if not 0.0 <= softcap < float("inf"):
+        raise ValueError(f"softcap must be 0 (none) or a positive number, got {softcap}")
+    return float(softcap)

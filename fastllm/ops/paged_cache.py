@@ -1,16 +1,20 @@
 """The paged KV cache: its shape, the byte order inside a page, the checks of what indexes it.
 
 A cache is `[num_pages, kv_heads, page_size, head_dim]`. On the GPU a (page, head) is in natural
-order. On the CPU it is interleaved so that a vector register holds one dimension (bf16: a pair)
-of 16 tokens of K, or one token (bf16: a pair) of V, and attention runs without shuffles:
+order. On the CPU it is interleaved so that a vector register holds one dimension (narrow types: a
+pair) of 16 tokens of K, or one token (narrow types: a pair) of V, and attention runs without
+shuffles:
 
-    K bf16 [page/16][D/2][16][2]   K f32 [page/16][D][16]
-    V bf16 [page/2][D][2]          V f32 [page][D] (natural)
+    K bf16, f16, int8 [page/16][D/2][16][2]   K f32 [page/16][D][16]
+    V bf16, f16, int8 [page/2][D][2]          V f32 [page][D] (natural)
+
+An int8 cache holds codes of -127 to 127; a row (one token of one head) has one float32 scale, kept
+beside it in `[num_pages, kv_heads, page_size]`, natural order on every device.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +27,21 @@ PAGE_SIZE = 64
 CHUNK = 16  # tokens interleaved in K
 _TILE = 64  # positions the native kernel takes at once; a page holds a whole number of them
 _MAX_HEAD_DIM = 512
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+CACHE_DTYPES = (*FLOATS, torch.int8)
+FLOAT, INT8 = "float-cache", "int8-cache"  # the variants of ops on a cache
+_LARGEST_CODE = 127
 
 Which = Literal["k", "v"]
+
+
+class KvCache(NamedTuple):
+    """The pages of one layer; the scales are None unless the cache is int8."""
+
+    k: Tensor  # [num_pages, kv_heads, page_size, head_dim]
+    v: Tensor  # [num_pages, kv_heads, page_size, value_dim]
+    k_scales: Tensor | None = None  # float32 [num_pages, kv_heads, page_size]
+    v_scales: Tensor | None = None
 
 
 def new_cache(
@@ -35,28 +52,47 @@ def new_cache(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     value_dim: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Zero-filled `(k_cache, v_cache)`; on the CPU memory is taken when it is first written.
+) -> KvCache:
+    """Zero-filled pages; on the CPU memory is taken when it is first written.
 
     Args:
         num_pages: pages in the pool.
         kv_heads: heads of K and V.
         page_size: tokens of a page; a multiple of 16 (the kernels want a multiple of 64).
         head_dim: dimensions of a K head, even.
-        dtype: dtype of both.
+        dtype: of both: float32, bfloat16, float16, or int8, which brings scales.
         device: where they live.
         value_dim: dimensions of a V head; default `head_dim`.
 
     Raises:
-        ValueError: on a page size or head dim that the CPU's interleaved order cannot hold.
+        ValueError: on another dtype, or a page size or head dim that the CPU's interleaved order
+            cannot hold.
     """
+    if dtype not in CACHE_DTYPES:
+        raise ValueError(f"dtype must be float32, bfloat16, float16 or int8, got {dtype}")
     if page_size <= 0 or page_size % CHUNK:
         raise ValueError(f"page_size must be a positive multiple of {CHUNK}, got {page_size}")
     if head_dim <= 0 or head_dim % 2:
         raise ValueError(f"head_dim must be positive and even, got {head_dim}")
     shape = (num_pages, kv_heads, page_size)
-    k_cache = lazy_zeros((*shape, head_dim), dtype, device)
-    return k_cache, lazy_zeros((*shape, value_dim or head_dim), dtype, device)
+    k = lazy_zeros((*shape, head_dim), dtype, device)
+    v = lazy_zeros((*shape, value_dim or head_dim), dtype, device)
+    if dtype != torch.int8:
+        return KvCache(k, v)
+    k_scales, v_scales = (lazy_zeros(shape, torch.float32, device) for _ in range(2))
+    return KvCache(k, v, k_scales, v_scales)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes int8 `[..., D]` and scales float32 `[...]` of the rows of `x`: x ~ code * scale.
+
+    scale = amax(|x|) / 127, code = x / scale rounded to nearest, ties to even. A row whose scale
+    is 0 has codes 0; NaN or infinity makes the scale so, hence every score with the row.
+    """
+    x = x.float()
+    scale = x.abs().amax(-1) / _LARGEST_CODE
+    codes = (x / scale[..., None]).clamp(-_LARGEST_CODE, _LARGEST_CODE).round()
+    return codes.nan_to_num(nan=0.0).mul(scale[..., None] != 0).to(torch.int8), scale
 
 
 def pack_page(page: Tensor, which: Which) -> Tensor:
@@ -82,7 +118,7 @@ def unpack_page(page: Tensor, which: Which) -> Tensor:
 
 
 def _tokens_or_dims_in_a_word(page: Tensor) -> int:
-    return 2 if page.element_size() == 2 else 1
+    return 2 if page.element_size() <= 2 else 1
 
 
 def read_pages(cache: Tensor, pages: Tensor, which: Which) -> Tensor:
@@ -101,6 +137,21 @@ def write_pages(cache: Tensor, pages: Tensor, rows: Tensor, which: Which) -> Non
     cache[pages.long()] = page_rows
 
 
+def read_scales(scales: Tensor, pages: Tensor) -> Tensor:
+    """The scales of the rows of `pages` `[n]`: `[kv_heads, n * page_size]`."""
+    return scales[pages.long()].transpose(0, 1).flatten(1)
+
+
+def write_scales(scales: Tensor, pages: Tensor, rows: Tensor) -> None:
+    """The inverse of `read_scales`."""
+    scales[pages.long()] = rows.unflatten(1, (-1, scales.shape[2])).transpose(0, 1)
+
+
+def cache_variant(k_cache: Tensor) -> str:
+    """Which variant of an op serves this cache."""
+    return INT8 if k_cache.dtype == torch.int8 else FLOAT
+
+
 def native_cache(k_cache: Tensor, v_cache: Tensor, block_table: Tensor) -> bool:
     """Whether the native kernels take this cache."""
     return (
@@ -112,30 +163,17 @@ def native_cache(k_cache: Tensor, v_cache: Tensor, block_table: Tensor) -> bool:
 
 
 def check_paging(
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table: Tensor,
-    cu_seqlens_q: Tensor,
-    cache_seqlens: Tensor,
-    tokens: int,
+    cache: KvCache, block_table: Tensor, cu_seqlens_q: Tensor, cache_seqlens: Tensor, tokens: int
 ) -> None:
     """Raise ValueError, naming the argument, unless these tensors index a paged cache.
 
-    Shapes and dtypes are always checked, values where they can be read. Kernels stay inside the
-    cache whatever the values are.
+    Shapes, dtypes and devices are always checked, values where they can be read. Kernels stay
+    inside the cache whatever the values are.
     """
-    if k_cache.ndim != 4 or v_cache.ndim != 4 or k_cache.shape[:3] != v_cache.shape[:3]:
-        raise ValueError(
-            "k_cache and v_cache must have shape [num_pages, kv_heads, page_size, head_dim] and "
-            f"differ in head_dim at most, got {tuple(k_cache.shape)} and {tuple(v_cache.shape)}"
-        )
-    if k_cache.dtype != v_cache.dtype:
-        raise ValueError(f"v_cache must be {k_cache.dtype} like k_cache, got {v_cache.dtype}")
-    if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
-        raise ValueError("k_cache and v_cache must be contiguous")
-    check_index(
-        block_table, cu_seqlens_q, cache_seqlens, tokens, k_cache.shape[0], k_cache.shape[2]
-    )
+    _check_cache(cache)
+    check_device("block_table", block_table, cache.k)
+    num_pages, _, page_size, _ = cache.k.shape
+    check_index(block_table, cu_seqlens_q, cache_seqlens, tokens, num_pages, page_size)
 
 
 def check_index(
@@ -148,7 +186,8 @@ def check_index(
 ) -> None:
     """Raise ValueError, naming the argument, unless these index `num_pages` pages.
 
-    Shapes and dtypes are always checked, values where they can be read (`values_readable`).
+    Shapes, dtypes and devices are always checked, values where they can be read
+    (`values_readable`).
     """
     for name, index in (
         ("block_table", block_table),
@@ -157,6 +196,10 @@ def check_index(
     ):
         if index.dtype != torch.int32:
             raise ValueError(f"{name} must be int32, got {index.dtype}")
+        if index.device != block_table.device:
+            raise ValueError(
+                f"{name} must be on {block_table.device} like block_table, is on {index.device}"
+            )
     sequences = cache_seqlens.shape[0] if cache_seqlens.ndim == 1 else -1
     if sequences < 0:
         raise ValueError(f"cache_seqlens must have shape [S], got {tuple(cache_seqlens.shape)}")
@@ -174,3 +217,43 @@ def check_index(
         _C.check_paging_values(
             block_table, cu_seqlens_q, cache_seqlens, tokens, num_pages, page_size
         )
+
+
+def check_device(name: str, tensor: Tensor, k_cache: Tensor) -> None:
+    """Raise ValueError unless `tensor`, called `name`, is where the cache is."""
+    if tensor.device != k_cache.device:
+        raise ValueError(f"{name} must be on {k_cache.device} like k_cache, is on {tensor.device}")
+
+
+def _check_cache(cache: KvCache) -> None:
+    k, v, k_scales, v_scales = cache
+    if k.ndim != 4 or v.ndim != 4 or k.shape[:3] != v.shape[:3]:
+        raise ValueError(
+            "k_cache and v_cache must have shape [num_pages, kv_heads, page_size, head_dim] and "
+            f"differ in head_dim at most, got {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    if k.dtype not in CACHE_DTYPES:
+        raise ValueError(f"k_cache must be float32, bfloat16, float16 or int8, got {k.dtype}")
+    if v.dtype != k.dtype:
+        raise ValueError(f"v_cache must be {k.dtype} like k_cache, got {v.dtype}")
+    if k.shape[1] == 0 or k.shape[2] == 0:
+        raise ValueError(f"k_cache must have heads and a page size above 0, got {tuple(k.shape)}")
+    check_device("v_cache", v, k)
+    if not (k.is_contiguous() and v.is_contiguous()):
+        raise ValueError("k_cache and v_cache must be contiguous")
+    for name, scales in (("k_scales", k_scales), ("v_scales", v_scales)):
+        if (scales is None) == (k.dtype == torch.int8):
+            raise ValueError(
+                f"{name} is for an int8 cache, which needs it; k_cache is {k.dtype} and {name} is "
+                f"{'missing' if scales is None else 'given'}"
+            )
+        if scales is None:
+            continue
+        if scales.shape != k.shape[:3] or scales.dtype != torch.float32:
+            raise ValueError(
+                f"{name} must be float32 of shape {tuple(k.shape[:3])} (k_cache without head_dim), "
+                f"got {scales.dtype} of {tuple(scales.shape)}"
+            )
+        check_device(name, scales, k)
+        if not scales.is_contiguous():
+            raise ValueError(f"{name} must be contiguous")

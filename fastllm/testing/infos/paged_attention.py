@@ -49,7 +49,7 @@ def _attention_case(batch: Batch, dtype: torch.dtype, full: bool = False) -> Cas
     def make(g: torch.Generator) -> Args:
         cache = make_cache(g, batch, dtype)
         q = torch.randn(sum(batch.new), batch.heads, batch.dim, generator=g).to(dtype)
-        return q, *cache, batch.dim**-0.5, batch.window
+        return q, *cache, None, None, None, batch.dim**-0.5, batch.window
 
     return Case(label=batch.label, make=make, full=full)
 
@@ -71,6 +71,9 @@ def _dense(sdpa: Callable[..., Tensor], dtype: torch.dtype | None) -> Callable[.
         block_table: Tensor,
         cu_seqlens_q: Tensor,
         cache_seqlens: Tensor,
+        k_scales: None,
+        v_scales: None,
+        sinks: None,
         scale: float,
         window: int = -1,
     ) -> Tensor:
