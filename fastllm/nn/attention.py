@@ -45,9 +45,11 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         places = (batch.block_table, batch.cu_seqlens_q, batch.cache_seqlens)
-        scales = {"k_scales": cache.k_scales, "v_scales": cache.v_scales}
-        pages = (cache.k, cache.v, *places)
-        q = rope_append_kv(q, k, v, batch.positions, *rope_tables, *pages, **scales)
-        window = (self.window_left, -1)
-        o = paged_attention(q, *pages, self.softmax_scale, window_size=window, **scales)
+        k_cache, v_cache, k_scales, v_scales = cache
+        pages = (k_cache, v_cache, *places)
+        q = rope_append_kv(q, k, v, batch.positions, *rope_tables, *pages, k_scales, v_scales)
+        o = paged_attention(
+            q, *pages, self.softmax_scale, window_size=(self.window_left, 0),
+            k_scales=k_scales, v_scales=v_scales,
+        )  # fmt: skip
         return self.o_proj(o.flatten(1))

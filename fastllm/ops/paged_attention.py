@@ -60,12 +60,10 @@ def paged_attention_ref(
         pages = block_table[s, : -(-length // page_size)]
         k = read_pages(k_cache, pages, "k")[:, :length].float()
         v = read_pages(v_cache, pages, "v")[:, :length].float()
-        scales = [
-            None if scale is None else read_scales(scale, pages)[:, :length]
-            for scale in (k_scales, v_scales)
-        ]
+        ks = None if k_scales is None else read_scales(k_scales, pages)[:, :length]
+        vs = None if v_scales is None else read_scales(v_scales, pages)[:, :length]
         rows = q[begin:end]
-        out[begin:end] = _attend(rows, k, v, *scales, sinks, softmax_scale, window_left, softcap)
+        out[begin:end] = _attend(rows, k, v, ks, vs, sinks, softmax_scale, window_left, softcap)
     return out
 
 

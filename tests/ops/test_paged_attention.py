@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from fastllm import _C
-from fastllm.ops import append_kv, new_cache, paged_attention, rope, rope_append_kv
+from fastllm.ops import KvCache, append_kv, new_cache, paged_attention, rope, rope_append_kv
 from fastllm.ops.paged_attention import paged_attention_ref
 from fastllm.ops.paged_cache import pack_page, read_pages, unpack_page
 
@@ -24,6 +26,15 @@ def int32(values: list[int]) -> Tensor:
 def shuffled_table(sequences: int, width: int, seed: int = 0) -> Tensor:
     g = torch.Generator().manual_seed(seed)
     return torch.randperm(sequences * width, generator=g).view(sequences, width).int()
+
+
+def append(k: Tensor, v: Tensor, cache: KvCache, places: Sequence[Tensor]) -> None:
+    append_kv(k, v, cache.k, cache.v, *places, cache.k_scales, cache.v_scales)
+
+
+def attend(q: Tensor, cache: KvCache, places: Sequence[Tensor], **options: Any) -> Tensor:
+    scales = {"k_scales": cache.k_scales, "v_scales": cache.v_scales}
+    return paged_attention(q, cache.k, cache.v, *places, **scales, **options)
 
 
 class Prompts:
@@ -57,8 +68,8 @@ class Prompts:
                 torch.cat([x[s][i] for s, i in zip(which, at, strict=True)])
                 for x in (self.q, self.k, self.v)
             ]
-            append_kv(*step[1:], *cache, *places)
-            o = paged_attention(step[0], *cache, *places, None, self.window)
+            append(*step[1:], cache, places)
+            o = attend(step[0], cache, places, window_size=(self.window, -1))
             for out, rows in zip(outs, o.split(new), strict=True):
                 out.append(rows)
             done += chunk
@@ -151,13 +162,15 @@ def test_a_nan_query_stays_in_its_row() -> None:
 def test_scores_too_large_for_exp_are_right() -> None:
     args = list(paged(200, torch.float32, new=5))
     args[0] = args[0] * 1e6
-    torch.testing.assert_close(paged_attention(*args), paged_attention_ref(*args, 32**-0.5))
+    torch.testing.assert_close(
+        paged_attention(*args), paged_attention_ref(*args, None, None, None, 32**-0.5)
+    )
 
 
 def test_a_negative_scale_is_a_scale() -> None:
     args = paged(200, torch.float32, new=5)
     got = paged_attention(*args, -0.5)
-    torch.testing.assert_close(got, paged_attention_ref(*args, -0.5))
+    torch.testing.assert_close(got, paged_attention_ref(*args, None, None, None, -0.5))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -185,11 +198,11 @@ def test_rope_append_kv_gives_the_bits_of_the_three_ops(dtype: torch.dtype) -> N
         for threads in (1, 2):
             torch.set_num_threads(threads)
             one, two = (new_cache(4, 2, 64, 48, dtype) for _ in range(2))
-            rotated = rope_append_kv(q, k, v, *places, *one, *paging)
+            rotated = rope_append_kv(q, k, v, *places, one.k, one.v, *paging)
             assert torch.equal(rotated, rope(q, *places))
-            append_kv(rope(k, *places), v, *two, *paging)
-            assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
-            assert one[0].any()
+            append(rope(k, *places), v, two, paging)
+            assert torch.equal(one.k, two.k) and torch.equal(one.v, two.v)
+            assert one.k.any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -211,8 +224,8 @@ def test_a_recorded_step_reads_lengths_when_it_is_replayed() -> None:
     graph = _C.Graph()
     graph.begin()
     try:
-        append_kv(k, v, *cache, table, int32([0, 1]), lengths)
-        o = paged_attention(q, *cache, table, int32([0, 1]), lengths)
+        append(k, v, cache, (table, int32([0, 1]), lengths))
+        o = attend(q, cache, (table, int32([0, 1]), lengths))
     finally:
         graph.end()
     for step in range(600):
@@ -242,17 +255,16 @@ def test_bad_metadata_is_named(message: str) -> None:
     places = list({**good, **BAD[message]}.values())
     cache = new_cache(3, 2, 64, 32, torch.float32)
     with pytest.raises(ValueError, match=message):
-        paged_attention(torch.ones(3, 4, 32), *cache, *places)
+        attend(torch.ones(3, 4, 32), cache, places)
     with pytest.raises(ValueError, match=message):
-        append_kv(torch.ones(3, 2, 32), torch.ones(3, 2, 32), *cache, *places)
+        append(torch.ones(3, 2, 32), torch.ones(3, 2, 32), cache, places)
 
 
 def test_sequences_out_of_order_are_named() -> None:
     cache = new_cache(3, 2, 64, 32, torch.float32)
     with pytest.raises(ValueError, match="cu_seqlens_q must rise"):
-        paged_attention(
-            torch.ones(3, 4, 32), *cache, int32([0, 1]).view(2, 1), int32([0, 5, 3]), int32([9, 9])
-        )
+        places = (int32([0, 1]).view(2, 1), int32([0, 5, 3]), int32([9, 9]))
+        attend(torch.ones(3, 4, 32), cache, places)
 
 
 @pytest.mark.parametrize(
@@ -262,15 +274,14 @@ def test_sequences_out_of_order_are_named() -> None:
         ("q must be torch.float32", torch.ones(1, 4, 32).bfloat16(), -1),
         ("heads of q", torch.ones(1, 3, 32), -1),
         ("heads of q", torch.ones(1, 0, 32), -1),
-        ("window_left", torch.ones(1, 4, 32), -2),
+        ("window_size", torch.ones(1, 4, 32), -2),
     ],
 )
 def test_bad_queries_are_named(message: str, q: Tensor, window: int) -> None:
     cache = new_cache(3, 2, 64, 32, torch.float32)
     with pytest.raises(ValueError, match=message):
-        paged_attention(
-            q, *cache, int32([0]).view(1, 1), int32([0, 1]), int32([1]), window_left=window
-        )
+        places = (int32([0]).view(1, 1), int32([0, 1]), int32([1]))
+        attend(q, cache, places, window_size=(window, -1))
 
 
 def test_a_cache_that_cannot_be_interleaved_is_refused() -> None:
