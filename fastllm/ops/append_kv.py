@@ -11,6 +11,7 @@ from .. import _C
 from .paged_cache import (
     FLOAT,
     FLOATS,
+    INT8,
     KvCache,
     cache_variant,
     check_device,
@@ -143,20 +144,20 @@ def _rope_append_kv_cpu(q: Tensor, *args: Any) -> Tensor:
     return rotated
 
 
-@_append_kv.impl("triton", "cuda", variants=(FLOAT,))
+@_append_kv.impl("triton", "cuda", dtypes=FLOATS, variants=(FLOAT, INT8))
 def _append_kv_triton(*args: Any) -> None:
     from ..kernels import append_kv as kernel
 
-    kernel.append_kv(*args[:7])
+    kernel.append_kv(*args)
 
 
-@_rope_append_kv.impl("triton", "cuda", variants=(FLOAT,))
+@_rope_append_kv.impl("triton", "cuda", dtypes=FLOATS, variants=(FLOAT, INT8))
 def _rope_append_kv_triton(
     q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, *cache: Any
 ) -> Tensor:
     from ..kernels import append_kv, rope
 
-    append_kv.append_kv(rope.rope(k, positions, cos, sin), v, *cache[:5])
+    append_kv.append_kv(rope.rope(k, positions, cos, sin), v, *cache)
     return rope.rope(q, positions, cos, sin)
 
 
