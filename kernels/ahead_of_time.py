@@ -28,6 +28,7 @@ from triton.runtime.jit import JITFunction
 
 from . import (
     append_kv,
+    attention,
     embedding,
     linear,
     log_probs,
@@ -41,10 +42,11 @@ from . import (
 
 KERNEL_MODULES = (
     "append_kv",
-    "paged_attention",
+    "attention",
     "embedding",
     "linear",
     "log_probs",
+    "paged_attention",
     "quant_matmul",
     "rms_norm",
     "rope",
@@ -145,6 +147,7 @@ def shipped_launches() -> dict[str, Callable[[], Any]]:
         for phase, n_tokens in (("prefill", 4096), ("decode", 8)):
             shape = (n_tokens, heads, kv_heads, dim, dtype)
             calls[f"attention {phase} {model}"] = lambda s=shape: _attention(*s)
+    calls["attention dense"] = lambda: _dense_attention(4096, 32, 8, 128)
     for phase, n_tokens in (("prefill", 4096), ("decode", 8)):
         shape = (n_tokens, 32, 8, 128, bf16, False)
         calls[f"attention {phase} fast"] = lambda s=shape: _attention(*s)
@@ -223,7 +226,7 @@ def _launch(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     signature, constexprs, divisible = {}, {}, []
     for parameter in kernel.params:
         name, value = parameter.name, values[parameter.name]
-        if parameter.is_constexpr or (type(value) is int and value == 1):
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
             signature[name], constexprs[name] = "constexpr", value
         elif isinstance(value, Tensor):
             signature[name] = "*" + _TYPE_NAMES[value.dtype]
@@ -279,7 +282,14 @@ def _attention(
     tables = _ids(8, 64), _ids(9), _ids(8)
     q = _meta(n_tokens, heads, dim, dtype=dtype)
     mode = {"batch_invariant": invariant}
-    return paged_attention.paged_attention(q, cache, cache, *tables, dim**-0.5, **mode)
+    plain = (None, None, None)  # scales of keys and of values, sinks
+    return paged_attention.paged_attention(q, cache, cache, *tables, *plain, dim**-0.5, **mode)
+
+
+def _dense_attention(n_tokens: int, heads: int, kv_heads: int, dim: int) -> None:
+    q, k = _meta(n_tokens, heads, dim), _meta(n_tokens, kv_heads, dim)
+    plain = (None, None, dim**-0.5, -1, 0, 0.0)  # no mask, no sinks, causal, no softcap
+    attention.attention(q, k, k, _ids(9), _ids(9), *plain)
 
 
 def _sampling(rows: int, vocab: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -39,16 +39,31 @@ class RowTile:
 
 @dataclass(frozen=True, slots=True)
 class AttentionTile:
-    """Query rows a program takes (the key tile is the page), and how its splits are merged.
+    """m query rows by n keys of a step, and how the splits of the keys are merged.
 
     merge: "kernel" (each split has its own program, a second kernel merges), "registers" (one
     program runs all splits and keeps the merged ones beside the current), or "none" (no splits).
     """
 
     m: int
+    n: int
     num_warps: int
     num_stages: int
     merge: str
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """What chooses an attention tile: tokens of all sequences, splits of the longest possible."""
+
+    n_tokens: int
+    n_seqs: int
+    n_splits: int
+    n_heads: int
+    dim: int
+    value_dim: int
+    dtype: torch.dtype
+    paged: bool
 
 
 # 1,024 elements over 4 warps are 8 a thread: one 16-byte access of bf16, two of fp32.
@@ -135,44 +150,82 @@ def k_splits(n_programs: int, m: int, k: int, step: int) -> int:
     return max(1, min(PROGRAMS_WANTED // n_programs, MAX_SPLITS, k // (4 * step)))
 
 
-def attention_tile(
-    n_tokens: int,
-    n_seqs: int,
-    n_splits: int,
-    dtype: torch.dtype,
-    dim: int,
-    batch_invariant: bool = True,
-) -> AttentionTile:
-    """Tile of the attention kernel, and where the splits of the cache meet.
-
-    The tile depends on head dim and dtype alone, so prompts and single tokens share it. 64 rows
-    are one wgmma. A token of 4 grouped heads then wastes 60 of 64 rows, yet 64 rows x 4 FLOP for
-    each 4 bytes of K and V are 64 FLOP a byte, below the H100's 180 and A100's 156: decoding
-    stays bandwidth-bound. Two outputs of 64 x 128 (this split's and the merged one) take 128
-    registers a thread at 4 warps and spill 108 (sm_90) to 244 bytes (sm_80); 8 warps take 202 and
-    236 without. Keeping the merged one in memory instead costs the pipelining of K and V.
-
-    The fast mode does not restart prompts at splits: 4 warps then hold 64 x 128 (240 and 255
-    registers). 128 rows over 8 warps would suit sm_90 better (185), but spill 144 bytes on sm_80.
-    Few query rows, as in decoding, give every split its own program; prompts cannot, for that
-    keeps n_splits x n_tokens rows of fp32. For decoding, ptxas reports wgmma waits ("serialized")
-    at any number of stages above 1: the next tile's loads are worth more. fp32 runs on FMA units:
-    few rows.
-    """
-    few = n_tokens <= max(n_seqs, 16)
-    if n_splits == 1:
+def attention_tile(shape: AttentionShape, arch: int, batch_invariant: bool) -> AttentionTile:
+    """Tile of the attention kernel, and where the splits of the keys meet."""
+    few = shape.n_tokens <= max(shape.n_seqs, 16)
+    if shape.n_splits == 1:
         merge = "none"
     elif few:
         merge = "kernel"
     else:
         merge = "registers" if batch_invariant else "none"
+    dim = max(shape.dim, shape.value_dim)
+    if batch_invariant:
+        m, warps, stages = _invariant_tile(shape.dtype, dim)
+        return AttentionTile(m, 64, warps, stages, merge)
+    m, n, warps, stages = (64, 64, 4, 2)
+    return AttentionTile(m, n, warps, stages, merge)
+
+
+def _invariant_tile(dtype: torch.dtype, dim: int) -> tuple[int, int, int]:
     if dtype == torch.float32:
         if dim <= 64:
-            return AttentionTile(16, 4, 2, merge)
-        return AttentionTile(16 if dim <= 128 else 4, 8, 3, merge)
+            return 16, 4, 2
+        return (16 if dim <= 128 else 4), 8, 3
     if dim > 128:
-        return AttentionTile(16, 8, 2, merge)
-    if few and not batch_invariant:
-        return AttentionTile(16, 4, 3, merge)
-    warps = 8 if dim > 64 and batch_invariant else 4
-    return AttentionTile(64, warps, 2, merge)
+        return 16, 8, 2
+    return 64, 8 if dim > 64 else 4, 2
+
+
+# --- the backward of attention ------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionBackwardTile:
+    """Keys and query rows of one step of a pass; its programs own one side, and walk the other."""
+
+    keys: int
+    queries: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionBackwardTiles:
+    """by_keys: the pass of dK and dV, whose programs own keys; by_queries: the pass of dQ."""
+
+    by_keys: AttentionBackwardTile
+    by_queries: AttentionBackwardTile
+
+
+def architecture(device: torch.device) -> int:
+    """80 or 90: whose tiles a device takes."""
+    return 90
+
+
+def column_blocks(dim: int) -> tuple[int, int]:
+    """A head's columns as one or two blocks, powers of two: 128 is (128, 0), 192 (128, 64).
+
+    The second block is left out where one larger block is no wider (120), and up to 64 columns,
+    where fewer and larger instructions weigh more.
+    """
+    whole = max(16, triton.next_power_of_2(dim))
+    if dim <= 64 or dim == whole:
+        return whole, 0
+    rest = max(16, triton.next_power_of_2(dim - whole // 2))
+    return (whole // 2, rest) if whole // 2 + rest < whole else (whole, 0)
+
+
+def row_statistics_tile(dim: int) -> RowTile:
+    """Two tensors of 4,096 elements over 4 warps: 32 a thread each, 64 bytes in flight of bf16."""
+    columns = max(16, triton.next_power_of_2(dim))
+    return RowTile(rows=max(1, 4096 // columns), columns=columns, num_warps=4)
+
+
+def attention_backward_tiles(
+    dtype: torch.dtype, dim: int, value_dim: int, arch: int
+) -> AttentionBackwardTiles:
+    """Tiles of both passes."""
+    return AttentionBackwardTiles(
+        AttentionBackwardTile(128, 64, 8, 2), AttentionBackwardTile(64, 128, 8, 2)
+    )

@@ -322,10 +322,8 @@ def attend(
 ) -> Tensor:
     from fastllm.kernels.paged_attention import paged_attention
 
-    scale = q.shape[-1] ** -0.5
-    return paged_attention(
-        q, cache.k, cache.v, cache.block_table, cu_seqlens, lens, scale, window, **mode
-    )
+    keys = cache.k, cache.v, cache.block_table, cu_seqlens, lens
+    return paged_attention(q, *keys, None, None, None, q.shape[-1] ** -0.5, window, **mode)
 
 
 def attention_case(
@@ -705,11 +703,14 @@ def full_cases() -> dict[str, Case]:
     return cases
 
 
-def main() -> None:
+def main(
+    quick: Callable[[], dict[str, Case]] = quick_cases,
+    full: Callable[[], dict[str, Case]] = full_cases,
+) -> None:
     """Runs the quick cases, or with --full the others, and prints {name: outcome} as JSON."""
     torch.set_num_threads(1)
     outcomes = {}
-    for name, run in (full_cases() if "--full" in sys.argv else quick_cases()).items():
+    for name, run in (full() if "--full" in sys.argv else quick()).items():
         start = time.perf_counter()
         try:
             outcome = {"excess": run()}

@@ -1,0 +1,592 @@
+"""Attention of dense batches, packed documents and paged caches: one kernel.
+
+A program takes BLOCK_M query rows of one KV head; the heads of a GQA group are packed as rows
+(row = token * group + head), so that keys are read once for the group and a diagonal tile hides
+less. Keys are walked in tiles from the document's position 0 with the online softmax. Tiles that
+no row sees are skipped; only tiles on an edge of what is visible (window, diagonal, end) test
+positions, the ones between run without a mask.
+
+`batch_invariant` fixes the tile: 64 positions, and every 512 the running (max, sum, output) starts
+afresh and the finished split is merged, in ascending order, by one function. Many query rows run
+all splits in one program, few run them in parallel programs and a second kernel merges them. Dense,
+packed and paged keys, long and short calls are one compiled source with one tile, one order of
+keys, explicit fused multiply-adds and one merge; tiles that a row does not see change nothing,
+exactly. Hence a row's bits depend on its own keys only. That the specializations of the source keep
+the same instruction order inside a tile is a property of the compiler, to be held by a test on each
+GPU. Without it the tile fits the GPU, dtype and head dims, and only few rows split.
+
+Numerics: q.k, sums and statistics in fp32; P = 2^(s - m) is rounded to q's dtype for P V. int8 keys
+and values enter the products as their codes, which fp16 and bf16 hold exactly; a key's scale
+multiplies its score, a value's scale multiplies its P before that rounding. A key that the rows of
+a program cannot see, whatever it holds, changes nothing. Not yet run on a GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import tuning
+from .online_softmax import LOG2_E, SPLIT_POSITIONS, finish, merge_splits, update
+from .triton_compat import cast, dot, tanh
+from .varlen import sequence_of_tile
+
+
+@triton.jit
+def locate(
+    tile,
+    cu_seqlens_q_ptr,
+    lengths_k_ptr,
+    T,
+    Tk,
+    n_seqs,
+    ROWS: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """(sequence, tile in it, batch entry, first token, tokens, first key, keys) of a tile.
+
+    LAYOUT "batch": every sequence is a batch entry of T tokens and Tk keys. Else there is one entry
+    of T tokens, cut by cu_seqlens_q; lengths_k is cu_seqlens_k over Tk keys ("varlen") or the
+    cache's lengths ("paged"). A sequence of n_seqs or more has no keys.
+    """
+    if LAYOUT == "batch":
+        per_sequence = tl.cdiv(T * ROWS, BLOCK_M)
+        seq = tile // per_sequence
+        tile = tile % per_sequence
+        entry = seq.to(tl.int64)
+        first, first_k = seq * 0, seq * 0
+        n_tokens, len_k = first + T, first + Tk
+    else:
+        seq, tile = sequence_of_tile(cu_seqlens_q_ptr, tile, n_seqs, T, ROWS, BLOCK_M, BLOCK_S)
+        entry = tl.full((), 0, tl.int64)
+        known = seq < n_seqs
+        first = tl.load(cu_seqlens_q_ptr + seq, mask=seq <= n_seqs, other=0)
+        n_tokens = tl.load(cu_seqlens_q_ptr + seq + 1, mask=known, other=T) - first
+        first_k = seq * 0
+        len_k = tl.load(lengths_k_ptr + seq, mask=known, other=0)
+        if LAYOUT == "varlen":
+            first_k = len_k
+            len_k = tl.load(lengths_k_ptr + seq + 1, mask=known, other=0)
+            len_k = tl.minimum(len_k, Tk) - first_k
+    return seq, tile, entry, first, n_tokens, first_k, len_k
+
+
+@triton.jit
+def visible_range(first_position, last_position, len_k, left, right, LEFT, RIGHT):
+    """[begin, end) of the keys that some query from the first to the last position sees."""
+    begin, end = 0, len_k
+    if LEFT:
+        begin = tl.maximum(0, first_position - left)
+    if RIGHT:
+        end = tl.minimum(len_k, last_position + right + 1)
+    return begin, end
+
+
+@triton.jit
+def attend(
+    acc,
+    m,
+    total,
+    acc_done,
+    m_done,
+    total_done,
+    begin,
+    end,
+    k_begin,
+    k_end,
+    q,
+    q_rest,
+    q_position,
+    factor,
+    softcap_scale,
+    k_ptr,
+    v_ptr,
+    k_scales_ptr,
+    v_scales_ptr,
+    pages_ptr,
+    key_mask_ptr,
+    kv_head,
+    stride_kt,
+    stride_vt,
+    left,
+    right,
+    EDGE: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    PAGE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    MERGE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """Walks the keys [begin, end), begin a multiple of BLOCK_N; EDGE: some may be hidden."""
+    n = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    dv = tl.arange(0, BLOCK_DV)
+    for start in range(begin, end, BLOCK_N):
+        if MERGE == "registers":
+            if start % SPLIT == 0:
+                m_done, total_done, acc_done = merge_splits(
+                    m_done, total_done, acc_done, m, total, acc
+                )
+                m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+                total = tl.zeros((BLOCK_M,), tl.float32)
+                acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+
+        # Rows of k and v. Hidden ones are not read: 0 * NaN would reach the output.
+        position = start + n
+        stored = n >= 0
+        if EDGE:
+            stored = (position >= k_begin) & (position < k_end)
+            if key_mask_ptr is not None:
+                stored &= tl.load(key_mask_ptr + position, mask=stored, other=0) != 0
+        if pages_ptr is None:
+            first = tl.full((), 0, tl.int64) + start  # the interpreter's start is a Python int
+            k_row = k_ptr + first * stride_kt + (n * stride_kt)[:, None]
+            v_row = v_ptr + first * stride_vt + (n * stride_vt)[:, None]
+        elif PAGE % BLOCK_N == 0:
+            page = tl.load(pages_ptr + start // PAGE).to(tl.int64)
+            first = (page * KV_HEADS + kv_head) * PAGE + start % PAGE
+            k_row = k_ptr + first * D + (n * D)[:, None]
+            v_row = v_ptr + first * DV + (n * DV)[:, None]
+            row = first + n
+        else:
+            page = tl.load(pages_ptr + position // PAGE, mask=stored, other=0).to(tl.int64)
+            row = (page * KV_HEADS + kv_head) * PAGE + position % PAGE
+            k_row = k_ptr + row[:, None] * D
+            v_row = v_ptr + row[:, None] * DV
+
+        k = load_columns(k_row, d, stored, BLOCK_D <= D, D, EDGE)
+        s = dot(q, tl.trans(cast(k, q.dtype)), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
+        if BLOCK_REST > 0:
+            rest = BLOCK_D + tl.arange(0, BLOCK_REST)
+            k = load_columns(k_row, rest, stored, BLOCK_D + BLOCK_REST <= D, D, EDGE)
+            s = dot(q_rest, tl.trans(cast(k, q.dtype)), s)
+        if k_scales_ptr is not None:
+            s *= tl.load(k_scales_ptr + row, mask=stored, other=0.0)[None, :]
+        if SOFTCAP:
+            s = tanh(s * softcap_scale)
+        if EDGE:
+            visible = stored[None, :]
+            if LEFT:
+                visible &= position[None, :] >= (q_position - left)[:, None]
+            if RIGHT:
+                visible &= position[None, :] <= (q_position + right)[:, None]
+            s = tl.where(visible, s, float("-inf"))
+        p, alpha, m, total = update(s, m, total, factor)
+        if v_scales_ptr is not None:
+            p *= tl.load(v_scales_ptr + row, mask=stored, other=0.0)[None, :]
+        v = load_columns(v_row, dv, stored, BLOCK_DV <= DV, DV, EDGE)
+        acc = dot(cast(p, q.dtype), cast(v, q.dtype), acc * alpha[:, None])
+    return acc, m, total, acc_done, m_done, total_done
+
+
+@triton.jit
+def load_columns(rows, column, stored, WHOLE: tl.constexpr, D: tl.constexpr, EDGE: tl.constexpr):
+    """Columns of the rows at pointers rows[N, 1]; 0 in rows not stored and columns from D on."""
+    if EDGE and WHOLE:
+        return tl.load(rows + column[None, :], mask=stored[:, None], other=0)
+    elif EDGE:
+        mask = stored[:, None] & (column < D)[None, :]
+        return tl.load(rows + column[None, :], mask=mask, other=0)
+    elif WHOLE:
+        return tl.load(rows + column[None, :])
+    else:
+        return tl.load(rows + column[None, :], mask=(column < D)[None, :], other=0)
+
+
+@triton.jit
+def attention_kernel(
+    o_ptr,
+    lse_ptr,
+    partial_ptr,
+    m_ptr,
+    total_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    k_scales_ptr,
+    v_scales_ptr,
+    pages_ptr,
+    cu_seqlens_q_ptr,
+    lengths_k_ptr,
+    key_mask_ptr,
+    sinks_ptr,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    T,
+    Tk,
+    n_rows,
+    n_seqs,
+    max_pages,
+    factor,
+    softcap_scale,
+    left,
+    right,
+    LAYOUT: tl.constexpr,
+    WORD: tl.constexpr,
+    SIGN: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    PAGE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    MERGE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    seq, tile, entry, first_token, n_tokens, first_key, len_k = locate(
+        tl.program_id(0), cu_seqlens_q_ptr, lengths_k_ptr, T, Tk, n_seqs,
+        GROUP, LAYOUT, BLOCK_M, BLOCK_S,
+    )  # fmt: skip
+    if seq > n_seqs:
+        return
+    tile = tl.cdiv(n_tokens * GROUP, BLOCK_M) - 1 - tile  # the longest rows start first
+
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    live = rows < n_tokens * GROUP
+    token = tl.minimum(rows // GROUP, n_tokens - 1)
+    head = kv_head * GROUP + rows % GROUP
+    q_position = len_k - n_tokens + token
+    first_position = len_k - n_tokens + tile * BLOCK_M // GROUP
+    last_position = (
+        len_k - n_tokens + tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, n_tokens - 1)
+    )
+    k_begin, k_end = visible_range(first_position, last_position, len_k, left, right, LEFT, RIGHT)
+    if MERGE == "kernel":
+        k_begin = tl.maximum(k_begin, split * SPLIT)
+        k_end = tl.minimum(k_end, (split + 1) * SPLIT)
+        if k_begin >= k_end:
+            return
+
+    # Strides come in units of WORD elements, which tells the compiler their alignment.
+    t = (first_token + token).to(tl.int64)
+    q_rows = q_ptr + (entry * (stride_qb * WORD) + t * (stride_qt * WORD))[:, None]
+    q_rows += (head * (stride_qh * WORD))[:, None]
+    d = tl.arange(0, BLOCK_D)
+    q = load_columns(q_rows, d, live, BLOCK_D <= D, D, True)
+    q_rest = q
+    if BLOCK_REST > 0:
+        rest = BLOCK_D + tl.arange(0, BLOCK_REST)
+        q_rest = load_columns(q_rows, rest, live, BLOCK_D + BLOCK_REST <= D, D, True)
+    if SIGN != 1:
+        q = cast(q.to(tl.float32) * SIGN, q.dtype)
+        q_rest = cast(q_rest.to(tl.float32) * SIGN, q.dtype)
+    keys, mask_keys = first_key.to(tl.int64), first_key.to(tl.int64)
+    if LAYOUT == "batch":
+        mask_keys = entry * Tk
+    if LAYOUT != "paged":
+        k_ptr += entry * (stride_kb * WORD) + keys * (stride_kt * WORD)
+        k_ptr += kv_head.to(tl.int64) * (stride_kh * WORD)
+        v_ptr += entry * (stride_vb * WORD) + keys * (stride_vt * WORD)
+        v_ptr += kv_head.to(tl.int64) * (stride_vh * WORD)
+    if key_mask_ptr is not None:
+        key_mask_ptr += mask_keys
+    if LAYOUT == "paged":
+        pages_ptr += tl.minimum(seq, n_seqs - 1).to(tl.int64) * max_pages
+
+    m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    acc_done, m_done, total_done = acc, m, total
+
+    # Whole tiles that every row sees lie in [inner, outer); before and after it are edges.
+    begin = k_begin // BLOCK_N * BLOCK_N
+    inner, outer = begin, k_end // BLOCK_N * BLOCK_N
+    if RIGHT:
+        outer = tl.minimum(outer, (tl.maximum(first_position + right + 1, 0)) // BLOCK_N * BLOCK_N)
+    if LEFT:
+        inner = tl.maximum(inner, tl.cdiv(tl.maximum(last_position - left, 0), BLOCK_N) * BLOCK_N)
+        inner = tl.minimum(inner, tl.maximum(k_end, begin))
+    outer = tl.maximum(outer, inner)
+    if key_mask_ptr is not None:  # every tile may hide a key
+        inner, outer = begin, begin
+    for PART in tl.static_range(3):
+        if PART == 0:
+            first, last = begin, inner
+        elif PART == 1:
+            first, last = inner, outer
+        else:
+            first, last = outer, k_end
+        if PART == 2 or (key_mask_ptr is None and (PART == 1 or LEFT)):
+            acc, m, total, acc_done, m_done, total_done = attend(
+                acc, m, total, acc_done, m_done, total_done, first, last, k_begin, k_end,
+                q, q_rest, q_position, factor, softcap_scale,
+                k_ptr, v_ptr, k_scales_ptr, v_scales_ptr, pages_ptr, key_mask_ptr,
+                kv_head, stride_kt * WORD, stride_vt * WORD, left, right,
+                PART != 1, LEFT, RIGHT, SOFTCAP, KV_HEADS, D, DV, PAGE, SPLIT, MERGE,
+                BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_REST, BLOCK_DV,
+            )  # fmt: skip
+
+    dv = tl.arange(0, BLOCK_DV)
+    out_row = (entry * T + t) * (KV_HEADS * GROUP) + head
+    mask_o = live[:, None] & (dv < DV)[None, :]
+    if MERGE == "kernel":
+        out_row += split.to(tl.int64) * n_rows
+        tl.store(m_ptr + out_row, m, mask=live)
+        tl.store(total_ptr + out_row, total, mask=live)
+        tl.store(partial_ptr + out_row[:, None] * DV + dv[None, :], acc, mask=mask_o)
+    else:
+        if MERGE == "registers":
+            m, total, acc = merge_splits(m_done, total_done, acc_done, m, total, acc)
+        sink = None
+        if sinks_ptr is not None:
+            sink = tl.load(sinks_ptr + head, mask=live & (seq < n_seqs), other=float("-inf"))
+        share, lse = finish(m, total, sink)
+        if lse_ptr is not None:
+            lse_row = (entry * (KV_HEADS * GROUP) + head) * T + t
+            tl.store(lse_ptr + lse_row, lse, mask=live)
+        o = cast(acc * share[:, None], o_ptr.dtype.element_ty)
+        tl.store(o_ptr + out_row[:, None] * DV + dv[None, :], o, mask=mask_o)
+
+
+@triton.jit
+def combine_splits_kernel(
+    o_ptr,
+    lse_ptr,
+    partial_ptr,
+    m_ptr,
+    total_ptr,
+    cu_seqlens_q_ptr,
+    lengths_k_ptr,
+    sinks_ptr,
+    T,
+    Tk,
+    n_rows,
+    n_seqs,
+    left,
+    right,
+    LAYOUT: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    H: tl.constexpr,
+    DV: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """One row of the output from its parallel splits, in ascending order."""
+    head = tl.program_id(1)
+    seq, token, entry, first_token, n_tokens, _, len_k = locate(
+        tl.program_id(0), cu_seqlens_q_ptr, lengths_k_ptr, T, Tk, n_seqs, 1, LAYOUT, 1, BLOCK_S
+    )
+    if seq > n_seqs:
+        return
+    position = len_k - n_tokens + token
+    k_begin, k_end = visible_range(position, position, len_k, left, right, LEFT, RIGHT)
+    t = (first_token + token).to(tl.int64)
+    row = (entry * T + t) * H + head
+    dv = tl.arange(0, BLOCK_DV)[None, :]
+
+    m = tl.full((1,), float("-inf"), tl.float32)
+    total = tl.zeros((1,), tl.float32)
+    acc = tl.zeros((1, BLOCK_DV), tl.float32)
+    last = tl.where(k_end > k_begin, tl.cdiv(k_end, SPLIT), 0)
+    for split in range(k_begin // SPLIT, last):
+        at = (tl.full((1,), 0, tl.int64) + split) * n_rows + row
+        m2, total2 = tl.load(m_ptr + at), tl.load(total_ptr + at)
+        acc2 = tl.load(partial_ptr + at[:, None] * DV + dv, mask=dv < DV, other=0.0)
+        m, total, acc = merge_splits(m, total, acc, m2, total2, acc2)
+    sink = None
+    if sinks_ptr is not None:
+        at = tl.full((1,), 0, tl.int32) + head
+        sink = tl.load(sinks_ptr + at, mask=(at >= 0) & (seq < n_seqs), other=float("-inf"))
+    share, lse = finish(m, total, sink)
+    if lse_ptr is not None:
+        tl.store(lse_ptr + (entry * H + head) * T + t + tl.arange(0, 1), lse)
+    o = cast(acc * share[:, None], o_ptr.dtype.element_ty)
+    tl.store(o_ptr + row * DV + dv, o, mask=dv < DV)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    key_mask: Tensor | None,
+    sinks: Tensor | None,
+    softmax_scale: float,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    *,
+    batch_invariant: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """(o, lse) of softmax(softmax_scale * q k^T) v: o contiguous in q's dtype, lse fp32.
+
+    q[B, T, H, D], k[B, Tk, Hk, D], v[B, Tk, Hk, Dv] -> o[B, T, H, Dv], lse[B, H, T]; or, with
+    cu_seqlens_q, cu_seqlens_k (int32 [S + 1] in device memory, read there alone), q[T, H, D],
+    k[Tk, Hk, D], v[Tk, Hk, Dv] -> o[T, H, Dv], lse[H, T]. The last dimension contiguous, other
+    strides any. Query i of a document stands at key position i + len_k - len_q and sees
+    window_left keys before and window_right after it (-1: all). key_mask[B, Tk] or [Tk]: bool,
+    False hides a key. sinks[H]: fp32, one more logit per head, without a value. softcap > 0:
+    logits become softcap * tanh(logit / softcap). A row that sees nothing is 0 and lse -inf (its
+    sink, if there is one); rows past cu_seqlens_q[S] are 0 and -inf.
+    """
+    batch = cu_seqlens_q is None
+    lse_shape = (*q.shape[:-3], q.shape[-2], q.shape[-3])
+    o = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device)
+    lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device)
+    launch(
+        o,
+        lse,
+        q,
+        k,
+        v,
+        None,
+        None,
+        None,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        None if key_mask is None else key_mask.contiguous().view(torch.uint8),
+        sinks,
+        "batch" if batch else "varlen",
+        k.shape[-3],
+        softmax_scale,
+        window_left,
+        window_right,
+        softcap,
+        batch_invariant,
+    )
+    return o, lse
+
+
+def launch(
+    o: Tensor,
+    lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
+    pages: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    lengths_k: Tensor | None,
+    key_mask: Tensor | None,
+    sinks: Tensor | None,
+    layout: str,
+    max_keys: int,
+    softmax_scale: float,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    batch_invariant: bool,
+) -> None:
+    """Launches the kernel (and the merge of its splits) for a layout of `locate`.
+
+    A sequence has at most max_keys keys; the rest as in `attention` and `paged_attention`.
+    """
+    if o.numel() == 0:
+        return
+    entries, n_tokens = (1, *q.shape)[-4], q.shape[-3]
+    n_heads, dim, value_dim = q.shape[-2], q.shape[-1], v.shape[-1]
+    kv_heads = k.shape[1] if layout == "paged" else k.shape[-2]
+    group, n_rows = n_heads // kv_heads, entries * n_tokens * n_heads
+    n_seqs = entries if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+    page = k.shape[2] if layout == "paged" else 0
+    n_splits = max(1, triton.cdiv(max_keys, SPLIT_POSITIONS))
+    shape = tuning.AttentionShape(
+        entries * n_tokens, n_seqs, n_splits, n_heads, dim, value_dim, q.dtype, layout == "paged"
+    )
+    tile = tuning.attention_tile(shape, tuning.architecture(q.device), batch_invariant)
+    m = total = partial = None
+    parallel = n_splits if tile.merge == "kernel" else 1
+    if tile.merge == "kernel":
+        stats = torch.empty((2, n_splits, n_rows), dtype=torch.float32, device=q.device)
+        m, total = stats[0], stats[1]
+        partial = torch.empty((n_splits, n_rows, value_dim), dtype=torch.float32, device=q.device)
+    strides = [] if layout == "paged" else [_strides(x) for x in (k, v)]
+    word, strides = _in_words([_strides(q), *strides, *[(0, 0, 0)] * (2 - len(strides))])
+    factor, softcap_scale, sign = abs(softmax_scale) * LOG2_E, 0.0, 1
+    if softcap > 0:
+        factor, softcap_scale = softcap * LOG2_E, softmax_scale / softcap
+    elif softmax_scale <= 0:  # the running maximum is of scores before their factor
+        factor, sign = factor or LOG2_E, -1 if softmax_scale < 0 else 0
+    window = {"LEFT": 0 <= window_left < max_keys, "RIGHT": 0 <= window_right < n_tokens}
+    left, right = min(window_left, max_keys), min(window_right, n_tokens)
+    block_s = triton.next_power_of_2(n_seqs + 1)
+    block_dv = max(16, triton.next_power_of_2(value_dim))
+    block_d, block_rest = tuning.column_blocks(dim)
+    n_tiles = entries * triton.cdiv(n_tokens * group, tile.m)
+    if layout != "batch":
+        # At least the tiles of all sequences and of the tokens that belong to none.
+        n_tiles = n_tokens * group // tile.m + n_seqs + 1
+    attention_kernel[(n_tiles, kv_heads, parallel)](
+        o, lse, partial, m, total, q, k, v, k_scales, v_scales, pages, cu_seqlens_q, lengths_k,
+        key_mask, sinks, *strides, n_tokens, max_keys, n_rows, n_seqs,
+        0 if pages is None else pages.shape[1], factor, softcap_scale, left, right,
+        LAYOUT=layout,
+        WORD=word,
+        SIGN=sign,
+        **window,
+        SOFTCAP=softcap > 0,
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        D=dim,
+        DV=value_dim,
+        PAGE=page,
+        SPLIT=SPLIT_POSITIONS,
+        MERGE=tile.merge,
+        BLOCK_M=tile.m,
+        BLOCK_N=tile.n,
+        BLOCK_D=block_d,
+        BLOCK_REST=block_rest,
+        BLOCK_DV=block_dv,
+        BLOCK_S=block_s,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )  # fmt: skip
+    if tile.merge == "kernel":
+        combine_splits_kernel[(entries * n_tokens if layout == "batch" else n_tokens, n_heads)](
+            o, lse, partial, m, total, cu_seqlens_q, lengths_k, sinks,
+            n_tokens, max_keys, n_rows, n_seqs, left, right,
+            LAYOUT=layout,
+            **window,
+            H=n_heads,
+            DV=value_dim,
+            SPLIT=SPLIT_POSITIONS,
+            BLOCK_DV=block_dv,
+            BLOCK_S=block_s,
+            num_warps=1,
+        )  # fmt: skip
+
+
+def _strides(x: Tensor) -> tuple[int, int, int]:
+    """Strides of batch entry (0 without), token and head of x[..., T, H, D]."""
+    return x.stride(0) if x.ndim == 4 else 0, x.stride(-3), x.stride(-2)
+
+
+def _in_words(strides: list[tuple[int, int, int]]) -> tuple[int, list[int]]:
+    """(word, strides / word): 8 elements, 16 bytes of bf16, where all strides are multiples."""
+    flat = [stride for tensor in strides for stride in tensor]
+    word = 8 if all(stride % 8 == 0 for stride in flat) else 1
+    return word, [stride // word for stride in flat]
