@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from .attention_checks import check_attention
 from .attention_ref import attention_backward_ref, attention_ref, lse_shape, wide_dtype
-from .registry import Op
+from .registry import Op, batch_invariant
 
 
 def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -69,6 +69,15 @@ _attention = Op(
     backward=_attention_grads,
     setup_context=_save_attention,
 )
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@_attention.impl("triton", "cuda", dtypes=_FLOATS)
+def _attention_triton(*args: Any) -> tuple[Tensor, Tensor]:
+    from ..kernels import attention as kernel
+
+    return kernel.attention(*args, batch_invariant=batch_invariant())
 
 
 def attention(
