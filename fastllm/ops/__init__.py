@@ -13,6 +13,7 @@ from .quant_matmul import quant_matmul
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import rope
 from .sampling import log_probs, sampling, top_log_probs
+from .sdpa import sdpa
 from .swiglu import swiglu
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "rope",
     "rope_append_kv",
     "sampling",
+    "sdpa",
     "swiglu",
     "top_log_probs",
 ]

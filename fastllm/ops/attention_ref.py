@@ -79,9 +79,8 @@ def attention_backward_ref(
         dp = (_by_kv_head(grad_o[rows], v) @ _wide(seen_v).permute(1, 2, 0)).view(p.shape)
         ds = (p * (dp - delta[..., None])).where(visible, 0.0) * slope
         p, ds = (x.to(q.dtype).to(s.dtype) for x in (p, ds))
-        of_q = ds.view(k.shape[-2], p.shape[0] // k.shape[-2] * p.shape[1], p.shape[2]) @ _wide(
-            seen_k
-        ).transpose(0, 1)
+        grouped = ds.reshape(k.shape[-2], ds.shape[0] // k.shape[-2] * ds.shape[1], ds.shape[2])
+        of_q = grouped @ _wide(seen_k).transpose(0, 1)
         dq[rows] = (softmax_scale * of_q).view(rows_q.shape).transpose(0, 1).to(q.dtype)
         # A head at a time, then the group's heads: the short sums of torch's own backward.
         dk[keys] = _of_group(softmax_scale * (ds.mT @ rows_q), k).to(k.dtype)

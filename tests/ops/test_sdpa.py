@@ -1,0 +1,160 @@
+"""`sdpa` against torch's function: its sample inputs, layouts, padding masks and errors."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastllm.ops import sdpa
+from fastllm.testing.check import Judge
+
+
+def _graded(fn: Callable[..., Tensor], args: tuple[Any, ...], kwargs: Any, dtype: Any) -> Any:
+    """Output and gradients of q, k, v with everything floating in `dtype`."""
+
+    def cast(x: Any) -> Any:
+        if isinstance(x, Tensor) and x.is_floating_point():
+            return x.detach().to(dtype).requires_grad_()
+        return x
+
+    leaves = [cast(x) for x in args]
+    rest = {name: cast(x) if name != "attn_mask" else _mask(x, dtype) for name, x in kwargs.items()}
+    out = fn(*leaves, **rest)
+    grads = torch.autograd.grad(out, leaves[:3], torch.ones_like(out) * 0.5)
+    return [out.detach(), *grads]
+
+
+def _mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if mask is None or mask.dtype == torch.bool:
+        return mask
+    return mask.detach().to(dtype)
+
+
+def check(args: tuple[Any, ...], kwargs: Any, dtype: torch.dtype, what: str) -> None:
+    """`sdpa` within the project's bound; other draws are the same values in another order."""
+
+    def draw(number: int) -> tuple[Any, Any]:
+        mixed = [_shuffled(x, number) if isinstance(x, Tensor) else x for x in args]
+        return tuple(
+            _graded(F.scaled_dot_product_attention, tuple(mixed), kwargs, in_dtype)
+            for in_dtype in (torch.float64, dtype)
+        )
+
+    Judge(draw).check(_graded(sdpa, args, kwargs, dtype), what)
+
+
+def _shuffled(x: Tensor, seed: int) -> Tensor:
+    if seed == 0:
+        return x
+    order = torch.randperm(x.numel(), generator=torch.Generator().manual_seed(seed))
+    return x.flatten()[order].view(x.shape)
+
+
+def test_the_signature_is_torchs() -> None:
+    doc = " ".join((F.scaled_dot_product_attention.__doc__ or "").split())
+    parameters = inspect.signature(sdpa).parameters.values()
+    said = ", ".join(
+        p.name if p.default is inspect.Parameter.empty else f"{p.name}={p.default}"
+        for p in parameters
+    )
+    assert doc.startswith(f"scaled_dot_product_attention({said})")
+    assert [p.name for p in parameters if p.kind is p.KEYWORD_ONLY] == ["scale", "enable_gqa"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_sample_inputs_of_torchs_op_database(dtype: torch.dtype) -> None:
+    database = pytest.importorskip("torch.testing._internal.common_methods_invocations").op_db
+    info = next(op for op in database if op.name == "nn.functional.scaled_dot_product_attention")
+    count = 0
+    for i, sample in enumerate(info.sample_inputs("cpu", torch.float32, requires_grad=False)):
+        if sample.kwargs.get("dropout_p", 0.0):
+            torch.manual_seed(0)
+            want = F.scaled_dot_product_attention(sample.input, *sample.args, **sample.kwargs)
+            torch.manual_seed(0)
+            assert torch.equal(sdpa(sample.input, *sample.args, **sample.kwargs), want)
+            continue
+        check((sample.input, *sample.args), sample.kwargs, dtype, f"sample {i}")
+        count += 1
+    assert count >= 10
+
+
+def random(shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+LAYOUTS = {
+    "causal, fewer queries than keys": ((2, 4, 5, 16), (2, 4, 9, 16), {"is_causal": True}),
+    "causal, more queries than keys": ((2, 4, 9, 16), (2, 4, 5, 16), {"is_causal": True}),
+    "grouped": ((2, 6, 7, 24), (2, 2, 7, 24), {"enable_gqa": True, "is_causal": True}),
+    "five dimensions": ((2, 3, 4, 7, 16), (2, 3, 4, 8, 16), {}),
+    "three dimensions": ((3, 7, 16), (3, 8, 16), {"is_causal": True}),
+    "a head dim of no multiple of 8": ((1, 2, 7, 13), (1, 2, 8, 13), {"scale": 0.7}),
+    "one query": ((2, 2, 1, 64), (2, 2, 70, 64), {}),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts(name: str) -> None:
+    q, kv, kwargs = LAYOUTS[name]
+    check((random(q, 1), random(kv, 2), random(kv, 3)), kwargs, torch.float32, name)
+
+
+def test_values_wider_than_keys() -> None:
+    args = random((1, 2, 5, 16), 1), random((1, 2, 6, 16), 2), random((1, 2, 6, 40), 3)
+    check(args, {}, torch.float32, "value dim 40")
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1, 9), (1, 1, 1, 9), (1, 9), (2, 1, 7, 9)], ids=str)
+def test_padding_masks_are_served_by_our_kernel(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mask = torch.tensor([True] * 6 + [False] * 3).expand(shape)
+    if shape == (2, 1, 1, 9):
+        mask = torch.stack([mask[0], mask[0].flip(-1)])
+    args = random((2, 3, 7, 16), 1), random((2, 3, 9, 16), 2), random((2, 3, 9, 16), 3)
+    check(args, {"attn_mask": mask}, torch.float32, str(shape))
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("torch's attention was called")
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", refuse)
+    sdpa(*args, attn_mask=mask)
+
+
+def test_a_mask_of_its_own_for_each_query_is_torchs() -> None:
+    args = random((2, 3, 7, 16), 1), random((2, 3, 9, 16), 2), random((2, 3, 9, 16), 3)
+    mask = torch.rand(7, 9) < 0.8
+    assert torch.equal(
+        sdpa(*args, attn_mask=mask), F.scaled_dot_product_attention(*args, attn_mask=mask)
+    )
+    bias = random((3, 7, 9), 4)
+    assert torch.equal(
+        sdpa(*args, attn_mask=bias), F.scaled_dot_product_attention(*args, attn_mask=bias)
+    )
+
+
+BAD = {
+    "a mask of another length": (((1, 1, 4, 8),) * 3, {"attn_mask": torch.ones(4, 5).bool()}),
+    "other head dim": (((1, 1, 4, 8), (1, 1, 4, 16), (1, 1, 4, 8)), {}),
+    "two dimensions too few": (((8,), (8,), (8,)), {}),
+    "heads that do not divide": (
+        ((1, 3, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8)), {"enable_gqa": True},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_torch_refuses_is_refused_with_torchs_error(name: str) -> None:
+    shapes, kwargs = BAD[name]
+    args = [random(shape, i) for i, shape in enumerate(shapes)]
+    with pytest.raises(Exception) as theirs:
+        F.scaled_dot_product_attention(*args, **kwargs)
+    with pytest.raises(type(theirs.value)) as ours:
+        sdpa(*args, **kwargs)
+    assert str(ours.value) == str(theirs.value)
