@@ -16,12 +16,13 @@ from types import ModuleType
 
 import pytest
 
-CASES_FILE = Path(__file__).with_name("interpreter_cases.py")
+FILES = ("interpreter_cases", "attention_backward_cases")  # the second imports from the first
 
 
-def load_cases() -> ModuleType:
-    """The cases' module, under a name of its own (test folders are not packages)."""
-    spec = importlib.util.spec_from_file_location("interpreter_cases", CASES_FILE)
+def load_cases(name: str) -> ModuleType:
+    """A cases' module, under its own name (test folders are not packages)."""
+    path = Path(__file__).with_name(f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -29,16 +30,21 @@ def load_cases() -> ModuleType:
     return module
 
 
-cases = load_cases()
+modules = [load_cases(name) for name in FILES]
+QUICK = [name for module in modules for name in module.quick_cases()]
+FULL = [name for module in modules for name in module.full_cases()]
 
 
 def run_cases(*arguments: str) -> dict[str, dict[str, float | str]]:
-    """Outcomes of the cases in a process that interprets kernels."""
-    command = [sys.executable, str(CASES_FILE), *arguments]
+    """Outcomes of the cases in processes that interpret kernels, one for each file."""
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
+    outcomes: dict[str, dict[str, float | str]] = {}
+    for module in modules:
+        command = [sys.executable, str(module.__file__), *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        outcomes |= json.loads(done.stdout)
+    return outcomes
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +64,7 @@ def check(outcome: dict[str, float | str]) -> None:
     assert float(outcome["excess"]) <= 1, f"error is {outcome['excess']} times its bound"
 
 
-@pytest.mark.parametrize("name", cases.quick_cases())
+@pytest.mark.parametrize("name", QUICK)
 def test_kernel_computes_its_definition(
     name: str, quick_outcomes: dict[str, dict[str, float | str]]
 ) -> None:
@@ -66,7 +72,7 @@ def test_kernel_computes_its_definition(
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", cases.full_cases())
+@pytest.mark.parametrize("name", FULL)
 def test_kernel_computes_its_definition_at_more_shapes(
     name: str, full_outcomes: dict[str, dict[str, float | str]]
 ) -> None:
