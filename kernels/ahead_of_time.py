@@ -32,6 +32,7 @@ from . import (
     embedding,
     linear,
     log_probs,
+    mla_attention,
     paged_attention,
     quant_matmul,
     rms_norm,
@@ -46,6 +47,7 @@ KERNEL_MODULES = (
     "embedding",
     "linear",
     "log_probs",
+    "mla_attention",
     "paged_attention",
     "quant_matmul",
     "rms_norm",
@@ -108,7 +110,7 @@ def shipped_launches() -> dict[str, Callable[[], Any]]:
     """Calls that between them launch every kernel with every shipped tile configuration.
 
     Shapes are those of a Llama 8B layer (hidden 4096, 32/8 heads of 128, vocabulary 128,256)
-    and of SmolLM2-135M (hidden 576, 9/3 heads of 64).
+    and of SmolLM2-135M (hidden 576, 9/3 heads of 64); MLA has DeepSeek's 512 + 64 columns.
     """
     bf16, f32 = torch.bfloat16, torch.float32
     x8 = {m: _meta(m, 4096) for m in (1, 32, 64, 2048)}
@@ -151,6 +153,11 @@ def shipped_launches() -> dict[str, Callable[[], Any]]:
     for phase, n_tokens in (("prefill", 4096), ("decode", 8)):
         shape = (n_tokens, 32, 8, 128, bf16, False)
         calls[f"attention {phase} fast"] = lambda s=shape: _attention(*s)
+    calls["append_mla"] = lambda: _append_mla()
+    for heads, dtype, fast in ((16, bf16, False), (128, bf16, True), (16, f32, False)):
+        for phase, n_tokens in (("prefill", 2048), ("decode", 8)):
+            name = f"mla {phase} {heads} {'bf16' if dtype == bf16 else 'f32'}"
+            calls[name + " fast" * fast] = lambda s=(n_tokens, heads, dtype, not fast): _mla(*s)
     return calls
 
 
@@ -290,6 +297,17 @@ def _dense_attention(n_tokens: int, heads: int, kv_heads: int, dim: int) -> None
     q, k = _meta(n_tokens, heads, dim), _meta(n_tokens, kv_heads, dim)
     plain = (None, None, dim**-0.5, -1, 0, 0.0)  # no mask, no sinks, causal, no softcap
     attention.attention(q, k, k, _ids(9), _ids(9), *plain)
+
+
+def _append_mla() -> None:
+    places = _ids(8, 64), _ids(9), _ids(8)
+    mla_attention.append_mla(_meta(8, 512), _meta(8, 64), _meta(64, 64, 576), *places)
+
+
+def _mla(n_tokens: int, heads: int, dtype: torch.dtype, invariant: bool) -> Tensor:
+    q, cache = _meta(n_tokens, heads, 576, dtype=dtype), _meta(64, 64, 576, dtype=dtype)
+    places = _ids(8, 64), _ids(9), _ids(8)
+    return mla_attention.mla_attention(q, cache, *places, 512, 0.1, batch_invariant=invariant)
 
 
 def _sampling(rows: int, vocab: int) -> tuple[Tensor, Tensor, Tensor]:

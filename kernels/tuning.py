@@ -229,3 +229,42 @@ def attention_backward_tiles(
     return AttentionBackwardTiles(
         AttentionBackwardTile(128, 64, 8, 2), AttentionBackwardTile(64, 128, 8, 2)
     )
+
+
+# --- attention over compressed pages ------------------------------------------------------------
+
+
+def mla_tile(
+    n_tokens: int,
+    n_heads: int,
+    n_seqs: int,
+    n_splits: int,
+    dtype: torch.dtype,
+    batch_invariant: bool = True,
+) -> AttentionTile:
+    """Tile of the MLA kernel: rows of 512 + 64 columns, all heads of a token are query rows.
+
+    A cached position is 1,152 bytes of bf16 and costs H rows 2 x (576 + 512) FLOP each: 30 FLOP a
+    byte with 16 heads, far below the 156 (A100) and 295 (H100) where memory stops being the bound,
+    242 with 128 heads, which the tensor cores bound: on an H100 too, where mma.sync has about 60%
+    of wgmma's rate.
+
+    An output of 16 x 512 takes 32 registers a thread at 8 warps, as much again where the merged
+    splits stay beside it: 177 in all. 32 positions are 36 KB a step, so that two steps in flight
+    and q take 91 KB: one program an SM on sm_80, two on sm_90. 64 positions would take 164 KB, 1 KB
+    more than sm_80 has. 5 stages are two steps, because the page table is read first. The rows of
+    128 heads are 8 such tiles, which read a page 7 times from L2: the fast mode takes 32 rows (217
+    registers). 64 rows, one wgmma, spill 128 to 304 bytes at 8 warps, and more at 16, whose
+    threads have 128 registers. fp32 runs on FMA units: 16 positions.
+    """
+    few = n_tokens <= max(n_seqs, 16)
+    if n_splits == 1:
+        merge = "none"
+    elif few:
+        merge = "kernel"
+    else:
+        merge = "registers" if batch_invariant else "none"
+    if dtype == torch.float32:
+        return AttentionTile(16, 16, 8, 3, merge)
+    wide = not batch_invariant and n_tokens * n_heads >= 32 * n_seqs
+    return AttentionTile(32 if wide else 16, 32, 8, 5, merge)

@@ -22,12 +22,14 @@ QUICK = {
         "quant_matmul q4_1 bf16 m=2048",
         "attention prefill 32/8x128 bf16",
         "attention decode 9/3x64 bf16",
+        "mla prefill 16 bf16",
         "rms_norm",
         "sampling",
     ],
     80: [
         "linear bf16 m=2048",
         "quant_matmul q4_1 int8 m=2048",
+        "mla decode 128 bf16 fast",
         "rope",
     ],
 }

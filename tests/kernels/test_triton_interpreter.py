@@ -16,7 +16,8 @@ from types import ModuleType
 
 import pytest
 
-FILES = ("interpreter_cases", "attention_backward_cases")  # the second imports from the first
+# the others import from the first
+FILES = ("interpreter_cases", "attention_backward_cases", "mla_attention_cases")
 
 
 def load_cases(name: str) -> ModuleType:
