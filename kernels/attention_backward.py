@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .triton_compat import cast, dot, exp2, tanh
+from .triton_compat import cast, dot, exp2, recomputed, tanh
 from .tuning import AttentionBackwardTiles
 from .varlen import sequence_of_tile
 
@@ -228,13 +228,18 @@ def add_queries(
     v1,
     v2,
     n,
+    m,
     tile,
+    head,
+    T,
     q_ptr,
     grad_o_ptr,
     lse2_ptr,
     delta_ptr,
     stride_qt,
+    stride_qh,
     stride_gt,
+    stride_gh,
     lo,
     hi,
     shift,
@@ -256,12 +261,14 @@ def add_queries(
     MASKED: tl.constexpr,
 ):
     """dK, dV of keys n, with one tile of one head's queries added; rows in [lo, hi) count."""
-    m = tl.arange(0, BLOCK_M)
     rows = tile * BLOCK_M + m
     live = (rows >= lo) & (rows < hi)
-    first = tl.full((), 0, tl.int64) + tile * BLOCK_M
-    q_ptr += first * stride_qt
-    grad_o_ptr += first * stride_gt
+    zero = tl.full((), 0, tl.int64)
+    first, head = zero + tile * BLOCK_M, zero + head
+    q_ptr += first * stride_qt + head * stride_qh
+    grad_o_ptr += first * stride_gt + head * stride_gh
+    lse2_ptr += head * T
+    delta_ptr += head * T
     q1 = load_columns(q_ptr, m, stride_qt, live, 0, D1, D, MASKED)
     s = dot(k1, tl.trans(q1), tl.zeros((BLOCK_N, BLOCK_M), tl.float32))
     if D2 > 0:
@@ -391,29 +398,36 @@ def key_gradients_kernel(
         v2 = load_columns(v_ptr, j, stride_vt, stored, DV1, DV2, DV, True)
         dv2 = tl.zeros((BLOCK_N, DV2), tl.float32)
 
+    # One loop over all heads, so that its pipeline fills once: step = head * tiles + tile.
+    first_head = kv_head * GROUP
     q_ptr += batch * stride_qb + first_q.to(tl.int64) * stride_qt
     grad_o_ptr += batch * stride_gb + first_q.to(tl.int64) * stride_gt
-    for i in range(GROUP):
-        head = (kv_head * GROUP + i).to(tl.int64)
-        q_head, g_head = q_ptr + head * stride_qh, grad_o_ptr + head * stride_gh
-        row = (batch * tl.num_programs(1) * GROUP + head) * T + first_q
-        lse2_head, delta_head = lse2_ptr + row, delta_ptr + row
-        for at in range(n_masked):
-            q_tile = begin + at + tl.where(at < n_before, 0, full_end - full_begin)
-            dk1, dk2, dv1, dv2 = add_queries(
-                dk1, dk2, dv1, dv2, k1, k2, v1, v2, n, q_tile,
-                q_head, g_head, lse2_head, delta_head, stride_qt, stride_gt, lo, hi, shift,
-                to_tanh, to_exponent, window_left, window_right, HAS_LEFT, HAS_RIGHT, SOFTCAP,
-                D, D1, D2, DV, DV1, DV2, BLOCK_N, BLOCK_M, True,
-            )  # fmt: skip
-        for q_tile in range(full_begin, full_end):
-            dk1, dk2, dv1, dv2 = add_queries(
-                dk1, dk2, dv1, dv2, k1, k2, v1, v2, n, q_tile,
-                q_head, g_head, lse2_head, delta_head, stride_qt, stride_gt, lo, hi, shift,
-                to_tanh, to_exponent, window_left, window_right, HAS_LEFT, HAS_RIGHT, SOFTCAP,
-                D, D1, D2, DV, DV1, DV2, BLOCK_N, BLOCK_M, False,
-            )  # fmt: skip
+    first_row = batch * tl.num_programs(1) * GROUP * T + first_q
+    m = tl.arange(0, BLOCK_M)
+    for step in range(n_masked * GROUP):
+        at = step % n_masked
+        q_tile = begin + at + tl.where(at < n_before, 0, full_end - full_begin)
+        dk1, dk2, dv1, dv2 = add_queries(
+            dk1, dk2, dv1, dv2, k1, k2, v1, v2, n, m, q_tile, first_head + step // n_masked, T,
+            q_ptr, grad_o_ptr, lse2_ptr + first_row, delta_ptr + first_row,
+            stride_qt, stride_qh, stride_gt, stride_gh, lo, hi, shift,
+            to_tanh, to_exponent, window_left, window_right, HAS_LEFT, HAS_RIGHT, SOFTCAP,
+            D, D1, D2, DV, DV1, DV2, BLOCK_N, BLOCK_M, True,
+        )  # fmt: skip
+    n_full = full_end - full_begin
+    m = recomputed(m)
+    for step in range(n_full * GROUP):
+        q_tile = full_begin + step % n_full
+        dk1, dk2, dv1, dv2 = add_queries(
+            dk1, dk2, dv1, dv2, k1, k2, v1, v2, n, m, q_tile, first_head + step // n_full, T,
+            q_ptr, grad_o_ptr, lse2_ptr + first_row, delta_ptr + first_row,
+            stride_qt, stride_qh, stride_gt, stride_gh, lo, hi, shift,
+            to_tanh, to_exponent, window_left, window_right, HAS_LEFT, HAS_RIGHT, SOFTCAP,
+            D, D1, D2, DV, DV1, DV2, BLOCK_N, BLOCK_M, False,
+        )  # fmt: skip
 
+    j = recomputed(j)
+    stored = tile * BLOCK_N + j < len_k
     kept = stored
     if HAS_KEY_MASK:
         keys = key_mask_ptr + batch * T_k + first_key
