@@ -30,7 +30,7 @@ from torch import Tensor
 
 from . import tuning
 from .online_softmax import LOG2_E, SPLIT_POSITIONS, finish, merge_splits, update
-from .triton_compat import cast, dot, tanh
+from .triton_compat import cast, dot, recomputed, tanh
 from .varlen import sequence_of_tile
 
 
@@ -110,10 +110,10 @@ def attend(
     pages_ptr,
     key_mask_ptr,
     kv_head,
-    stride_kt,
-    stride_vt,
     left,
     right,
+    STRIDE_KT: tl.constexpr,
+    STRIDE_VT: tl.constexpr,
     EDGE: tl.constexpr,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
@@ -153,19 +153,19 @@ def attend(
                 stored &= tl.load(key_mask_ptr + position, mask=stored, other=0) != 0
         if pages_ptr is None:
             first = tl.full((), 0, tl.int64) + start  # the interpreter's start is a Python int
-            k_row = k_ptr + first * stride_kt + (n * stride_kt)[:, None]
-            v_row = v_ptr + first * stride_vt + (n * stride_vt)[:, None]
+            k_row = k_ptr + first * STRIDE_KT + (n * STRIDE_KT)[:, None]
+            v_row = v_ptr + first * STRIDE_VT + (n * STRIDE_VT)[:, None]
         elif PAGE % BLOCK_N == 0:
             page = tl.load(pages_ptr + start // PAGE).to(tl.int64)
             first = (page * KV_HEADS + kv_head) * PAGE + start % PAGE
-            k_row = k_ptr + first * D + (n * D)[:, None]
-            v_row = v_ptr + first * DV + (n * DV)[:, None]
+            k_row = k_ptr + first * STRIDE_KT + (n * STRIDE_KT)[:, None]
+            v_row = v_ptr + first * STRIDE_VT + (n * STRIDE_VT)[:, None]
             row = first + n
         else:
             page = tl.load(pages_ptr + position // PAGE, mask=stored, other=0).to(tl.int64)
             row = (page * KV_HEADS + kv_head) * PAGE + position % PAGE
-            k_row = k_ptr + row[:, None] * D
-            v_row = v_ptr + row[:, None] * DV
+            k_row = k_ptr + row[:, None] * STRIDE_KT
+            v_row = v_ptr + row[:, None] * STRIDE_VT
 
         k = load_columns(k_row, d, stored, BLOCK_D <= D, D, EDGE)
         s = dot(q, tl.trans(cast(k, q.dtype)), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
@@ -227,10 +227,8 @@ def attention_kernel(
     stride_qt,
     stride_qh,
     stride_kb,
-    stride_kt,
     stride_kh,
     stride_vb,
-    stride_vt,
     stride_vh,
     T,
     Tk,
@@ -241,6 +239,8 @@ def attention_kernel(
     softcap_scale,
     left,
     right,
+    STRIDE_KT: tl.constexpr,
+    STRIDE_VT: tl.constexpr,
     LAYOUT: tl.constexpr,
     WORD: tl.constexpr,
     SIGN: tl.constexpr,
@@ -304,9 +304,9 @@ def attention_kernel(
     if LAYOUT == "batch":
         mask_keys = entry * Tk
     if LAYOUT != "paged":
-        k_ptr += entry * (stride_kb * WORD) + keys * (stride_kt * WORD)
+        k_ptr += entry * (stride_kb * WORD) + keys * STRIDE_KT
         k_ptr += kv_head.to(tl.int64) * (stride_kh * WORD)
-        v_ptr += entry * (stride_vb * WORD) + keys * (stride_vt * WORD)
+        v_ptr += entry * (stride_vb * WORD) + keys * STRIDE_VT
         v_ptr += kv_head.to(tl.int64) * (stride_vh * WORD)
     if key_mask_ptr is not None:
         key_mask_ptr += mask_keys
@@ -341,11 +341,15 @@ def attention_kernel(
                 acc, m, total, acc_done, m_done, total_done, first, last, k_begin, k_end,
                 q, q_rest, q_position, factor, softcap_scale,
                 k_ptr, v_ptr, k_scales_ptr, v_scales_ptr, pages_ptr, key_mask_ptr,
-                kv_head, stride_kt * WORD, stride_vt * WORD, left, right,
+                kv_head, left, right, STRIDE_KT, STRIDE_VT,
                 PART != 1, LEFT, RIGHT, SOFTCAP, KV_HEADS, D, DV, PAGE, SPLIT, MERGE,
                 BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_REST, BLOCK_DV,
             )  # fmt: skip
 
+    rows = recomputed(tile) * BLOCK_M + tl.arange(0, BLOCK_M)
+    live = rows < n_tokens * GROUP
+    head = kv_head * GROUP + rows % GROUP
+    t = (first_token + rows // GROUP).to(tl.int64)
     dv = tl.arange(0, BLOCK_DV)
     out_row = (entry * T + t) * (KV_HEADS * GROUP) + head
     mask_o = live[:, None] & (dv < DV)[None, :]
@@ -524,8 +528,7 @@ def launch(
         stats = torch.empty((2, n_splits, n_rows), dtype=torch.float32, device=q.device)
         m, total = stats[0], stats[1]
         partial = torch.empty((n_splits, n_rows, value_dim), dtype=torch.float32, device=q.device)
-    strides = [] if layout == "paged" else [_strides(x) for x in (k, v)]
-    word, strides = _in_words([_strides(q), *strides, *[(0, 0, 0)] * (2 - len(strides))])
+    word, strides, stride_kt, stride_vt = _strides(q, k, v, layout)
     factor, softcap_scale, sign = abs(softmax_scale) * LOG2_E, 0.0, 1
     if softcap > 0:
         factor, softcap_scale = softcap * LOG2_E, softmax_scale / softcap
@@ -544,6 +547,8 @@ def launch(
         o, lse, partial, m, total, q, k, v, k_scales, v_scales, pages, cu_seqlens_q, lengths_k,
         key_mask, sinks, *strides, n_tokens, max_keys, n_rows, n_seqs,
         0 if pages is None else pages.shape[1], factor, softcap_scale, left, right,
+        STRIDE_KT=stride_kt,
+        STRIDE_VT=stride_vt,
         LAYOUT=layout,
         WORD=word,
         SIGN=sign,
@@ -580,13 +585,15 @@ def launch(
         )  # fmt: skip
 
 
-def _strides(x: Tensor) -> tuple[int, int, int]:
-    """Strides of batch entry (0 without), token and head of x[..., T, H, D]."""
-    return x.stride(0) if x.ndim == 4 else 0, x.stride(-3), x.stride(-2)
+def _strides(q: Tensor, k: Tensor, v: Tensor, layout: str) -> tuple[int, list[int], int, int]:
+    """(word, the kernel's run-time strides / word, token stride of k, of v).
 
-
-def _in_words(strides: list[tuple[int, int, int]]) -> tuple[int, list[int]]:
-    """(word, strides / word): 8 elements, 16 bytes of bf16, where all strides are multiples."""
-    flat = [stride for tensor in strides for stride in tensor]
-    word = 8 if all(stride % 8 == 0 for stride in flat) else 1
-    return word, [stride // word for stride in flat]
+    word is 8 elements, 16 bytes of bf16, where all strides are multiples of it. The token strides
+    of k and v, which a model's shapes fix, are compiled in: as arguments their multiples take 32
+    registers of the loop over keys.
+    """
+    batched = [(x.stride(0) if x.ndim == 4 else 0, x.stride(-2)) for x in (k, v)]
+    strides = [q.stride(0) if q.ndim == 4 else 0, q.stride(-3), q.stride(-2), *sum(batched, ())]
+    word = 8 if all(stride % 8 == 0 for stride in strides) else 1
+    token = -2 if layout == "paged" else -3
+    return word, [stride // word for stride in strides], k.stride(token), v.stride(token)

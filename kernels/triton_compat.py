@@ -79,6 +79,20 @@ def round_even(x):
 
 
 @triton.jit
+def recomputed(x):
+    """x (int32), of which the compiler knows nothing: what follows from it is computed here.
+
+    Addresses of an epilogue are otherwise the prologue's, kept in registers across the loops.
+    """
+    if EMULATE:
+        return x
+    else:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
 def tanh(x):
     """tanh of fp32 within 2 ulp (`tanh.approx` is good to 2^-11 alone).
 
