@@ -3,8 +3,10 @@
 A program takes BLOCK_M query rows of one KV head; the heads of a GQA group are packed as rows
 (row = token * group + head), so that keys are read once for the group and a diagonal tile hides
 less. Keys are walked in tiles from the document's position 0 with the online softmax. Tiles that
-no row sees are skipped; only tiles on an edge of what is visible (window, diagonal, end) test
-positions, the ones between run without a mask.
+no row sees are skipped; only tiles on an edge of what is visible (window, diagonal, end) compare
+positions, behind a branch that all threads take alike. (Loops of their own for edges and for whole
+tiles, as kernels often have them, drain the pipeline between them, take 10 to 90 registers more
+and make ptxas serialize wgmma when there are three.)
 
 `batch_invariant` fixes the tile: 64 positions, and every 512 the running (max, sum, output) starts
 afresh and the finished split is merged, in ascending order, by one function. Many query rows run
@@ -87,123 +89,47 @@ def visible_range(first_position, last_position, len_k, left, right, LEFT, RIGHT
 
 
 @triton.jit
-def attend(
-    acc,
-    m,
-    total,
-    acc_done,
-    m_done,
-    total_done,
-    begin,
-    end,
-    k_begin,
-    k_end,
-    q,
-    q_rest,
-    q_position,
-    factor,
-    softcap_scale,
-    k_ptr,
-    v_ptr,
-    k_scales_ptr,
-    v_scales_ptr,
-    pages_ptr,
-    key_mask_ptr,
-    kv_head,
-    left,
-    right,
-    STRIDE_KT: tl.constexpr,
-    STRIDE_VT: tl.constexpr,
-    EDGE: tl.constexpr,
-    LEFT: tl.constexpr,
-    RIGHT: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    PAGE: tl.constexpr,
-    SPLIT: tl.constexpr,
-    MERGE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-):
-    """Walks the keys [begin, end), begin a multiple of BLOCK_N; EDGE: some may be hidden."""
-    n = tl.arange(0, BLOCK_N)
-    d = tl.arange(0, BLOCK_D)
-    dv = tl.arange(0, BLOCK_DV)
-    for start in range(begin, end, BLOCK_N):
-        if MERGE == "registers":
-            if start % SPLIT == 0:
-                m_done, total_done, acc_done = merge_splits(
-                    m_done, total_done, acc_done, m, total, acc
-                )
-                m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-                total = tl.zeros((BLOCK_M,), tl.float32)
-                acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
-
-        # Rows of k and v. Hidden ones are not read: 0 * NaN would reach the output.
-        position = start + n
-        stored = n >= 0
-        if EDGE:
-            stored = (position >= k_begin) & (position < k_end)
-            if key_mask_ptr is not None:
-                stored &= tl.load(key_mask_ptr + position, mask=stored, other=0) != 0
-        if pages_ptr is None:
-            first = tl.full((), 0, tl.int64) + start  # the interpreter's start is a Python int
-            k_row = k_ptr + first * STRIDE_KT + (n * STRIDE_KT)[:, None]
-            v_row = v_ptr + first * STRIDE_VT + (n * STRIDE_VT)[:, None]
-        elif PAGE % BLOCK_N == 0:
-            page = tl.load(pages_ptr + start // PAGE).to(tl.int64)
-            first = (page * KV_HEADS + kv_head) * PAGE + start % PAGE
-            k_row = k_ptr + first * STRIDE_KT + (n * STRIDE_KT)[:, None]
-            v_row = v_ptr + first * STRIDE_VT + (n * STRIDE_VT)[:, None]
-            row = first + n
-        else:
-            page = tl.load(pages_ptr + position // PAGE, mask=stored, other=0).to(tl.int64)
-            row = (page * KV_HEADS + kv_head) * PAGE + position % PAGE
-            k_row = k_ptr + row[:, None] * STRIDE_KT
-            v_row = v_ptr + row[:, None] * STRIDE_VT
-
-        k = load_columns(k_row, d, stored, BLOCK_D <= D, D, EDGE)
-        s = dot(q, tl.trans(cast(k, q.dtype)), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
-        if BLOCK_REST > 0:
-            rest = BLOCK_D + tl.arange(0, BLOCK_REST)
-            k = load_columns(k_row, rest, stored, BLOCK_D + BLOCK_REST <= D, D, EDGE)
-            s = dot(q_rest, tl.trans(cast(k, q.dtype)), s)
-        if k_scales_ptr is not None:
-            s *= tl.load(k_scales_ptr + row, mask=stored, other=0.0)[None, :]
-        if SOFTCAP:
-            s = tanh(s * softcap_scale)
-        if EDGE:
-            visible = stored[None, :]
-            if LEFT:
-                visible &= position[None, :] >= (q_position - left)[:, None]
-            if RIGHT:
-                visible &= position[None, :] <= (q_position + right)[:, None]
-            s = tl.where(visible, s, float("-inf"))
-        p, alpha, m, total = update(s, m, total, factor)
-        if v_scales_ptr is not None:
-            p *= tl.load(v_scales_ptr + row, mask=stored, other=0.0)[None, :]
-        v = load_columns(v_row, dv, stored, BLOCK_DV <= DV, DV, EDGE)
-        acc = dot(cast(p, q.dtype), cast(v, q.dtype), acc * alpha[:, None])
-    return acc, m, total, acc_done, m_done, total_done
+def hide(s, position, stored, q_position, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    """s[M, N] with -inf for the keys that a row does not see."""
+    visible = stored[None, :]
+    if LEFT:
+        visible &= position[None, :] >= (q_position - left)[:, None]
+    if RIGHT:
+        visible &= position[None, :] <= (q_position + right)[:, None]
+    return tl.where(visible, s, float("-inf"))
 
 
 @triton.jit
-def load_columns(rows, column, stored, WHOLE: tl.constexpr, D: tl.constexpr, EDGE: tl.constexpr):
+def key_rows(
+    start,
+    position,
+    stored,
+    pages_ptr,
+    kv_head,
+    KV_HEADS: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """(row of the tile's first key, offsets[N] from it) in the cache, or in a document's keys."""
+    n = tl.arange(0, BLOCK_N)
+    if pages_ptr is None:
+        return tl.full((), 0, tl.int64) + start, n  # the interpreter's start is a Python int
+    elif PAGE % BLOCK_N == 0:
+        page = tl.load(pages_ptr + start // PAGE).to(tl.int64)
+        return (page * KV_HEADS + kv_head) * PAGE + start % PAGE, n
+    else:
+        page = tl.load(pages_ptr + position // PAGE, mask=stored, other=0).to(tl.int64)
+        return tl.full((), 0, tl.int64), (page * KV_HEADS + kv_head) * PAGE + position % PAGE
+
+
+@triton.jit
+def load_columns(rows, column, stored, WHOLE: tl.constexpr, D: tl.constexpr):
     """Columns of the rows at pointers rows[N, 1]; 0 in rows not stored and columns from D on."""
-    if EDGE and WHOLE:
+    if WHOLE:
         return tl.load(rows + column[None, :], mask=stored[:, None], other=0)
-    elif EDGE:
+    else:
         mask = stored[:, None] & (column < D)[None, :]
         return tl.load(rows + column[None, :], mask=mask, other=0)
-    elif WHOLE:
-        return tl.load(rows + column[None, :])
-    else:
-        return tl.load(rows + column[None, :], mask=(column < D)[None, :], other=0)
 
 
 @triton.jit
@@ -292,11 +218,11 @@ def attention_kernel(
     q_rows = q_ptr + (entry * (stride_qb * WORD) + t * (stride_qt * WORD))[:, None]
     q_rows += (head * (stride_qh * WORD))[:, None]
     d = tl.arange(0, BLOCK_D)
-    q = load_columns(q_rows, d, live, BLOCK_D <= D, D, True)
-    q_rest = q
+    q = load_columns(q_rows, d, live, BLOCK_D <= D, D)
+    q_rest, d_rest = q, d
     if BLOCK_REST > 0:
-        rest = BLOCK_D + tl.arange(0, BLOCK_REST)
-        q_rest = load_columns(q_rows, rest, live, BLOCK_D + BLOCK_REST <= D, D, True)
+        d_rest = BLOCK_D + tl.arange(0, BLOCK_REST)
+        q_rest = load_columns(q_rows, d_rest, live, BLOCK_D + BLOCK_REST <= D, D)
     if SIGN != 1:
         q = cast(q.to(tl.float32) * SIGN, q.dtype)
         q_rest = cast(q_rest.to(tl.float32) * SIGN, q.dtype)
@@ -318,39 +244,56 @@ def attention_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     acc_done, m_done, total_done = acc, m, total
 
-    # Whole tiles that every row sees lie in [inner, outer); before and after it are edges.
+    # Tiles in [inner, outer) are whole and seen by every row; the others are edges.
     begin = k_begin // BLOCK_N * BLOCK_N
     inner, outer = begin, k_end // BLOCK_N * BLOCK_N
     if RIGHT:
-        outer = tl.minimum(outer, (tl.maximum(first_position + right + 1, 0)) // BLOCK_N * BLOCK_N)
+        outer = tl.minimum(outer, tl.maximum(first_position + right + 1, 0) // BLOCK_N * BLOCK_N)
     if LEFT:
-        inner = tl.maximum(inner, tl.cdiv(tl.maximum(last_position - left, 0), BLOCK_N) * BLOCK_N)
-        inner = tl.minimum(inner, tl.maximum(k_end, begin))
-    outer = tl.maximum(outer, inner)
-    if key_mask_ptr is not None:  # every tile may hide a key
-        inner, outer = begin, begin
-    for PART in tl.static_range(3):
-        if PART == 0:
-            first, last = begin, inner
-        elif PART == 1:
-            first, last = inner, outer
-        else:
-            first, last = outer, k_end
-        if PART == 2 or (key_mask_ptr is None and (PART == 1 or LEFT)):
-            acc, m, total, acc_done, m_done, total_done = attend(
-                acc, m, total, acc_done, m_done, total_done, first, last, k_begin, k_end,
-                q, q_rest, q_position, factor, softcap_scale,
-                k_ptr, v_ptr, k_scales_ptr, v_scales_ptr, pages_ptr, key_mask_ptr,
-                kv_head, left, right, STRIDE_KT, STRIDE_VT,
-                PART != 1, LEFT, RIGHT, SOFTCAP, KV_HEADS, D, DV, PAGE, SPLIT, MERGE,
-                BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_REST, BLOCK_DV,
-            )  # fmt: skip
+        inner = last_position - left
+    n = tl.arange(0, BLOCK_N)
+    dv = tl.arange(0, BLOCK_DV)
+    for start in range(begin, k_end, BLOCK_N):
+        if MERGE == "registers":
+            if start % SPLIT == 0:
+                m_done, total_done, acc_done = merge_splits(
+                    m_done, total_done, acc_done, m, total, acc
+                )
+                m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+                total = tl.zeros((BLOCK_M,), tl.float32)
+                acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+
+        position = start + n
+        stored = (position >= k_begin) & (position < k_end)
+        if key_mask_ptr is not None:
+            stored &= tl.load(key_mask_ptr + position, mask=stored, other=0) != 0
+        first, row = key_rows(start, position, stored, pages_ptr, kv_head, KV_HEADS, PAGE, BLOCK_N)
+        k_rows = k_ptr + first * STRIDE_KT + (row * STRIDE_KT)[:, None]
+        k = load_columns(k_rows, d, stored, BLOCK_D <= D, D)
+        s = dot(q, tl.trans(cast(k, q.dtype)), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
+        if BLOCK_REST > 0:
+            k = load_columns(k_rows, d_rest, stored, BLOCK_D + BLOCK_REST <= D, D)
+            s = dot(q_rest, tl.trans(cast(k, q.dtype)), s)
+        if k_scales_ptr is not None:
+            s *= tl.load(k_scales_ptr + first + row, mask=stored, other=0.0)[None, :]
+        if SOFTCAP:
+            s = tanh(s * softcap_scale)
+        if key_mask_ptr is not None:
+            s = hide(s, position, stored, q_position, left, right, LEFT, RIGHT)
+        elif (start < inner) | (start >= outer):
+            s = hide(s, position, stored, q_position, left, right, LEFT, RIGHT)
+        p, alpha, m, total = update(s, m, total, factor)
+        if v_scales_ptr is not None:
+            p *= tl.load(v_scales_ptr + first + row, mask=stored, other=0.0)[None, :]
+        # A value that no row sees is read as 0: 0 * NaN would reach the output.
+        v_rows = v_ptr + first * STRIDE_VT + (row * STRIDE_VT)[:, None]
+        v = load_columns(v_rows, dv, stored, BLOCK_DV <= DV, DV)
+        acc = dot(cast(p, q.dtype), cast(v, q.dtype), acc * alpha[:, None])
 
     rows = recomputed(tile) * BLOCK_M + tl.arange(0, BLOCK_M)
     live = rows < n_tokens * GROUP
     head = kv_head * GROUP + rows % GROUP
     t = (first_token + rows // GROUP).to(tl.int64)
-    dv = tl.arange(0, BLOCK_DV)
     out_row = (entry * T + t) * (KV_HEADS * GROUP) + head
     mask_o = live[:, None] & (dv < DV)[None, :]
     if MERGE == "kernel":
