@@ -142,10 +142,12 @@ PYBIND11_MODULE(_C, m) {
   op(m, "rope", &Kernels::rope, rope_args);
   op(m, "swiglu", &Kernels::swiglu, swiglu_args);
   op(m, "append_kv", &Kernels::append_kv, append_kv_args);
+  op(m, "append_mla", &Kernels::append_mla, append_mla_args);
   op(m, "rope_append_kv", &Kernels::rope_append_kv, rope_append_kv_args);
   op(m, "paged_attention", &Kernels::paged_attention, paged_attention_args);
   op(m, "quant_matmul", &Kernels::quant_matmul, quant_matmul_args);
   op(m, "linear", &Kernels::linear, linear_args);
+  op(m, "head_linear", &Kernels::head_linear, head_linear_args);
   op(m, "embedding", &Kernels::embedding, embedding_args);
   op(m, "quant_embedding", &Kernels::embedding, quant_embedding_args);
   op(m, "pack", &Kernels::pack, pack_args);

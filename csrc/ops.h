@@ -31,10 +31,10 @@ enum class Activation : uint8_t { int8, bf16, fp32 };
 
 // Where a product goes: y[m, n] = round(sums + bias).
 struct MatmulOutput {
-  void* y;           // [m, n] contiguous
+  void* y;           // [m, n], rows contiguous
   const void* bias;  // [n], or null
   DType y_type, bias_type;
-  int64_t n;
+  int64_t n, y_stride;
 };
 
 // y = x @ W.T + bias with W [n, k] packed. Few rows are bound by the bytes of W, many by
@@ -64,6 +64,21 @@ struct LinearArgs {
   int64_t m, k, x_stride, weight_stride;
 };
 LinearArgs linear_args(Tensor y, Tensor x, Tensor weight, Tensor bias, Tensor scratch);
+
+// y[t, h] = weight[h] @ x[t, h], and behind it a copy of tail[t, h]: each head has a weight [n, k] of
+// its own, whose rows or whose columns are contiguous. The sums are those of linear.
+struct HeadLinearArgs {
+  char* y;             // [tokens, heads, n + tail_dim] contiguous
+  const char* x;       // [tokens, heads, k], heads contiguous
+  const char* weight;  // [heads, n, k]
+  const char* tail;    // [tokens, heads, tail_dim], heads contiguous, or null
+  DType type;          // of all
+  bool transposed;     // the columns of a head's weight are contiguous, not its rows
+  int64_t tokens, heads, n, k, tail_dim;
+  int64_t x_token_stride, x_head_stride, weight_head_stride, weight_stride;  // in elements
+  int64_t tail_token_stride, tail_head_stride;
+};
+HeadLinearArgs head_linear_args(Tensor y, Tensor x, Tensor weight, Tensor tail);
 
 // y[i] = row ids[i] of a table, zeros for an id outside it.
 struct EmbeddingArgs {
@@ -151,6 +166,17 @@ RopeAppendKvArgs rope_append_kv_args(Tensor q_out, Tensor q, Tensor k, Tensor v,
                                      Tensor cos, Tensor sin, Tensor k_cache, Tensor v_cache,
                                      Tensor block_table, Tensor cu_seqlens, Tensor cache_seqlens);
 
+// New rows of the compressed cache [num_pages, page_size, latent | rope_key], in natural order.
+// Strides and sizes are in bytes.
+struct AppendMlaArgs {
+  char* cache;
+  const char *latent, *rope_key;
+  Paging paging;
+  int64_t latent_bytes, rope_key_bytes, latent_stride, rope_key_stride;
+};
+AppendMlaArgs append_mla_args(Tensor latent, Tensor rope_key, Tensor cache, Tensor block_table,
+                              Tensor cu_seqlens, Tensor cache_seqlens);
+
 // o[tokens, heads, value_dim]: causal attention over the paged cache. Positions are cut into splits
 // of 512; with `partials` the splits of a row may run on several threads, to the same bits.
 struct PagedAttentionArgs {
@@ -218,10 +244,12 @@ struct Kernels {
   Kernel<RopeArgs>* rope;
   Kernel<SwigluArgs>* swiglu;
   Kernel<AppendKvArgs>* append_kv;
+  Kernel<AppendMlaArgs>* append_mla;
   Kernel<RopeAppendKvArgs>* rope_append_kv;
   Kernel<PagedAttentionArgs>* paged_attention;
   Kernel<QuantMatmulArgs>* quant_matmul;
   Kernel<LinearArgs>* linear;
+  Kernel<HeadLinearArgs>* head_linear;
   Kernel<EmbeddingArgs>* embedding;
   Kernel<PackArgs>* pack;
   Kernel<LogProbsArgs>* log_probs;

@@ -30,6 +30,7 @@ from . import (
     append_kv,
     attention,
     embedding,
+    head_linear,
     linear,
     log_probs,
     mla_attention,
@@ -45,6 +46,7 @@ KERNEL_MODULES = (
     "append_kv",
     "attention",
     "embedding",
+    "head_linear",
     "linear",
     "log_probs",
     "mla_attention",
@@ -153,6 +155,9 @@ def shipped_launches() -> dict[str, Callable[[], Any]]:
     for phase, n_tokens in (("prefill", 4096), ("decode", 8)):
         shape = (n_tokens, 32, 8, 128, bf16, False)
         calls[f"attention {phase} fast"] = lambda s=shape: _attention(*s)
+    for m in (8, 2048):
+        calls[f"head_linear absorb m={m}"] = lambda m=m: _head_linear(m, 128, 512, 64)
+        calls[f"head_linear values m={m}"] = lambda m=m: _head_linear(m, 512, 128, 0)
     calls["append_mla"] = lambda: _append_mla()
     for heads, dtype, fast in ((16, bf16, False), (128, bf16, True), (16, f32, False)):
         for phase, n_tokens in (("prefill", 2048), ("decode", 8)):
@@ -297,6 +302,12 @@ def _dense_attention(n_tokens: int, heads: int, kv_heads: int, dim: int) -> None
     q, k = _meta(n_tokens, heads, dim), _meta(n_tokens, kv_heads, dim)
     plain = (None, None, dim**-0.5, -1, 0, 0.0)  # no mask, no sinks, causal, no softcap
     attention.attention(q, k, k, _ids(9), _ids(9), *plain)
+
+
+def _head_linear(n_tokens: int, k: int, n: int, tail_dim: int) -> Tensor:
+    x, tail = _meta(n_tokens, 16, k), _meta(n_tokens, 16, tail_dim) if tail_dim else None
+    weight = _meta(16, 256, 512)  # of kv_b_proj: 128 rows make keys, 128 values
+    return head_linear.head_linear(x, weight[:, :128].mT if tail_dim else weight[:, 128:], tail)
 
 
 def _append_mla() -> None:

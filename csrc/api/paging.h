@@ -8,6 +8,10 @@ Paging paging_of(const char* op, const Tensor& k_cache, const Tensor& v_cache,
                  const Tensor& block_table, const Tensor& cu_seqlens, const Tensor& cache_seqlens,
                  int64_t tokens);
 
+// The same for a compressed cache [num_pages, page_size, columns].
+Paging mla_paging_of(const char* op, const Tensor& cache, const Tensor& block_table,
+                     const Tensor& cu_seqlens, const Tensor& cache_seqlens, int64_t tokens);
+
 // Throws std::invalid_argument naming the argument unless the values index the cache: starts rise
 // from 0 to `tokens`, lengths hold the new tokens and fit their row of the table, pages exist.
 // Shapes were checked.

@@ -15,7 +15,8 @@ MatmulOutput matmul_output(const Tensor& y, const Tensor& bias, int64_t m, int64
           .bias = bias.given() ? bias.data : nullptr,
           .y_type = y.dtype,
           .bias_type = bias.dtype,
-          .n = n};
+          .n = n,
+          .y_stride = n};
 }
 
 void check_rows(const Tensor& x, const char* op) {

@@ -7,10 +7,12 @@ Kernel<RmsNormArgs> rms_norm;
 Kernel<RopeArgs> rope;
 Kernel<SwigluArgs> swiglu;
 Kernel<AppendKvArgs> append_kv;
+Kernel<AppendMlaArgs> append_mla;
 Kernel<RopeAppendKvArgs> rope_append_kv;
 Kernel<PagedAttentionArgs> paged_attention;
 Kernel<QuantMatmulArgs> quant_matmul;
 Kernel<LinearArgs> linear;
+Kernel<HeadLinearArgs> head_linear;
 Kernel<EmbeddingArgs> embedding;
 Kernel<PackArgs> pack;
 Kernel<LogProbsArgs> log_probs;
@@ -22,10 +24,12 @@ const Kernels kernels = {
     .rope = rope,
     .swiglu = swiglu,
     .append_kv = append_kv,
+    .append_mla = append_mla,
     .rope_append_kv = rope_append_kv,
     .paged_attention = paged_attention,
     .quant_matmul = quant_matmul,
     .linear = linear,
+    .head_linear = head_linear,
     .embedding = embedding,
     .pack = pack,
     .log_probs = log_probs,

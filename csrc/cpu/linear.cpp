@@ -2,47 +2,11 @@
 // scratch and meets all rows of x while it lies in the cache; the tiles are those of packed
 // weights, so the bits are too.
 #include "cpu/matmul_dense.h"
-#include "cpu/transpose.h"
+#include "cpu/pack_panel.h"
 #include "ops.h"
 
 namespace fastllm::FASTLLM_ISA {
 namespace {
-
-// Words [begin, words) of one row into lane r of a panel; the last word of an odd bf16 row is half
-// full.
-FASTLLM_INLINE void pack_row(const char* row, int64_t row_bytes, int64_t begin, int64_t words,
-                             uint32_t* panel) {
-  for (int64_t w = begin; w < words; ++w) {
-    uint32_t word = 0;
-    const int64_t left = row_bytes - 4 * w;
-    if (left >= 4)
-      __builtin_memcpy(&word, row + 4 * w, 4);
-    else
-      __builtin_memcpy(&word, row + 4 * w, 2);
-    panel[w * kPanelRows] = word;
-  }
-}
-
-void pack_panel(const char* rows, int64_t stride, int64_t count, int64_t row_bytes, int64_t words,
-                uint32_t* panel) {
-  int64_t w = 0;
-#if defined(__AVX512F__)
-  for (; w + 16 <= row_bytes / 4; w += 16) {
-    vi r[16];
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) r[i] = i < count ? vloadi(rows + i * stride + 4 * w) : vi{};
-    transpose_16x16(r);
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) __builtin_memcpy(panel + (w + i) * kPanelRows, &r[i], 64);
-  }
-#endif
-  for (int64_t i = 0; i < kPanelRows; ++i) {
-    if (i < count)
-      pack_row(rows + i * stride, row_bytes, w, words, panel + i);
-    else
-      for (int64_t j = w; j < words; ++j) panel[j * kPanelRows + i] = 0;
-  }
-}
 
 template <class D>
 struct LinearProduct : DenseRows<D> {

@@ -85,7 +85,7 @@ FASTLLM_INLINE void store_tile(const MatmulOutput& o, const float* sums, int64_t
                                int64_t row, int64_t rows, int64_t column) {
   const int64_t n = o.n - column < stride ? o.n - column : stride;
   for (int64_t m = 0; m < rows; ++m) {
-    const int64_t at = (row + m) * o.n + column;
+    const int64_t at = (row + m) * o.y_stride + column;
     if (o.y_type == DType::bf16)
       store_row(static_cast<uint16_t*>(o.y) + at, sums + m * stride, o, column, n);
     else

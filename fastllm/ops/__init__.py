@@ -5,6 +5,7 @@ from __future__ import annotations
 from .append_kv import append_kv, rope_append_kv
 from .attention import attention
 from .embedding import embedding, quant_embedding
+from .head_linear import head_linear
 from .linear import linear
 from .mla_attention import append_mla, mla_attention, new_mla_cache
 from .paged_attention import paged_attention
@@ -23,6 +24,7 @@ __all__ = [
     "append_mla",
     "attention",
     "embedding",
+    "head_linear",
     "linear",
     "log_probs",
     "mla_attention",

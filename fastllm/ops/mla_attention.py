@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _C
 from .paged_cache import CHUNK, PAGE_SIZE, check_index
 from .pages import lazy_zeros
 from .registry import Op, batch_invariant
@@ -128,16 +129,28 @@ _mla_attention = Op(
 )
 
 
-@_append_mla.impl("triton", "cuda", dtypes=_DTYPES)
+def _rows_contiguous(
+    latent: Tensor, rope_key: Tensor, cache: Tensor, block_table: Tensor, *_: Tensor
+) -> bool:
+    return latent.stride(-1) == 1 and rope_key.stride(-1) == 1 and block_table.stride(-1) == 1
+
+
+@_append_mla.impl("native", "cpu", dtypes=_DTYPES, when=_rows_contiguous)
+def _append_mla_cpu(*args: Tensor) -> None:
+    _C.append_mla(*args)
+
+
+@_append_mla.impl("triton", "cuda", dtypes=_DTYPES, when=_rows_contiguous)
 def _append_mla_triton(*args: Tensor) -> None:
     from ..kernels import mla_attention as kernel
 
     kernel.append_mla(*args)
 
 
-def _triton_supports(q: Tensor, cache: Tensor, *args: Any) -> bool:
-    page_size, width, value_dim = cache.shape[1], cache.shape[2], args[3]
-    return page_size & (page_size - 1) == 0 and page_size <= 64 and value_dim < width
+def _triton_supports(q: Tensor, cache: Tensor, block_table: Tensor, *args: Any) -> bool:
+    page_size, width, value_dim = cache.shape[1], cache.shape[2], args[2]
+    inner = q.stride(-1) == 1 and block_table.is_contiguous()
+    return inner and page_size & (page_size - 1) == 0 and value_dim < width
 
 
 @_mla_attention.impl("triton", "cuda", dtypes=_DTYPES, when=_triton_supports)

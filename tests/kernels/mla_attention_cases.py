@@ -1,4 +1,4 @@
-"""Attention over compressed pages under the interpreter, against plain float64 PyTorch.
+"""Attention over compressed pages, and head_linear, under the interpreter, against float64.
 
 Runs as interpreter_cases.py does. Every slot of the cache that no token was written to is NaN.
 """
@@ -133,6 +133,21 @@ def same_bits(dtype: torch.dtype) -> float:
     return worst
 
 
+def head_linear_case(dtype: torch.dtype, sizes: tuple[int, ...], transposed: bool) -> float:
+    from fastllm.kernels.head_linear import head_linear
+
+    tokens, heads, n, k, tail_dim = sizes
+    x = randn(tokens, heads, k + 5, dtype=dtype)[..., 5:]
+    weight = randn(heads, n, k, dtype=dtype, seed=1)
+    tail = randn(tokens, heads, tail_dim, dtype=dtype, seed=2) if tail_dim else None
+    ref = torch.einsum("thk,hnk->thn", x.double(), weight.double())
+    if tail is not None:
+        ref = torch.cat((ref, tail.double()), -1)
+    if transposed:
+        weight = weight.mT.contiguous().mT
+    return excess(head_linear(x, weight, tail), ref, dtype)
+
+
 def quick_cases() -> dict[str, Case]:
     """Cases of the normal run."""
     cases: dict[str, Case] = {}
@@ -144,6 +159,9 @@ def quick_cases() -> dict[str, Case]:
         cases[f"mla {d} decode"] = lambda t=dtype: mla_case(t, [599, 20], [600, 21], 16)
         cases[f"mla {d} odd dims"] = lambda t=dtype: mla_case(t, [5], [30], dims=(24, 8), page=16)
         cases[f"mla {d} same bits"] = lambda t=dtype: same_bits(t)
+        for sizes, transposed in (((1, 3, 70, 40, 16), True), ((19, 2, 20, 33, 0), False)):
+            name = f"head_linear {d} {sizes}" + " transposed" * transposed
+            cases[name] = lambda a=(dtype, sizes, transposed): head_linear_case(*a)
     cases["mla f16 chunks"] = lambda: mla_case(F16, [64, 5], [130, 30], page=128)
     cases["mla bf16 fast"] = lambda: mla_case(BF16, [500, 5], [520, 6], 16, batch_invariant=False)
     cases["mla f32 dead slots"] = dead_slots

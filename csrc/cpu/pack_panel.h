@@ -1,0 +1,70 @@
+// Packing rows of a dense weight into panels of kPanelRows outputs, word by word: word w of lane i
+// is column w of row i (f32), or its columns 2w and 2w + 1 (bf16; a last odd one is half full).
+#pragma once
+#include "cpu/packed.h"
+#include "cpu/transpose.h"
+
+namespace fastllm::FASTLLM_ISA {
+
+// Words [begin, words) of one row into lane r of a panel.
+FASTLLM_INLINE void pack_row(const char* row, int64_t row_bytes, int64_t begin, int64_t words,
+                             uint32_t* panel) {
+  for (int64_t w = begin; w < words; ++w) {
+    uint32_t word = 0;
+    const int64_t left = row_bytes - 4 * w;
+    if (left >= 4)
+      __builtin_memcpy(&word, row + 4 * w, 4);
+    else
+      __builtin_memcpy(&word, row + 4 * w, 2);
+    panel[w * kPanelRows] = word;
+  }
+}
+
+static void pack_panel(const char* rows, int64_t stride, int64_t count, int64_t row_bytes,
+                       int64_t words, uint32_t* panel) {
+  int64_t w = 0;
+#if defined(__AVX512F__)
+  for (; w + 16 <= row_bytes / 4; w += 16) {
+    vi r[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) r[i] = i < count ? vloadi(rows + i * stride + 4 * w) : vi{};
+    transpose_16x16(r);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) __builtin_memcpy(panel + (w + i) * kPanelRows, &r[i], 64);
+  }
+#endif
+  for (int64_t i = 0; i < kPanelRows; ++i) {
+    if (i < count)
+      pack_row(rows + i * stride, row_bytes, w, words, panel + i);
+    else
+      for (int64_t j = w; j < words; ++j) panel[j * kPanelRows + i] = 0;
+  }
+}
+
+// The same panel of a weight that lies transposed: `count` outputs side by side, column after
+// column, `stride` elements apart.
+FASTLLM_INLINE void pack_columns(const uint32_t* columns, int64_t stride, int64_t count, int64_t k,
+                                 uint32_t* panel) {
+  for (int64_t c = 0; c < k; ++c) {
+    uint32_t* to = panel + c * kPanelRows;
+    for (int64_t i = 0; i < kPanelRows; ++i) to[i] = i < count ? columns[c * stride + i] : 0;
+  }
+}
+FASTLLM_INLINE void pack_columns(const uint16_t* columns, int64_t stride, int64_t count, int64_t k,
+                                 uint32_t* panel) {
+  const bool whole = count >= kPanelRows;
+  for (int64_t c = 0; c < k; c += 2) {
+    const uint16_t *low = columns + c * stride, *high = low + stride;
+    uint32_t* to = panel + c / 2 * kPanelRows;
+    if (whole && c + 1 < k) {
+      for (int i = 0; i < kPanelRows; ++i) to[i] = low[i] | static_cast<uint32_t>(high[i]) << 16;
+    } else {
+      for (int i = 0; i < kPanelRows; ++i) {
+        to[i] = i < count ? low[i] : 0;
+        if (i < count && c + 1 < k) to[i] |= static_cast<uint32_t>(high[i]) << 16;
+      }
+    }
+  }
+}
+
+}  // namespace fastllm::FASTLLM_ISA
