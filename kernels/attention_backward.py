@@ -109,16 +109,23 @@ def document_of_tile(
 
 
 @triton.jit
-def tile_ranges(lo, hi, full_lo, full_hi, BLOCK: tl.constexpr):
-    """(begin, full_begin, full_end, end) of the tiles that [lo, hi) touches.
+def tile_ranges(lo, hi, full_lo, full_hi, BLOCK: tl.constexpr, EDGE: tl.constexpr):
+    """(first edge tile, edge tiles, first whole tile, whole tiles) over the rows [lo, hi).
 
-    Those in [full_begin, full_end) lie in [full_lo, full_hi), where nothing is hidden.
+    Whole tiles, of BLOCK rows, lie in [full_lo, full_hi), where nothing is hidden; the rows before
+    and after them go in edge tiles of EDGE rows, see `edge_tile`.
     """
-    begin = lo // BLOCK
-    end = tl.maximum(begin, tl.cdiv(tl.maximum(hi, 0), BLOCK))
-    full_begin = tl.minimum(tl.maximum(begin, tl.cdiv(full_lo, BLOCK)), end)
-    full_end = tl.maximum(full_begin, tl.minimum(tl.maximum(full_hi, 0) // BLOCK, end))
-    return begin, full_begin, full_end, end
+    begin = lo // EDGE
+    end = tl.maximum(begin, tl.cdiv(tl.maximum(hi, 0), EDGE))
+    full_begin = tl.cdiv(full_lo, BLOCK)
+    n_full = tl.maximum(0, tl.maximum(full_hi, 0) // BLOCK - full_begin)
+    return begin, end - begin - n_full * (BLOCK // EDGE), full_begin, n_full
+
+
+@triton.jit
+def edge_tile(at, begin, full_begin, n_full, RATIO: tl.constexpr):
+    """The edge tile of a number: those before the whole tiles, each of RATIO edges, then others."""
+    return begin + at + tl.where(begin + at < full_begin * RATIO, 0, n_full * RATIO)
 
 
 @triton.jit
@@ -236,9 +243,9 @@ def add_queries(
     grad_o_ptr,
     lse2_ptr,
     delta_ptr,
-    stride_qt,
+    stride_qt: tl.constexpr,
     stride_qh,
-    stride_gt,
+    stride_gt: tl.constexpr,
     stride_gh,
     lo,
     hi,
@@ -275,7 +282,7 @@ def add_queries(
         q2 = load_columns(q_ptr, m, stride_qt, live, D1, D2, D, MASKED)
         s = dot(k2, tl.trans(q2), s)
     if MASKED:
-        lse2 = tl.load(lse2_ptr + rows, mask=live, other=float("inf"))
+        lse2 = tl.load(lse2_ptr + rows, mask=live, other=0.0)
         delta = tl.load(delta_ptr + rows, mask=live, other=0.0)
     else:
         lse2 = tl.load(lse2_ptr + rows)
@@ -284,16 +291,16 @@ def add_queries(
     if MASKED:
         ahead = (rows + shift)[None, :] - n[:, None]
         visible = in_window(ahead, window_left, window_right, HAS_LEFT, HAS_RIGHT)
-        p = tl.where(visible, p, 0.0)
+        p = tl.where(visible & live[None, :], p, 0.0)
     g1 = load_columns(grad_o_ptr, m, stride_gt, live, 0, DV1, DV, MASKED)
     p_rounded = cast(p, g1.dtype)
     dv1 = dot(p_rounded, g1, dv1)
-    dp = dot(v1, tl.trans(g1), tl.zeros((BLOCK_N, BLOCK_M), tl.float32))
+    dp = dot(v1, tl.trans(g1), tl.broadcast_to(-delta[None, :], (BLOCK_N, BLOCK_M)))
     if DV2 > 0:
         g2 = load_columns(grad_o_ptr, m, stride_gt, live, DV1, DV2, DV, MASKED)
         dv2 = dot(p_rounded, g2, dv2)
         dp = dot(v2, tl.trans(g2), dp)
-    ds = p * (dp - delta[None, :])
+    ds = p * dp
     if SOFTCAP:
         ds *= slope
     ds_rounded = cast(ds, q1.dtype)
@@ -317,16 +324,16 @@ def key_gradients_kernel(
     cu_k_ptr,
     key_mask_ptr,
     stride_gb,
-    stride_gt,
+    stride_gt: tl.constexpr,
     stride_gh,
     stride_qb,
-    stride_qt,
+    stride_qt: tl.constexpr,
     stride_qh,
     stride_kb,
-    stride_kt,
+    stride_kt: tl.constexpr,
     stride_kh,
     stride_vb,
-    stride_vt,
+    stride_vt: tl.constexpr,
     stride_vh,
     T,
     T_k,
@@ -350,7 +357,9 @@ def key_gradients_kernel(
     DV2: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    EDGE: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     kv_head = tl.program_id(1)
     doc, tile, first_q, len_q, first_k, len_k = document_of_tile(
@@ -378,9 +387,7 @@ def key_gradients_kernel(
     if HAS_LEFT:
         hi = tl.minimum(len_q, n_last + window_left - shift + 1)
         full_hi = tl.minimum(len_q, n_first + window_left - shift + 1)
-    begin, full_begin, full_end, end = tile_ranges(lo, hi, full_lo, full_hi, BLOCK_M)
-    n_before = full_begin - begin
-    n_masked = n_before + end - full_end
+    begin, n_edge, full_begin, n_full = tile_ranges(lo, hi, full_lo, full_hi, BLOCK_M, EDGE)
 
     first_key = (first_k + n_first).to(tl.int64)
     k_ptr += batch * stride_kb + first_key * stride_kt + kv_head.to(tl.int64) * stride_kh
@@ -403,20 +410,18 @@ def key_gradients_kernel(
     q_ptr += batch * stride_qb + first_q.to(tl.int64) * stride_qt
     grad_o_ptr += batch * stride_gb + first_q.to(tl.int64) * stride_gt
     first_row = batch * tl.num_programs(1) * GROUP * T + first_q
-    m = tl.arange(0, BLOCK_M)
-    for step in range(n_masked * GROUP):
-        at = step % n_masked
-        q_tile = begin + at + tl.where(at < n_before, 0, full_end - full_begin)
+    m = tl.arange(0, EDGE)
+    for step in tl.range(0, n_edge * GROUP, num_stages=STAGES):
+        q_tile = edge_tile(step % n_edge, begin, full_begin, n_full, BLOCK_M // EDGE)
         dk1, dk2, dv1, dv2 = add_queries(
-            dk1, dk2, dv1, dv2, k1, k2, v1, v2, n, m, q_tile, first_head + step // n_masked, T,
+            dk1, dk2, dv1, dv2, k1, k2, v1, v2, n, m, q_tile, first_head + step // n_edge, T,
             q_ptr, grad_o_ptr, lse2_ptr + first_row, delta_ptr + first_row,
             stride_qt, stride_qh, stride_gt, stride_gh, lo, hi, shift,
             to_tanh, to_exponent, window_left, window_right, HAS_LEFT, HAS_RIGHT, SOFTCAP,
-            D, D1, D2, DV, DV1, DV2, BLOCK_N, BLOCK_M, True,
+            D, D1, D2, DV, DV1, DV2, BLOCK_N, EDGE, True,
         )  # fmt: skip
-    n_full = full_end - full_begin
-    m = recomputed(m)
-    for step in range(n_full * GROUP):
+    m = recomputed(tl.arange(0, BLOCK_M))
+    for step in tl.range(0, n_full * GROUP, num_stages=STAGES):
         q_tile = full_begin + step % n_full
         dk1, dk2, dv1, dv2 = add_queries(
             dk1, dk2, dv1, dv2, k1, k2, v1, v2, n, m, q_tile, first_head + step // n_full, T,
@@ -459,12 +464,13 @@ def add_keys(
     lse2,
     delta,
     position,
+    j,
     tile,
     k_ptr,
     v_ptr,
     key_mask_ptr,
-    stride_kt,
-    stride_vt,
+    stride_kt: tl.constexpr,
+    stride_vt: tl.constexpr,
     lo,
     hi,
     to_tanh,
@@ -486,7 +492,6 @@ def add_keys(
     MASKED: tl.constexpr,
 ):
     """dQ of the rows at `position`, with one tile of keys added; keys in [lo, hi) count."""
-    j = tl.arange(0, BLOCK_N)
     n = tile * BLOCK_N + j
     live = (n >= lo) & (n < hi)
     if HAS_KEY_MASK:
@@ -532,16 +537,16 @@ def query_gradients_kernel(
     cu_k_ptr,
     key_mask_ptr,
     stride_gb,
-    stride_gt,
+    stride_gt: tl.constexpr,
     stride_gh,
     stride_qb,
-    stride_qt,
+    stride_qt: tl.constexpr,
     stride_qh,
     stride_kb,
-    stride_kt,
+    stride_kt: tl.constexpr,
     stride_kh,
     stride_vb,
-    stride_vt,
+    stride_vt: tl.constexpr,
     stride_vh,
     T,
     T_k,
@@ -565,7 +570,9 @@ def query_gradients_kernel(
     DV2: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    EDGE: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     head, heads = tl.program_id(1), tl.num_programs(1)
     doc, tile, first_q, len_q, first_k, len_k = document_of_tile(
@@ -598,9 +605,7 @@ def query_gradients_kernel(
         full_hi = tl.minimum(len_k, p_first + window_right + 1)
     if HAS_KEY_MASK:
         full_hi = full_hi * 0
-    begin, full_begin, full_end, end = tile_ranges(lo, hi, full_lo, full_hi, BLOCK_N)
-    n_before = full_begin - begin
-    n_masked = n_before + end - full_end
+    begin, n_edge, full_begin, n_full = tile_ranges(lo, hi, full_lo, full_hi, BLOCK_N, EDGE)
 
     first_row = (first_q + m_first).to(tl.int64)
     q_ptr += batch * stride_qb + first_row * stride_qt + head.to(tl.int64) * stride_qh
@@ -622,23 +627,27 @@ def query_gradients_kernel(
     k_ptr += batch * stride_kb + first_k.to(tl.int64) * stride_kt + kv_head * stride_kh
     v_ptr += batch * stride_vb + first_k.to(tl.int64) * stride_vt + kv_head * stride_vh
     key_mask_ptr += batch * T_k + first_k
-    for at in range(n_masked):
-        k_tile = begin + at + tl.where(at < n_before, 0, full_end - full_begin)
+    j = tl.arange(0, EDGE)
+    for at in tl.range(0, n_edge, num_stages=STAGES):
+        k_tile = edge_tile(at, begin, full_begin, n_full, BLOCK_N // EDGE)
         dq1, dq2 = add_keys(
-            dq1, dq2, q1, q2, g1, g2, lse2, delta, position, k_tile,
+            dq1, dq2, q1, q2, g1, g2, lse2, delta, position, j, k_tile,
             k_ptr, v_ptr, key_mask_ptr, stride_kt, stride_vt, lo, hi, to_tanh, to_exponent,
             window_left, window_right, HAS_LEFT, HAS_RIGHT, SOFTCAP, HAS_KEY_MASK,
-            D, D1, D2, DV, DV1, DV2, BLOCK_M, BLOCK_N, True,
+            D, D1, D2, DV, DV1, DV2, BLOCK_M, EDGE, True,
         )  # fmt: skip
     if not HAS_KEY_MASK:
-        for k_tile in range(full_begin, full_end):
+        j = recomputed(tl.arange(0, BLOCK_N))
+        for k_tile in tl.range(full_begin, full_begin + n_full, num_stages=STAGES):
             dq1, dq2 = add_keys(
-                dq1, dq2, q1, q2, g1, g2, lse2, delta, position, k_tile,
+                dq1, dq2, q1, q2, g1, g2, lse2, delta, position, j, k_tile,
                 k_ptr, v_ptr, key_mask_ptr, stride_kt, stride_vt, lo, hi, to_tanh, to_exponent,
                 window_left, window_right, HAS_LEFT, HAS_RIGHT, SOFTCAP, False,
                 D, D1, D2, DV, DV1, DV2, BLOCK_M, BLOCK_N, False,
             )  # fmt: skip
 
+    i = recomputed(i)
+    stored = tile * BLOCK_M + i < len_q
     dq_ptr += ((batch * T + first_row) * heads + head) * D
     store_columns(dq_ptr, dq1 * scale, i, heads * D, stored, 0, D1, D)
     if D2 > 0:
@@ -734,13 +743,13 @@ def attention_backward(
     by_keys, by_queries = tiles.by_keys, tiles.by_queries
     key_gradients_kernel[(_programs(T_k, by_keys.keys, n_docs, varlen), kv_heads)](
         dk, dv, *inputs, **constants,
-        BLOCK_N=by_keys.keys, BLOCK_M=by_keys.queries,
-        num_warps=by_keys.num_warps, num_stages=by_keys.num_stages,
+        BLOCK_N=by_keys.keys, BLOCK_M=by_keys.queries, EDGE=by_keys.edge,
+        STAGES=by_keys.num_stages, num_warps=by_keys.num_warps,
     )  # fmt: skip
     query_gradients_kernel[(_programs(T, by_queries.queries, n_docs, varlen), heads)](
         dq, *inputs, **constants,
-        BLOCK_N=by_queries.keys, BLOCK_M=by_queries.queries,
-        num_warps=by_queries.num_warps, num_stages=by_queries.num_stages,
+        BLOCK_N=by_queries.keys, BLOCK_M=by_queries.queries, EDGE=by_queries.edge,
+        STAGES=by_queries.num_stages, num_warps=by_queries.num_warps,
     )  # fmt: skip
     return dq, dk, dv, dsinks
 

@@ -182,10 +182,14 @@ def _invariant_tile(dtype: torch.dtype, dim: int) -> tuple[int, int, int]:
 
 @dataclass(frozen=True, slots=True)
 class AttentionBackwardTile:
-    """Keys and query rows of one step of a pass; its programs own one side, and walk the other."""
+    """Keys and query rows of one step of a pass; its programs own one side, and walk the other.
+
+    edge: the walked side's rows in a step that needs masks, a divisor of a whole step's.
+    """
 
     keys: int
     queries: int
+    edge: int
     num_warps: int
     num_stages: int
 
@@ -227,7 +231,7 @@ def attention_backward_tiles(
 ) -> AttentionBackwardTiles:
     """Tiles of both passes."""
     return AttentionBackwardTiles(
-        AttentionBackwardTile(128, 64, 8, 2), AttentionBackwardTile(64, 128, 8, 2)
+        AttentionBackwardTile(128, 64, 32, 8, 2), AttentionBackwardTile(64, 128, 64, 8, 2)
     )
 
 

@@ -16,7 +16,7 @@ from interpreter_cases import BF16, F32, NAMES, Case, excess, main, randn, same
 from torch import Tensor
 
 F16 = torch.float16
-SMALL = ((32, 16), (16, 32))  # keys x queries of the two passes: many tiles of few rows
+SMALL = ((32, 32, 16), (16, 32, 16))  # keys, queries, edge of the two passes: many tiles
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Problem:
     key_mask: bool = False
     grad_lse: bool = False
     strided: bool = False
-    tiles: tuple[tuple[int, int], tuple[int, int]] | None = SMALL
+    tiles: tuple[tuple[int, int, int], tuple[int, int, int]] | None = SMALL
 
 
 @dataclass
