@@ -20,7 +20,7 @@ from fastllm.models.safetensors_files import save_directory
 from fastllm.models.stored_tensor import StoredTensor
 from fastllm.models.tokenizer import Tokenizer
 from fastllm.models.weights import WeightSource, open_weights
-from fastllm.nn.linear import Linear, ParallelLinear
+from fastllm.nn.linear import DenseLinear, Linear, ParallelLinear
 from fastllm.ops.pages import Arena
 from fastllm.quantize.gguf_blocks import QUANTIZED_FORMATS
 from fastllm.quantize.packed import PackedWeight, pack, unpack
@@ -124,6 +124,7 @@ class _Loader:
 
     def __init__(self, source: WeightSource, dtype: torch.dtype, device: torch.device) -> None:
         self.source = source
+        self.dtype = dtype
         self.dense = "bf16" if dtype == torch.bfloat16 else "f32"
         self.device = device
         self.arena = Arena()
@@ -133,9 +134,11 @@ class _Loader:
         body.embed_tokens.packed = self._pack(["model.embed_tokens.weight"])[0]
         body.embed_tokens.weight = None
         for name, group in model.parallel_linears():
-            self._fill_group(group, [f"{name}.{member}" for member in _members(group)])
+            self._fill_group(group, [f"{name}.{member}" for member in group.names])
         for name, module in model.named_modules():
-            if isinstance(module, Linear) and module.weight is not None and module.packed is None:
+            if isinstance(module, DenseLinear):
+                module.weight = self._matrix(f"{name}.weight")
+            elif isinstance(module, Linear) and module.weight is not None and module.packed is None:
                 self._fill_linear(module, name, body.embed_tokens.packed)
         self._fill_vectors(model)
         self.source.release()
@@ -166,6 +169,12 @@ class _Loader:
                 owner, _, attribute = name.rpartition(".")
                 setattr(model.get_submodule(owner), attribute, self._vector(name))
 
+    def _matrix(self, name: str) -> nn.Parameter:
+        """A weight that is used as it lies, in the compute dtype."""
+        data = self.source.get(name).data.to(self.device, self.dtype, copy=True)
+        self.source.release(name)
+        return nn.Parameter(data, requires_grad=False)
+
     def _vector(self, name: str) -> nn.Parameter:
         """A norm's weight or a bias as it is stored; float16 becomes float32."""
         data = self.source.get(name).data
@@ -194,10 +203,6 @@ class _Loader:
         return stored.format if stored.format in QUANTIZED_FORMATS else self.dense
 
 
-def _members(group: ParallelLinear) -> tuple[str, ...]:
-    return ("q_proj", "k_proj", "v_proj") if len(group.members) == 3 else ("gate_proj", "up_proj")
-
-
 def save_pretrained(
     model: Decoder, directory: str | os.PathLike[str], tokenizer: Tokenizer | None = None,
     *, overwrite: bool = False,
@@ -218,7 +223,7 @@ def hf_tensors(model: Decoder) -> dict[str, Tensor]:
     found = {name: parameter.detach() for name, parameter in model.named_parameters()}
     for name, group in model.parallel_linears():
         if group.packed is not None:
-            names = [f"{name}.{member}.weight" for member in _members(group)]
+            names = [f"{name}.{member}.weight" for member in group.names]
             parts = _dense(group.packed, names).split(group.sizes)
             found.update(zip(names, parts, strict=True))
     for name, module in model.named_modules():

@@ -35,7 +35,8 @@ class Attention(nn.Module):
         self.o_proj = Linear(q_size, hidden, output_bias, activation)
         self.q_norm = None if norm_eps is None else RMSNorm(head_dim, norm_eps)
         self.k_norm = None if norm_eps is None else RMSNorm(head_dim, norm_eps)
-        self.qkv = ParallelLinear((self.q_proj, self.k_proj, self.v_proj))
+        members = (self.q_proj, self.k_proj, self.v_proj)
+        self.qkv = ParallelLinear(members, ("q_proj", "k_proj", "v_proj"))
 
     def forward(
         self, x: Tensor, batch: Batch, rope_tables: tuple[Tensor, Tensor], cache: KvCache

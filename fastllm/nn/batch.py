@@ -23,3 +23,4 @@ class Batch:
     cu_seqlens_q: Tensor  # [S + 1] int32: where each sequence's tokens begin
     cache_seqlens: Tensor  # [S] int32: positions in the cache, this step's included
     block_table: Tensor  # [S, P] int32: pages of each sequence
+    fresh: bool = False  # nothing was cached before: every sequence's tokens are all of it

@@ -49,6 +49,13 @@ class Linear(nn.Module):
         return f"{self.in_features}, {self.out_features}, {kind}"
 
 
+class DenseLinear(Linear):
+    """A linear layer whose weight stays a plain tensor, because others read it in other shapes."""
+
+    def pack_(self) -> None:
+        """Nothing: there is no packed cache."""
+
+
 class ParallelLinear:
     """Linears of one input as one product: q, k and v, or gate and up.
 
@@ -56,8 +63,9 @@ class ParallelLinear:
     Once `packed` is set the members' own packed weights are not needed.
     """
 
-    def __init__(self, members: Sequence[Linear]) -> None:
+    def __init__(self, members: Sequence[Linear], names: Sequence[str]) -> None:
         self.members = tuple(members)
+        self.names = tuple(names)  # of the members in their module
         self.sizes = [m.out_features for m in members]
         self.packed: PackedWeight | None = None
         self.bias: Tensor | None = None

@@ -18,7 +18,7 @@ class MLP(nn.Module):
         self.gate_proj = Linear(hidden, inner, bias, activation)
         self.up_proj = Linear(hidden, inner, bias, activation)
         self.down_proj = Linear(inner, hidden, bias, activation)
-        self.gate_up = ParallelLinear((self.gate_proj, self.up_proj))
+        self.gate_up = ParallelLinear((self.gate_proj, self.up_proj), ("gate_proj", "up_proj"))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, hidden] -> [T, hidden]."""

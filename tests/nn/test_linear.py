@@ -48,7 +48,7 @@ def test_parallel_linears_have_the_bits_of_separate_ones(biases: tuple[bool, ...
         _linear(rows, bias, torch.float32, i)
         for i, (rows, bias) in enumerate(zip((32, 20, 12), biases, strict=True))
     ]
-    group = ParallelLinear(members)
+    group = ParallelLinear(members, "abc")
     x = torch.randn(4, 48)
     for member in members:
         member.pack_()
@@ -65,4 +65,4 @@ def test_a_weight_that_is_packed_alone_cannot_be_packed_again() -> None:
     with pytest.raises(ValueError, match="nothing to pack"):
         layer.pack_()
     with pytest.raises(ValueError, match="nothing to pack"):
-        ParallelLinear([layer, layer]).pack_()
+        ParallelLinear([layer, layer], "ab").pack_()
