@@ -129,19 +129,19 @@ def edge_tile(at, begin, full_begin, n_full, RATIO: tl.constexpr):
 
 
 @triton.jit
-def probability(s, lse2, to_tanh, to_exponent, SOFTCAP: tl.constexpr):
-    """(P, derivative of the logit by the uncapped one) of the raw scores q.k.
+def exponent(s, lse2, to_tanh, to_exponent, SOFTCAP: tl.constexpr):
+    """(log2 of P, derivative of the logit by the uncapped one) of the raw scores q.k.
 
     lse2 is the row's lse in base 2, +inf for a row that sees nothing: its P is 0.
     """
     if SOFTCAP:
         t = tanh(s * to_tanh)
-        p = exp2(t * to_exponent - lse2)
+        x = t * to_exponent - lse2
         slope = 1.0 - t * t
     else:
-        p = exp2(s * to_exponent - lse2)
+        x = s * to_exponent - lse2
         slope = 1.0
-    return p, slope
+    return x, slope
 
 
 @triton.jit
@@ -287,23 +287,23 @@ def add_queries(
     else:
         lse2 = tl.load(lse2_ptr + rows)
         delta = tl.load(delta_ptr + rows)
-    p, slope = probability(s, lse2[None, :], to_tanh, to_exponent, SOFTCAP)
+    x, slope = exponent(s, lse2[None, :], to_tanh, to_exponent, SOFTCAP)
     if MASKED:
         ahead = (rows + shift)[None, :] - n[:, None]
         visible = in_window(ahead, window_left, window_right, HAS_LEFT, HAS_RIGHT)
-        p = tl.where(visible & live[None, :], p, 0.0)
+        x = tl.where(visible & live[None, :], x, float("-inf"))
+    p = exp2(x)
     g1 = load_columns(grad_o_ptr, m, stride_gt, live, 0, DV1, DV, MASKED)
     p_rounded = cast(p, g1.dtype)
+    if SOFTCAP:
+        p *= slope
     dv1 = dot(p_rounded, g1, dv1)
     dp = dot(v1, tl.trans(g1), tl.broadcast_to(-delta[None, :], (BLOCK_N, BLOCK_M)))
     if DV2 > 0:
         g2 = load_columns(grad_o_ptr, m, stride_gt, live, DV1, DV2, DV, MASKED)
         dv2 = dot(p_rounded, g2, dv2)
         dp = dot(v2, tl.trans(g2), dp)
-    ds = p * dp
-    if SOFTCAP:
-        ds *= slope
-    ds_rounded = cast(ds, q1.dtype)
+    ds_rounded = cast(p * dp, q1.dtype)
     dk1 = dot(ds_rounded, q1, dk1)
     if D2 > 0:
         dk2 = dot(ds_rounded, q2, dk2)
@@ -509,10 +509,8 @@ def add_keys(
     if DV2 > 0:
         v2 = load_columns(v_ptr, j, stride_vt, live, DV1, DV2, DV, MASKED)
         dp = dot(g2, tl.trans(v2), dp)
-    p, slope = probability(s, lse2[:, None], to_tanh, to_exponent, SOFTCAP)
-    ds = p * (dp - delta[:, None])
-    if SOFTCAP:
-        ds *= slope
+    x, slope = exponent(s, lse2[:, None], to_tanh, to_exponent, SOFTCAP)
+    ds = exp2(x) * slope * (dp - delta[:, None])
     if MASKED:
         ahead = position[:, None] - n[None, :]
         visible = in_window(ahead, window_left, window_right, HAS_LEFT, HAS_RIGHT)
