@@ -135,12 +135,13 @@ struct Paging {
 constexpr int64_t kMaxHeadDim = 512;
 
 // The caches that new keys and values go to: [num_pages, kv_heads, page_size, dim | value_dim], the
-// bytes of a (page, head) interleaved: K [page/16][dim/w][16][w], V [page/w][dim][w], w = 2 for
-// bf16, 1 for f32.
+// bytes of a (page, head) interleaved: K [page/16][dim/w][16][w], V [page/w][dim][w], w = 1 for f32
+// and 2 for narrower types.
 struct KvTarget {
   void *k_cache, *v_cache;
+  float *k_scales, *v_scales;  // [num_pages, kv_heads, page_size] of int8 caches; others: null
   Paging paging;
-  DType dtype;
+  DType dtype;  // of the new keys and values, and of the caches unless these are int8
   int64_t kv_heads, dim, value_dim;
 };
 struct Rows {  // [tokens, heads, dim], heads contiguous; strides in elements
@@ -152,7 +153,8 @@ struct AppendKvArgs {
   Rows k, v;
 };
 AppendKvArgs append_kv_args(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor block_table,
-                            Tensor cu_seqlens, Tensor cache_seqlens);
+                            Tensor cu_seqlens, Tensor cache_seqlens, Tensor k_scales,
+                            Tensor v_scales);
 
 struct RopeAppendKvArgs {
   KvTarget to;
@@ -164,7 +166,8 @@ struct RopeAppendKvArgs {
 };
 RopeAppendKvArgs rope_append_kv_args(Tensor q_out, Tensor q, Tensor k, Tensor v, Tensor positions,
                                      Tensor cos, Tensor sin, Tensor k_cache, Tensor v_cache,
-                                     Tensor block_table, Tensor cu_seqlens, Tensor cache_seqlens);
+                                     Tensor block_table, Tensor cu_seqlens, Tensor cache_seqlens,
+                                     Tensor k_scales, Tensor v_scales);
 
 // New rows of the compressed cache [num_pages, page_size, latent | rope_key], in natural order.
 // Strides and sizes are in bytes.

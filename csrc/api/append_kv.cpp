@@ -11,9 +11,11 @@ namespace fastllm {
 Paging paging_of(const char* op, const Tensor& k_cache, const Tensor& v_cache,
                  const Tensor& block_table, const Tensor& cu_seqlens, const Tensor& cache_seqlens,
                  int64_t tokens) {
-  check(
-      k_cache.ndim == 4 && v_cache.ndim == 4 && is_float(k_cache) && v_cache.dtype == k_cache.dtype,
-      op, "k_cache and v_cache must be f32 or bf16 [num_pages, kv_heads, page_size, head_dim]");
+  check(k_cache.ndim == 4 && v_cache.ndim == 4 && v_cache.dtype == k_cache.dtype &&
+            (is_stored_float(k_cache) || k_cache.dtype == DType::i8),
+        op,
+        "k_cache and v_cache must be f32, bf16, f16 or int8 [num_pages, kv_heads, page_size, "
+        "head_dim]");
   for (int i = 0; i < 3; ++i)
     check(k_cache.shape[i] == v_cache.shape[i], op,
           "k_cache and v_cache must agree in pages, heads and page size");
@@ -42,6 +44,21 @@ Paging paging_of(const char* op, const Tensor& k_cache, const Tensor& v_cache,
           .tokens = tokens,
           .num_pages = k_cache.shape[0],
           .page_size = k_cache.shape[2]};
+}
+
+void check_scales(const char* op, const Tensor& k_cache, const Tensor& k_scales,
+                  const Tensor& v_scales) {
+  const bool quantized = k_cache.dtype == DType::i8;
+  check(k_scales.given() == quantized && v_scales.given() == quantized, op,
+        "k_scales and v_scales belong to int8 caches and to no others");
+  if (!quantized) return;
+  for (const Tensor* scales : {&k_scales, &v_scales}) {
+    check(scales->ndim == 3 && scales->dtype == DType::f32 && scales->contiguous(), op,
+          "k_scales and v_scales must be contiguous f32 [num_pages, kv_heads, page_size]");
+    for (int i = 0; i < 3; ++i)
+      check(scales->shape[i] == k_cache.shape[i], op,
+            "k_scales and v_scales must have the pages, heads and page size of k_cache");
+  }
 }
 
 namespace {
@@ -95,62 +112,68 @@ void check_paging_values(const Tensor& block_table, const Tensor& cu_seqlens,
 
 namespace {
 
-Rows rows_of(const char* op, const Tensor& t, const Tensor& cache, int64_t tokens,
+Rows rows_of(const char* op, const Tensor& t, const Tensor& cache, DType dtype, int64_t tokens,
              const char* what) {
-  check(t.ndim == 3 && t.dtype == cache.dtype && rows_contiguous(t) && t.shape[0] == tokens &&
+  check(t.ndim == 3 && t.dtype == dtype && rows_contiguous(t) && t.shape[0] == tokens &&
             t.shape[1] == cache.shape[1] && t.shape[2] == cache.shape[3],
         op, what);
   return {t.data, t.stride[0], t.stride[1]};
 }
 
-KvTarget target_of(const char* op, int64_t tokens, const Tensor& k_cache, const Tensor& v_cache,
-                   const Tensor& block_table, const Tensor& cu_seqlens,
-                   const Tensor& cache_seqlens) {
+KvTarget target_of(const char* op, const Tensor& k, const Tensor& k_cache, const Tensor& v_cache,
+                   const Tensor& block_table, const Tensor& cu_seqlens, const Tensor& cache_seqlens,
+                   const Tensor& k_scales, const Tensor& v_scales) {
+  check(k.ndim == 3 && is_stored_float(k), op, "k must be f32, bf16 or f16 [T, Hk, D]");
   const Paging paging =
-      paging_of(op, k_cache, v_cache, block_table, cu_seqlens, cache_seqlens, tokens);
+      paging_of(op, k_cache, v_cache, block_table, cu_seqlens, cache_seqlens, k.shape[0]);
+  check(k_cache.dtype == DType::i8 || k_cache.dtype == k.dtype, op,
+        "k must be of the cache's dtype");
+  check_scales(op, k_cache, k_scales, v_scales);
   return {.k_cache = k_cache.data,
           .v_cache = v_cache.data,
+          .k_scales = k_scales.as<float>(),
+          .v_scales = v_scales.as<float>(),
           .paging = paging,
-          .dtype = k_cache.dtype,
+          .dtype = k.dtype,
           .kv_heads = k_cache.shape[1],
           .dim = k_cache.shape[3],
           .value_dim = v_cache.shape[3]};
 }
 
-constexpr const char* kBadK = "k must be [T, Hk, D] of the cache's dtype with contiguous D";
-constexpr const char* kBadV = "v must be [T, Hk, Dv] of the cache's dtype with contiguous Dv";
+constexpr const char* kBadK = "k must be [T, Hk, D] as the cache is, with contiguous D";
+constexpr const char* kBadV = "v must be [T, Hk, Dv] as the cache is, of k's dtype, Dv contiguous";
 
 }  // namespace
 
 AppendKvArgs append_kv_args(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor block_table,
-                            Tensor cu_seqlens, Tensor cache_seqlens) {
+                            Tensor cu_seqlens, Tensor cache_seqlens, Tensor k_scales,
+                            Tensor v_scales) {
   const char* op = "append_kv";
-  check(k.ndim == 3, op, kBadK);
-  const int64_t tokens = k.shape[0];
-  const KvTarget to =
-      target_of(op, tokens, k_cache, v_cache, block_table, cu_seqlens, cache_seqlens);
+  const KvTarget to = target_of(op, k, k_cache, v_cache, block_table, cu_seqlens, cache_seqlens,
+                                k_scales, v_scales);
   return {.to = to,
-          .k = rows_of(op, k, k_cache, tokens, kBadK),
-          .v = rows_of(op, v, v_cache, tokens, kBadV)};
+          .k = rows_of(op, k, k_cache, to.dtype, to.paging.tokens, kBadK),
+          .v = rows_of(op, v, v_cache, to.dtype, to.paging.tokens, kBadV)};
 }
 
 RopeAppendKvArgs rope_append_kv_args(Tensor q_out, Tensor q, Tensor k, Tensor v, Tensor positions,
                                      Tensor cos, Tensor sin, Tensor k_cache, Tensor v_cache,
-                                     Tensor block_table, Tensor cu_seqlens, Tensor cache_seqlens) {
+                                     Tensor block_table, Tensor cu_seqlens, Tensor cache_seqlens,
+                                     Tensor k_scales, Tensor v_scales) {
   const char* op = "rope_append_kv";
-  check(q.ndim == 3 && rows_contiguous(q) && q.dtype == k_cache.dtype, op,
-        "q must be [T, H, D] of the cache's dtype with contiguous D");
-  const int64_t tokens = q.shape[0];
-  const KvTarget to =
-      target_of(op, tokens, k_cache, v_cache, block_table, cu_seqlens, cache_seqlens);
-  check(q.shape[2] == to.dim, op, "q and k_cache must have the same head dim");
+  const KvTarget to = target_of(op, k, k_cache, v_cache, block_table, cu_seqlens, cache_seqlens,
+                                k_scales, v_scales);
+  const int64_t tokens = to.paging.tokens;
+  check(q.ndim == 3 && rows_contiguous(q) && q.dtype == to.dtype && q.shape[0] == tokens &&
+            q.shape[2] == to.dim,
+        op, "q must be [T, H, D] of k's dtype, tokens and head dim, with contiguous D");
   check(same_shape(q_out, q) && q_out.dtype == q.dtype && q_out.contiguous(), op,
         "q_out must be contiguous, shaped and typed like q");
   check_rope_tables(op, positions, cos, sin, tokens, to.dim);
   return {.to = to,
           .q = {q.data, q.stride[0], q.stride[1]},
-          .k = rows_of(op, k, k_cache, tokens, kBadK),
-          .v = rows_of(op, v, v_cache, tokens, kBadV),
+          .k = rows_of(op, k, k_cache, to.dtype, tokens, kBadK),
+          .v = rows_of(op, v, v_cache, to.dtype, tokens, kBadV),
           .q_out = q_out.data,
           .positions = positions.as<int32_t>(),
           .cos = cos.as<float>(),

@@ -10,6 +10,7 @@ PagedAttentionArgs paged_attention_args(Tensor o, Tensor q, Tensor k_cache, Tens
   const char* op = "paged_attention";
   check(q.ndim == 3 && rows_contiguous(q) && q.dtype == k_cache.dtype, op,
         "q must be [T, H, D] of the cache's dtype with contiguous D");
+  check(is_float(q), op, "q must be f32 or bf16");
   const int64_t tokens = q.shape[0], heads = q.shape[1];
   const Paging paging =
       paging_of(op, k_cache, v_cache, block_table, cu_seqlens, cache_seqlens, tokens);

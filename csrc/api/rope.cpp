@@ -19,8 +19,8 @@ void check_rope_tables(const char* op, const Tensor& positions, const Tensor& co
 
 RopeArgs rope_args(Tensor y, Tensor x, Tensor positions, Tensor cos, Tensor sin) {
   const char* op = "rope";
-  check(x.ndim == 3 && is_float(x) && rows_contiguous(x), op,
-        "x must be f32 or bf16 [T, H, D] with contiguous D");
+  check(x.ndim == 3 && is_stored_float(x) && rows_contiguous(x), op,
+        "x must be f32, bf16 or f16 [T, H, D] with contiguous D");
   check(same_shape(x, y) && y.dtype == x.dtype && y.contiguous(), op,
         "y must be contiguous, shaped and typed like x");
   check_rope_tables(op, positions, cos, sin, x.shape[0], x.shape[2]);

@@ -12,6 +12,7 @@ inline void check(bool ok, const char* op, const char* what) {
   if (!ok) throw std::invalid_argument(std::string(op) + ": " + what);
 }
 inline bool is_float(const Tensor& t) { return t.dtype == DType::f32 || t.dtype == DType::bf16; }
+inline bool is_stored_float(const Tensor& t) { return is_float(t) || t.dtype == DType::f16; }
 inline bool rows_contiguous(const Tensor& t) {
   return t.ndim >= 1 && (t.inner_stride(1) == 1 || t.inner(1) <= 1);
 }

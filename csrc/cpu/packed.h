@@ -88,14 +88,6 @@ FASTLLM_INLINE vf vload_f16(const uint16_t* p) {
   return vbits((magnitude >= (0x7c00 << 13) ? special : vbits(finite)) | (half & 0x8000) << 16);
 #endif
 }
-FASTLLM_INLINE float f16_to_f32(uint16_t half) {
-  const uint32_t magnitude = (half & 0x7fffu) << 13;
-  const uint32_t finite =
-      __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, magnitude) * 0x1p112f);
-  const uint32_t bits = magnitude >= (0x7c00u << 13) ? magnitude | 0x7f800000u : finite;
-  return __builtin_bit_cast(float, bits | (half & 0x8000u) << 16);
-}
-
 FASTLLM_INLINE __m128i fold_128(vi x, __m128i (*op)(__m128i, __m128i)) {
 #if defined(__AVX512F__)
   const __m256i half = _mm512_castsi512_si256((__m512i)x),

@@ -7,7 +7,7 @@ namespace fastllm::FASTLLM_ISA {
 void rope(const RopeArgs& a, const Team& team) {
   int64_t begin, end;
   my_share(team, a.tokens * a.heads, 1, &begin, &end);
-  dispatch_float(a.dtype, [&](auto type) {
+  dispatch_stored_float(a.dtype, [&](auto type) {
     using T = decltype(type);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t token = i / a.heads, head = i % a.heads;

@@ -72,27 +72,18 @@ FASTLLM_INLINE uint16_t f32_to_bf16(float x) {
 }
 FASTLLM_INLINE float round_bf16(float x) { return bf16_to_f32(f32_to_bf16(x)); }
 
-FASTLLM_INLINE vf vload_bf16(const uint16_t* p) {
+// VL unsigned 16-bit values, one to a lane.
+FASTLLM_INLINE vi vload_u16(const void* p) {
 #if defined(__AVX512F__)
-  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+  return (vi)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
 #elif defined(__AVX2__)
-  return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+  return (vi)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
 #else
-  const __m128i half = _mm_loadl_epi64((const __m128i*)p);
-  return (vf)_mm_slli_epi32(_mm_cvtepu16_epi32(half), 16);
+  return (vi)_mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i*)p));
 #endif
 }
-// The bf16 bits of each lane, rounded to nearest even, in the low half of the lane.
-FASTLLM_INLINE vi vround_bf16_bits(vf x) {
-  const vi bits = vbits(x);
-  const vi odd = (bits >> 16) & 1;
-  const vi rounded = ((bits + (odd + 0x7fff)) >> 16) & 0xffff;
-  const vi nan = ((bits >> 16) & 0xffff) | 0x40;
-  return (x != x) ? nan : rounded;
-}
-FASTLLM_INLINE vf vround_bf16(vf x) { return vbits(vround_bf16_bits(x) << 16); }
-FASTLLM_INLINE void vstore_bf16(uint16_t* p, vf x) {
-  const vi bits = vround_bf16_bits(x);
+// The low half of each lane.
+FASTLLM_INLINE void vstore_u16(void* p, vi bits) {
 #if defined(__AVX512F__)
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)bits));
 #elif defined(__AVX2__)
@@ -103,14 +94,73 @@ FASTLLM_INLINE void vstore_bf16(uint16_t* p, vf x) {
 #endif
 }
 
-// Typed access, so that one kernel body serves f32 and bf16.
+FASTLLM_INLINE vf vload_bf16(const uint16_t* p) { return vbits(vload_u16(p) << 16); }
+// The bf16 bits of each lane, rounded to nearest even, in the low half of the lane.
+FASTLLM_INLINE vi vround_bf16_bits(vf x) {
+  const vi bits = vbits(x);
+  const vi odd = (bits >> 16) & 1;
+  const vi rounded = ((bits + (odd + 0x7fff)) >> 16) & 0xffff;
+  const vi nan = ((bits >> 16) & 0xffff) | 0x40;
+  return (x != x) ? nan : rounded;
+}
+FASTLLM_INLINE vf vround_bf16(vf x) { return vbits(vround_bf16_bits(x) << 16); }
+FASTLLM_INLINE void vstore_bf16(uint16_t* p, vf x) { vstore_u16(p, vround_bf16_bits(x)); }
+
+// IEEE half precision, a type of its own: uint16_t is bf16.
+struct Half {
+  uint16_t bits;
+};
+
+// The value of the half in the low 16 bits of each lane (the rest is zero).
+FASTLLM_INLINE vf vhalf_to_float(vi half) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)half));
+#elif defined(__AVX2__)
+  const __m256i packed = _mm256_packus_epi32((__m256i)half, (__m256i)half);
+  return (vf)_mm256_cvtph_ps(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+#else
+  // With the exponent field moved into place, 2^112 corrects the bias, denormals included.
+  const vi magnitude = (half & 0x7fff) << 13;
+  const vi special = magnitude | vseti(0x7f800000);  // inf and NaN
+  const vf value =
+      (half & 0x7c00) == 0x7c00 ? vbits(special) : vbits(magnitude) * vbits(vseti(0x77800000));
+  return vbits(vbits(value) | ((half & 0x8000) << 16));
+#endif
+}
+// The half of each lane in its low 16 bits, rounded to nearest even.
+FASTLLM_INLINE vi vround_f16_bits(vf x) {
+#if defined(__AVX512F__)
+  return (vi)_mm512_cvtepu16_epi32(_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+  return (vi)_mm256_cvtepu16_epi32(_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#else
+  const vi bits = vbits(x), magnitude = bits & vseti(0x7fffffff);
+  const vi normal = ((magnitude + 0xfff + ((magnitude >> 13) & 1)) >> 13) - (112 << 10);
+  // Below 2^-14 the distance of halves is 2^-24, which is that of floats at 1/2: adding rounds.
+  const vi small = vbits(vbits(magnitude) + vset(0.5f)) - vbits(vset(0.5f));
+  vi half = magnitude < vseti(0x38800000) ? small : normal;
+  half = magnitude >= vseti(0x477ff000) ? vseti(0x7c00) : half;
+  half = magnitude > vseti(0x7f800000) ? ((magnitude >> 13) & 0x3ff) | 0x7e00 : half;
+  return half | ((bits >> 16) & 0x8000);
+#endif
+}
+FASTLLM_INLINE vf vround_f16(vf x) { return vhalf_to_float(vround_f16_bits(x)); }
+FASTLLM_INLINE float f16_to_f32(uint16_t x) { return vhalf_to_float(vseti(x))[0]; }
+FASTLLM_INLINE uint16_t f32_to_f16(float x) {
+  return static_cast<uint16_t>(vround_f16_bits(vset(x))[0]);
+}
+// Typed access, so that one kernel body serves f32, bf16 and f16.
 FASTLLM_INLINE vf load(const float* p) { return vload(p); }
 FASTLLM_INLINE vf load(const uint16_t* p) { return vload_bf16(p); }
 FASTLLM_INLINE void store(float* p, vf v) { vstore(p, v); }
 FASTLLM_INLINE void store(uint16_t* p, vf v) { vstore_bf16(p, v); }
+FASTLLM_INLINE vf load(const Half* p) { return vhalf_to_float(vload_u16(p)); }
+FASTLLM_INLINE void store(Half* p, vf v) { vstore_u16(p, vround_f16_bits(v)); }
 FASTLLM_INLINE float load1(const float* p) { return *p; }
 FASTLLM_INLINE float load1(const uint16_t* p) { return bf16_to_f32(*p); }
+FASTLLM_INLINE float load1(const Half* p) { return f16_to_f32(p->bits); }
 FASTLLM_INLINE void store1(float* p, float v) { *p = v; }
+FASTLLM_INLINE void store1(Half* p, float v) { p->bits = f32_to_f16(v); }
 FASTLLM_INLINE void store1(uint16_t* p, float v) { *p = f32_to_bf16(v); }
 // The first n < VL elements; the rest of the vector reads as `fill` and is not stored.
 template <class T>
@@ -175,6 +225,15 @@ FASTLLM_INLINE void dispatch_float(DType dtype, Body body) {
     body(uint16_t{});
   else
     body(float{});
+}
+
+// The same with halves.
+template <class Body>
+FASTLLM_INLINE void dispatch_stored_float(DType dtype, Body body) {
+  if (dtype == DType::f16)
+    body(Half{});
+  else
+    dispatch_float(dtype, body);
 }
 
 }  // namespace fastllm::FASTLLM_ISA

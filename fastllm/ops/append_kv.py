@@ -10,7 +10,6 @@ from torch import Tensor
 from .. import _C
 from .paged_cache import (
     FLOAT,
-    FLOATS,
     INT8,
     KvCache,
     cache_variant,
@@ -23,7 +22,7 @@ from .paged_cache import (
     write_pages,
     write_scales,
 )
-from .registry import Op
+from .registry import FLOATS, Op
 from .rope import check_rope, rope_ref, tables_contiguous
 
 
@@ -126,9 +125,20 @@ def _native_append(
     return last_contiguous and native_cache(k_cache, v_cache, block_table)
 
 
-@_append_kv.impl("native", "cpu", variants=(FLOAT,), when=_native_append)
-def _append_kv_cpu(*args: Any) -> None:
-    _C.append_kv(*args[:7])
+@_append_kv.impl("native", "cpu", dtypes=FLOATS, variants=(FLOAT, INT8), when=_native_append)
+def _append_kv_cpu(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens_q: Tensor,
+    cache_seqlens: Tensor,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+) -> None:
+    places = (block_table, cu_seqlens_q, cache_seqlens)
+    _C.append_kv(k, v, k_cache, v_cache, *places, k_scales, v_scales)
 
 
 def _native_rope_append(
@@ -137,10 +147,28 @@ def _native_rope_append(
     return q.stride(-1) == 1 and tables_contiguous(cos, sin) and _native_append(k, v, *cache)
 
 
-@_rope_append_kv.impl("native", "cpu", variants=(FLOAT,), when=_native_rope_append)
-def _rope_append_kv_cpu(q: Tensor, *args: Any) -> Tensor:
+@_rope_append_kv.impl(
+    "native", "cpu", dtypes=FLOATS, variants=(FLOAT, INT8), when=_native_rope_append
+)
+def _rope_append_kv_cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens_q: Tensor,
+    cache_seqlens: Tensor,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+) -> Tensor:
     rotated = torch.empty(q.shape, dtype=q.dtype)
-    _C.rope_append_kv(rotated, q, *args[:10])
+    turns, caches = (positions, cos, sin), (k_cache, v_cache)
+    places = (block_table, cu_seqlens_q, cache_seqlens)
+    _C.rope_append_kv(rotated, q, k, v, *turns, *caches, *places, k_scales, v_scales)
     return rotated
 
 

@@ -18,7 +18,6 @@ from .. import _C
 from .attention_checks import check_window
 from .paged_cache import (
     FLOAT,
-    FLOATS,
     INT8,
     KvCache,
     cache_variant,
@@ -28,7 +27,7 @@ from .paged_cache import (
     read_pages,
     read_scales,
 )
-from .registry import Op, batch_invariant
+from .registry import FLOATS, Op, batch_invariant
 
 
 def paged_attention_ref(

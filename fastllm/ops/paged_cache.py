@@ -22,12 +22,12 @@ from torch import Tensor
 from .. import _C
 from .checks import values_readable
 from .pages import lazy_zeros
+from .registry import FLOATS
 
 PAGE_SIZE = 64
 CHUNK = 16  # tokens interleaved in K
 _TILE = 64  # positions the native kernel takes at once; a page holds a whole number of them
 _MAX_HEAD_DIM = 512
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 CACHE_DTYPES = (*FLOATS, torch.int8)
 FLOAT, INT8 = "float-cache", "int8-cache"  # the variants of ops on a cache
 _LARGEST_CODE = 127
@@ -90,7 +90,8 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     is 0 has codes 0; NaN or infinity makes the scale so, hence every score with the row.
     """
     x = x.float()
-    scale = x.abs().amax(-1) / _LARGEST_CODE
+    top = x.abs().amax(-1)
+    scale = top / torch.full_like(top, _LARGEST_CODE)  # by a number, CUDA multiplies by 1 / 127
     codes = (x / scale[..., None]).clamp(-_LARGEST_CODE, _LARGEST_CODE).round()
     return codes.nan_to_num(nan=0.0).mul(scale[..., None] != 0).to(torch.int8), scale
 

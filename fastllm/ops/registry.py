@@ -28,6 +28,7 @@ from .. import _C
 LIBRARY = torch.library.Library("fastllm", "DEF")
 OPS: dict[str, Op] = {}
 DEVICES = ("cpu", "cuda")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # of ops that take halves too
 _PLAIN_TYPES = frozenset({int, float, bool, str, type(None), torch.dtype})
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _functorch_level = torch._C._functorch.maybe_current_level

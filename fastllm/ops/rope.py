@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import _C
 from .checks import values_readable
-from .registry import Op
+from .registry import FLOATS, Op
 
 
 def rope_ref(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -60,14 +60,14 @@ def tables_contiguous(cos: Tensor, sin: Tensor) -> bool:
     return cos.is_contiguous() and sin.is_contiguous()
 
 
-@_rope.impl("native", "cpu", when=_native_rope)
+@_rope.impl("native", "cpu", dtypes=FLOATS, when=_native_rope)
 def _rope_cpu(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     y = torch.empty(x.shape, dtype=x.dtype)
     _C.rope(y, x, positions, cos, sin)
     return y
 
 
-@_rope.impl("triton", "cuda")
+@_rope.impl("triton", "cuda", dtypes=FLOATS)
 def _rope_triton(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     from ..kernels import rope as kernel
 
@@ -78,7 +78,8 @@ def rope(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the first R dimensions of every head by its token's position; differentiable in `x`.
 
     Args:
-        x: `[T, H, D]`, float32 or bfloat16; any strides of T and H, last dimension contiguous.
+        x: `[T, H, D]`, float32, bfloat16 or float16; any strides of T and H, last dimension
+            contiguous.
         positions: `[T]` int32, below the tables' length.
         cos: `[Pmax, R/2]` float32, R <= D even.
         sin: `[Pmax, R/2]` float32.

@@ -22,19 +22,20 @@ void one_shape(DType dtype, int64_t dim, int64_t heads, int64_t kv_heads, int64_
   const int64_t half = dim / 2;
   Owned cos = random.tensor(DType::f32, {600, half}), sin = random.tensor(DType::f32, {600, half});
   Owned rotated(dtype, {tokens, heads, dim});
+  const Tensor none;
   const float close = dtype == DType::f32 ? 1e-4f : 3e-2f;
 
   run_everywhere("rope_append_kv", &Kernels::rope_append_kv,
                  rope_append_kv_args(rotated, q, k, v, positions, cos, sin, k_cache, v_cache,
-                                     block_table, cu_seqlens, cache_seqlens),
+                                     block_table, cu_seqlens, cache_seqlens, none, none),
                  {&rotated, &k_cache, &v_cache}, close);
   run_everywhere("append_kv", &Kernels::append_kv,
-                 append_kv_args(k, v, k_cache, v_cache, block_table, cu_seqlens, cache_seqlens),
+                 append_kv_args(k, v, k_cache, v_cache, block_table, cu_seqlens, cache_seqlens, none,
+                                none),
                  {&k_cache, &v_cache}, 0);
   Owned partials(DType::f32, {2 * tokens * heads * ((dim + 15) / 16 * 16 + 16)});
   std::vector<float> single;
   for (bool split : {false, true}) {
-    const Tensor none;
     run_everywhere(
         "paged_attention", &Kernels::paged_attention,
         paged_attention_args(o, q, k_cache, v_cache, block_table, cu_seqlens, cache_seqlens,

@@ -353,6 +353,58 @@ def test_bad_arguments_of_append_are_named(message: str) -> None:
         rope_append_kv(q=torch.ones(3, 4, 32), **names, **{**good, **BAD_APPEND[message]})
 
 
+HUGE = 2**31 - 1
+HOSTILE = (
+    ([[HUGE, -1, 3]], [0, 3], [190]),
+    ([[0, 1, 2]], [0, 3], [HUGE]),
+    ([[0, 1, 2]], [0, 3], [-5]),
+    ([[0, 1, 2]], [0, HUGE], [HUGE]),
+    ([[0, 1, 2], [2, 1, 0]], [0, 90, -4], [100, 190]),
+)
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.float16, torch.int8])
+@pytest.mark.parametrize(("table", "starts", "lengths"), HOSTILE)
+def test_native_append_stays_inside_its_tensors_whatever_the_metadata_says(
+    cache_dtype: torch.dtype, table: list[list[int]], starts: list[int], lengths: list[int]
+) -> None:
+    # The tensors are the middles of larger ones: canaries before and after must survive.
+    dtype = torch.float32 if cache_dtype == torch.int8 else cache_dtype
+    kv, places = torch.ones(3, 2, 32, dtype=dtype), (int32(table), int32(starts), int32(lengths))
+    for isa in ISAS:
+        _C.set_isa(isa)
+        guarded = [t for t in new_cache(9, 2, 64, 32, cache_dtype) if t is not None]
+        for tensor in guarded:
+            tensor.fill_(7)
+        pages = [tensor[3:6].zero_() for tensor in guarded]
+        scales = pages[2:] or [None, None]
+        _C.append_kv(kv, kv, *pages[:2], *places, *scales)
+        for tensor in guarded:
+            assert (tensor[:3] == 7).all() and (tensor[6:] == 7).all()
+
+
+def test_the_native_door_refuses_what_would_leave_the_tensors() -> None:
+    cache = new_cache(3, 2, 64, 32, torch.int8)
+    places = (int32([[0, 1]]), int32([0, 3]), int32([70]))
+    kv, scales = torch.ones(3, 2, 32), torch.ones(3, 2, 64)
+    for given in (
+        (None, None),
+        (scales, None),
+        (scales[:2], scales[:2]),
+        (scales.half(), scales.half()),
+        (torch.ones(3, 64, 2).transpose(1, 2), scales),
+    ):
+        with pytest.raises(ValueError, match="scales"):
+            _C.append_kv(kv, kv, cache.k, cache.v, *places, *given)
+    with pytest.raises(ValueError, match="v must be"):
+        _C.append_kv(kv, kv.half(), cache.k, cache.v, *places, scales, scales)
+    floats = new_cache(3, 2, 64, 32, torch.float32)
+    with pytest.raises(ValueError, match="no others"):
+        _C.append_kv(kv, kv, floats.k, floats.v, *places, scales, scales)
+    with pytest.raises(ValueError, match="dtype"):
+        _C.append_kv(kv.half(), kv.half(), floats.k, floats.v, *places, None, None)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("cache_dtype", CACHES)
 def test_a_bad_query_stays_in_its_row(cache_dtype: torch.dtype, bad: float) -> None:

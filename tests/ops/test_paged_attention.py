@@ -320,7 +320,7 @@ def test_kernels_stay_inside_their_tensors_whatever_the_metadata_says(
             torch.set_num_threads(threads)
             guarded = [torch.full((9, *shape[1:]), 7.0, dtype=dtype) for _ in range(2)]
             cache = [g[3:6].zero_() for g in guarded]
-            _C.append_kv(kv, kv, *cache, *places)
+            _C.append_kv(kv, kv, *cache, *places, None, None)
             out = torch.full((3 * tokens, 4, 32), 7.0, dtype=dtype)
             partials = torch.empty(tokens * 4 * 48)
             for scratch in (None, partials):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...ops.append_kv import append_kv_ref
-from ...ops.paged_cache import pack_page
+from ...ops.paged_cache import FLOAT, INT8, pack_page, quantize_rows
+from ...ops.registry import FLOATS
+from ...ops.rope import rope_ref
 from ..opinfo import Args, Case, OpInfo
 from .rope import exact_rope, positions, tables
 
@@ -29,6 +32,7 @@ class Batch:
     value_dim: int | None = None
     window: int = -1
     page_size: int = PAGE
+    int8: bool = False  # the cache
 
     @property
     def label(self) -> str:
@@ -38,27 +42,39 @@ class Batch:
             text += f"v{self.value_dim}"
         if self.page_size != PAGE:
             text += f"-p{self.page_size}"
+        text += "-int8" if self.int8 else ""
         return text + (f"-w{self.window}" if self.window >= 0 else "")
 
 
-def make_cache(g: torch.Generator, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """`(k_cache, v_cache, block_table, cu_seqlens_q, cache_seqlens)`: random, pages shuffled."""
+def make_cache(g: torch.Generator, batch: Batch, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Random pages, shuffled: `(k_cache, v_cache, block_table, cu_seqlens_q, cache_seqlens,
+    k_scales, v_scales)`, the scales None unless the batch is int8."""
     width = max(1, -(-max(batch.cached) // batch.page_size))
     sequences = len(batch.cached)
     pages = sequences * width + 1
     shape = (pages, batch.kv_heads, batch.page_size)
     k = torch.randn(*shape, batch.dim, generator=g).to(dtype)
     v = torch.randn(*shape, batch.value_dim or batch.dim, generator=g).to(dtype)
+    k_scales: Tensor | None = None
+    v_scales: Tensor | None = None
+    if batch.int8:
+        k, k_scales = quantize_rows(k)
+        v, v_scales = quantize_rows(v)
     table = torch.randperm(pages, generator=g)[: sequences * width].view(sequences, width)
     starts = torch.tensor([0, *accumulate(batch.new)], dtype=torch.int32)
     lengths = torch.tensor(batch.cached, dtype=torch.int32)
-    return pack_page(k, "k"), pack_page(v, "v"), table.int(), starts, lengths
+    places = (table.int(), starts, lengths)
+    return pack_page(k, "k"), pack_page(v, "v"), *places, k_scales, v_scales
 
 
+_FIRST = Batch(new=(3, 1, 0, 5), cached=(70, 64, 0, 0), kv_heads=2, dim=24)
+_WIDER = Batch(new=(1,), cached=(128,), kv_heads=1, dim=80, value_dim=48)
 APPENDS = (
-    Batch(new=(3, 1, 0, 5), cached=(70, 64, 0, 0), kv_heads=2, dim=24),
+    _FIRST,
+    replace(_FIRST, int8=True),
     Batch(new=(130, 1), cached=(135, 1), kv_heads=3, dim=64),
-    Batch(new=(1,), cached=(128,), kv_heads=1, dim=80, value_dim=48),
+    _WIDER,
+    replace(_WIDER, int8=True),
     Batch(new=(0,), cached=(0,), kv_heads=2, dim=16),
 )
 
@@ -91,11 +107,28 @@ def _rope_append_cases(dtype: torch.dtype) -> Iterator[Case]:
 
 def _exact_rope_append(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
     places, cos, sin, *cache = rest
-    append_kv_ref(exact_rope(k, places, cos, sin).to(k.dtype), v, *cache)
+    if cache[0].dtype == torch.int8:  # codes of what the rotation gave, its rounding included
+        rotated = rope_ref(k, places, cos, sin)
+    else:
+        rotated = exact_rope(k, places, cos, sin).to(k.dtype)
+    append_kv_ref(rotated, v, *cache)
     return exact_rope(q, places, cos, sin)
 
 
 INFOS = [
-    OpInfo(name="append_kv", cases=_append_cases, exact=append_kv_ref, bitwise=True),
-    OpInfo(name="rope_append_kv", cases=_rope_append_cases, exact=_exact_rope_append),
+    OpInfo(
+        name="append_kv",
+        cases=_append_cases,
+        exact=append_kv_ref,
+        dtypes=FLOATS,
+        bitwise=True,
+        variants=(FLOAT, INT8),
+    ),
+    OpInfo(
+        name="rope_append_kv",
+        cases=_rope_append_cases,
+        exact=_exact_rope_append,
+        dtypes=FLOATS,
+        variants=(FLOAT, INT8),
+    ),
 ]

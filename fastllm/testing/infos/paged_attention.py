@@ -49,7 +49,7 @@ def _attention_case(batch: Batch, dtype: torch.dtype, full: bool = False) -> Cas
     def make(g: torch.Generator) -> Args:
         cache = make_cache(g, batch, dtype)
         q = torch.randn(sum(batch.new), batch.heads, batch.dim, generator=g).to(dtype)
-        return q, *cache, None, None, None, batch.dim**-0.5, batch.window
+        return q, *cache, None, batch.dim**-0.5, batch.window
 
     return Case(label=batch.label, make=make, full=full)
 
@@ -118,7 +118,7 @@ def _dense_inputs(
     k, v = read_pages(k_cache, pages, "k")[:, :length], read_pages(v_cache, pages, "v")[:, :length]
     if q.shape[0] > 1:
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[0], 0) for t in (k, v))
-    return q.transpose(0, 1)[None].contiguous(), k[None].contiguous(), v[None].contiguous(), rest[2]
+    return q.transpose(0, 1)[None].contiguous(), k[None].contiguous(), v[None].contiguous(), rest[5]
 
 
 def _causal_sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

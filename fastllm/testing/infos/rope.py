@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ...ops.registry import FLOATS
 from ..opinfo import Args, Case, OpInfo
 
 # tokens, heads, head dim, rotated dims
@@ -62,6 +63,7 @@ INFOS = [
         name="rope",
         cases=_cases,
         exact=exact_rope,
+        dtypes=FLOATS,
         grad_args=(0,),
         bench_cases=lambda dtype: (_case(shape, dtype) for shape in BENCH_SHAPES),
         bytes_moved=lambda x, *_: 2 * x.nbytes,
