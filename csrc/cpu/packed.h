@@ -73,21 +73,7 @@ FASTLLM_INLINE vf vfma_once(vf a, vf b, vf c) {
 #endif
 }
 
-// fp16 to fp32, exact.
-FASTLLM_INLINE vf vload_f16(const uint16_t* p) {
-#if defined(__AVX512F__)
-  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
-#elif defined(__AVX2__)
-  return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
-#else
-  const vi half = (vi)_mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i*)p));
-  const vi magnitude = (half & 0x7fff) << 13;
-  const vf finite =
-      vbits(magnitude) * 0x1p112f;  // moves the exponent bias; right for denormals too
-  const vi special = magnitude | 0x7f800000;
-  return vbits((magnitude >= (0x7c00 << 13) ? special : vbits(finite)) | (half & 0x8000) << 16);
-#endif
-}
+
 FASTLLM_INLINE __m128i fold_128(vi x, __m128i (*op)(__m128i, __m128i)) {
 #if defined(__AVX512F__)
   const __m256i half = _mm512_castsi512_si256((__m512i)x),

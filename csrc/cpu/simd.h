@@ -144,6 +144,24 @@ FASTLLM_INLINE vi vround_f16_bits(vf x) {
   return half | ((bits >> 16) & 0x8000);
 #endif
 }
+FASTLLM_INLINE vf vload_f16(const void* p) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+  return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  return vhalf_to_float(vload_u16(p));
+#endif
+}
+FASTLLM_INLINE void vstore_f16(void* p, vf x) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#else
+  vstore_u16(p, vround_f16_bits(x));
+#endif
+}
 FASTLLM_INLINE vf vround_f16(vf x) { return vhalf_to_float(vround_f16_bits(x)); }
 FASTLLM_INLINE float f16_to_f32(uint16_t x) { return vhalf_to_float(vseti(x))[0]; }
 FASTLLM_INLINE uint16_t f32_to_f16(float x) {
@@ -154,8 +172,8 @@ FASTLLM_INLINE vf load(const float* p) { return vload(p); }
 FASTLLM_INLINE vf load(const uint16_t* p) { return vload_bf16(p); }
 FASTLLM_INLINE void store(float* p, vf v) { vstore(p, v); }
 FASTLLM_INLINE void store(uint16_t* p, vf v) { vstore_bf16(p, v); }
-FASTLLM_INLINE vf load(const Half* p) { return vhalf_to_float(vload_u16(p)); }
-FASTLLM_INLINE void store(Half* p, vf v) { vstore_u16(p, vround_f16_bits(v)); }
+FASTLLM_INLINE vf load(const Half* p) { return vload_f16(p); }
+FASTLLM_INLINE void store(Half* p, vf v) { vstore_f16(p, v); }
 FASTLLM_INLINE float load1(const float* p) { return *p; }
 FASTLLM_INLINE float load1(const uint16_t* p) { return bf16_to_f32(*p); }
 FASTLLM_INLINE float load1(const Half* p) { return f16_to_f32(p->bits); }
