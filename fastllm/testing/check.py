@@ -47,7 +47,7 @@ def results(op: Op, fn: Callable[..., Any], args: Args) -> tuple[Tensor, ...]:
     written = [
         arg
         for arg, spec in zip(args, op.overload._schema.arguments, strict=False)
-        if spec.alias_info is not None and spec.alias_info.is_write
+        if isinstance(arg, Tensor) and spec.alias_info is not None and spec.alias_info.is_write
     ]
     return (*found, *written)
 
