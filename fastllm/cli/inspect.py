@@ -144,7 +144,7 @@ def _show_formats(entries: Sequence[Entry]) -> None:
 def _show_memory(entries: Sequence[Entry], config: ModelConfig | None) -> None:
     pairs: list[tuple[str, object]] = [("weights", human_bytes(sum(e.nbytes for e in entries)))]
     if config is not None:
-        per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        per_token = config.num_hidden_layers * config.cache_values
         length = config.max_position_embeddings
         pairs += [
             ("cache per token", f"{human_bytes(2 * per_token)} in bfloat16"),

@@ -1,12 +1,13 @@
 """The paged KV cache: one block of pages per layer, a free list, reference counts.
 
-A page holds the K and V of `page_size` positions of one sequence in every layer. Its content is
-final once it is full, so sequences that share a prefix share its full pages.
+A page holds the K and V (or latents) of `page_size` positions of one sequence in every layer. Its
+content is final once it is full, so sequences that share a prefix share its full pages.
 """
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from fastllm.models.config import ModelConfig
 from fastllm.ops.paged_cache import PAGE_SIZE, KvCache
@@ -14,7 +15,8 @@ from fastllm.ops.pages import lazy_zeros
 
 
 class PagedCache:
-    """`layers[i]` is (k, v), each `[num_pages, kv_heads, page_size, head_dim]`.
+    """`layers[i]` is (k, v), each `[num_pages, kv_heads, page_size, head_dim]`; with latent
+    attention it is one tensor, `[num_pages, page_size, width]`.
 
     On the CPU memory is reserved, not touched: a page costs nothing until it is written.
     """
@@ -22,16 +24,18 @@ class PagedCache:
     def __init__(
         self, config: ModelConfig, num_pages: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        shape = (
-            config.num_hidden_layers,
-            2,
-            num_pages,
-            config.num_key_value_heads,
-            PAGE_SIZE,
-            config.head_dim,
-        )
+        layers = config.num_hidden_layers
+        shape: tuple[int, ...]
+        if config.mla is not None:
+            shape = (layers, 1, num_pages, PAGE_SIZE, config.mla.cache_width)
+        else:
+            shape = (layers, 2, num_pages, config.num_key_value_heads, PAGE_SIZE, config.head_dim)
         self._block = lazy_zeros(shape, dtype, device)
-        self.layers = [KvCache(layer[0], layer[1]) for layer in self._block]
+        self.layers: list[KvCache | Tensor]
+        if config.mla is not None:
+            self.layers = [layer[0] for layer in self._block]
+        else:
+            self.layers = [KvCache(layer[0], layer[1]) for layer in self._block]
         self.num_pages = num_pages
         self._free = list(range(num_pages - 1, -1, -1))  # a stack: last used, warmest
         self._users = [0] * num_pages
@@ -70,14 +74,13 @@ class PagedCache:
                 self._free.append(page)
 
     def copy_page(self, target: int, source: int) -> None:
-        """Copy the K and V of a page in every layer."""
+        """Copy a page in every layer."""
         self._block[:, :, target].copy_(self._block[:, :, source])
 
 
 def page_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes of one page, K and V of all layers."""
-    values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    return values * PAGE_SIZE * dtype.itemsize
+    """Bytes of one page in all layers."""
+    return config.num_hidden_layers * config.cache_values * PAGE_SIZE * dtype.itemsize
 
 
 def pages_for(tokens: int) -> int:

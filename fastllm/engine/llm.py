@@ -69,7 +69,7 @@ class LLM:
         _check_count("max_num_batched_tokens", batched, 1 << 20)
         source = open_weights(resolve(model))
         if where.type == "cpu" and not enforce_eager:
-            _check_head_dim(source.config.head_dim, source.path)
+            _check_head_dims(source.config, source.path)
         compute, mode = choose_compute(source, dtype, where, activation)
         _check_cache_dtype(kv_cache_dtype, compute)
         self.config: ModelConfig = source.config
@@ -328,12 +328,16 @@ def _params_of(params: Params, count: int) -> list[SamplingParams]:
     return params
 
 
-def _check_head_dim(head_dim: int, path: str | os.PathLike[str]) -> None:
-    if head_dim % 8 or head_dim > 512:
-        raise ModelFileError(
-            path, "head_dim", f"{head_dim} has no attention kernel: multiples of 8 up to 512 do",
-            "Pass enforce_eager=True to run plain PyTorch attention, which is slow"
-        )  # fmt: skip
+def _check_head_dims(config: ModelConfig, path: str | os.PathLike[str]) -> None:
+    sizes = {"head_dim": config.head_dim}
+    if config.mla is not None:
+        sizes = {"kv_lora_rank": config.mla.kv_lora_rank, "qk_rope_head_dim": config.rotary_dim}
+    for name, size in sizes.items():
+        if size % 8 or size > 512:
+            raise ModelFileError(
+                path, name, f"{size} has no attention kernel: multiples of 8 up to 512 do",
+                "Pass enforce_eager=True to run plain PyTorch attention, which is slow"
+            )  # fmt: skip
 
 
 def _check_count(name: str, value: Any, most: int) -> None:

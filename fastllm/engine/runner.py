@@ -150,6 +150,7 @@ class Runner:
             cu_seqlens_q=self._tensor(np.concatenate([[0], np.cumsum(lengths)])),
             cache_seqlens=self._tensor(np.asarray(stops)),
             block_table=self._tensor(table),
+            fresh=not any(starts),
         )
         return self.model.hidden(batch, self.cache.layers)
 

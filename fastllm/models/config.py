@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastllm.models.rope_scaling import RopeConfig
+from fastllm.models.mla_config import MlaConfig
+from fastllm.models.rope_scaling import RopeConfig, yarn_scale
 
 if TYPE_CHECKING:
     from fastllm.models.gguf import GGUFTensor
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "deepseek_v2", "deepseek_v3")
 
 # Far above every published model, and low enough that a hostile file cannot ask for much memory.
 _BOUNDS = {
@@ -37,7 +38,7 @@ _BOUNDS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """A dense decoder: grouped-query attention, RMSNorm, gated MLP, rotary positions.
+    """A decoder: grouped-query or latent attention, RMSNorm, gated MLP, rotary positions.
 
     Raises ValueError if a value is out of range or values contradict each other.
     """
@@ -58,6 +59,8 @@ class ModelConfig:
     attention_output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False  # RMSNorm over each head of q and k, before the rotation
+    mla: MlaConfig | None = None  # latent attention; head_dim is then that of queries and keys
+    dense_layers: int | None = None  # the first so many have a plain MLP; None: all
     sliding_window: tuple[int | None, ...] = ()  # per layer: keys a query sees, itself included
     rope: RopeConfig = field(default_factory=RopeConfig)
     bos_token_id: int | None = None
@@ -108,6 +111,15 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd and cannot be rotated in pairs")
+        if self.mla is not None and (
+            self.head_dim != self.mla.qk_head_dim
+            or self.num_key_value_heads != self.num_attention_heads
+        ):
+            raise ValueError(
+                f"latent attention with {self.num_attention_heads} heads of "
+                f"{self.mla.qk_head_dim} cannot have {self.num_key_value_heads} key heads of "
+                f"{self.head_dim}"
+            )
         width = self.num_attention_heads * self.head_dim
         if width > 16 * self.hidden_size + 4096:
             raise ValueError(
@@ -130,14 +142,27 @@ class ModelConfig:
 
     @property
     def rotary_dim(self) -> int:
-        """How many leading dimensions of each head are rotated."""
+        """How many dimensions of each head are rotated."""
+        if self.mla is not None:
+            return self.mla.qk_rope_head_dim
         # 1e-6: a factor made by dividing two integers must give the integer back
         return int(self.head_dim * self.rope.partial_rotary_factor + 1e-6)
 
     @property
     def softmax_scale(self) -> float:
-        """1 / sqrt(head_dim): what q . k is multiplied with."""
-        return float(self.head_dim**-0.5)
+        """What q . k is multiplied with: 1 / sqrt(head_dim), with YaRN's factor in DeepSeek's."""
+        scale = float(self.head_dim**-0.5)
+        rope = self.rope
+        if self.mla is None or rope.type == "default" or not rope.mscale_all_dim:
+            return scale
+        return scale * yarn_scale(rope.factor or 1.0, rope.mscale_all_dim) ** 2
+
+    @property
+    def cache_values(self) -> int:
+        """Values that one position takes in the cache of one layer."""
+        if self.mla is not None:
+            return self.mla.cache_width
+        return 2 * self.num_key_value_heads * self.head_dim
 
     def window_left(self, layer: int) -> int:
         """Keys before its own that a query of `layer` sees; -1 = all of them.
@@ -150,12 +175,9 @@ class ModelConfig:
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every weight of the model under its Hugging Face name, in the model's order."""
         hidden, inner = self.hidden_size, self.intermediate_size
-        q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        norms = self._attention_norms()
         linears = [
-            ("self_attn.q_proj", q, hidden, self.attention_bias),
-            ("self_attn.k_proj", kv, hidden, self.attention_bias),
-            ("self_attn.v_proj", kv, hidden, self.attention_bias),
-            ("self_attn.o_proj", hidden, q, self.attention_output_bias),
+            *self._attention_linears(),
             ("mlp.gate_proj", inner, hidden, self.mlp_bias),
             ("mlp.up_proj", inner, hidden, self.mlp_bias),
             ("mlp.down_proj", hidden, inner, self.mlp_bias),
@@ -170,14 +192,49 @@ class ModelConfig:
                 shapes[f"{prefix}{name}.weight"] = (rows, columns)
                 if bias:
                     shapes[f"{prefix}{name}.bias"] = (rows,)
-            if self.qk_norm:
-                shapes[prefix + "self_attn.q_norm.weight"] = (self.head_dim,)
-                shapes[prefix + "self_attn.k_norm.weight"] = (self.head_dim,)
+            for name, size in norms:
+                shapes[f"{prefix}{name}.weight"] = (size,)
             shapes[prefix + "post_attention_layernorm.weight"] = (hidden,)
         shapes["model.norm.weight"] = (hidden,)
         if not self.tie_word_embeddings:
             shapes["lm_head.weight"] = (self.vocab_size, hidden)
         return shapes
+
+    def _attention_linears(self) -> list[tuple[str, int, int, bool]]:
+        """(name, rows, columns, bias) of every linear of a layer's attention."""
+        hidden, bias, out_bias = self.hidden_size, self.attention_bias, self.attention_output_bias
+        heads, mla = self.num_attention_heads, self.mla
+        q, kv = heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        if mla is None:
+            return [
+                ("self_attn.q_proj", q, hidden, bias),
+                ("self_attn.k_proj", kv, hidden, bias),
+                ("self_attn.v_proj", kv, hidden, bias),
+                ("self_attn.o_proj", hidden, q, out_bias),
+            ]
+        queries = [("self_attn.q_proj", q, hidden, False)]
+        if mla.q_lora_rank is not None:
+            queries = [
+                ("self_attn.q_a_proj", mla.q_lora_rank, hidden, bias),
+                ("self_attn.q_b_proj", q, mla.q_lora_rank, False),
+            ]
+        expanded = heads * (mla.qk_nope_head_dim + mla.v_head_dim)
+        return [
+            *queries,
+            ("self_attn.kv_a_proj_with_mqa", mla.cache_width, hidden, bias),
+            ("self_attn.kv_b_proj", expanded, mla.kv_lora_rank, False),
+            ("self_attn.o_proj", hidden, heads * mla.v_head_dim, out_bias),
+        ]
+
+    def _attention_norms(self) -> list[tuple[str, int]]:
+        """(name, size) of every norm of a layer's attention."""
+        if self.mla is None:
+            names = ("self_attn.q_norm", "self_attn.k_norm") if self.qk_norm else ()
+            return [(name, self.head_dim) for name in names]
+        norms = [("self_attn.kv_a_layernorm", self.mla.kv_lora_rank)]
+        if self.mla.q_lora_rank is not None:
+            norms.append(("self_attn.q_a_layernorm", self.mla.q_lora_rank))
+        return norms
 
     @classmethod
     def from_hf(

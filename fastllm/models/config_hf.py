@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ import torch
 from fastllm.errors import ModelFileError
 from fastllm.models.config import MODEL_TYPES, ModelConfig
 from fastllm.models.fields import Fields, describe
+from fastllm.models.mla_config import MlaConfig
 from fastllm.models.rope_scaling import RopeConfig
 
 MAX_LAYERS_LISTED = 1024
@@ -38,6 +39,8 @@ class _Defaults:
     eos_token_ids: tuple[int, ...]
     num_key_value_heads: int | None = None  # None: as many as query heads
     head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    q_lora_rank: int | None = None
+    dense_layers: int = 0
 
 
 _MODELS = {
@@ -45,7 +48,22 @@ _MODELS = {
     "mistral": _Defaults("MistralForCausalLM", 131072, 1, (2,), num_key_value_heads=8),
     "qwen2": _Defaults("Qwen2ForCausalLM", 32768, None, (), num_key_value_heads=32),
     "qwen3": _Defaults("Qwen3ForCausalLM", 32768, None, (), num_key_value_heads=32, head_dim=128),
+    "deepseek_v2": _Defaults("DeepseekV2ForCausalLM", 2048, 1, (2,), q_lora_rank=1536),
+    "deepseek_v3": _Defaults(
+        "DeepseekV3ForCausalLM",
+        4096,
+        0,
+        (1,),
+        num_key_value_heads=128,
+        q_lora_rank=1536,
+        dense_layers=3,
+    ),
 }
+
+
+_WINDOWED = ("mistral", "qwen2", "qwen3")
+_OPTIONAL_ATTENTION_BIAS = ("llama", "qwen3", "deepseek_v2", "deepseek_v3")
+_OPTIONAL_MLP_BIAS = ("llama", "deepseek_v2")
 
 
 def config_from_hf(
@@ -67,6 +85,7 @@ def config_from_hf(
             model_type=model_type,
             **_sizes(fields, _MODELS[model_type]),
             **_features(fields, model_type),
+            **_latent(fields, model_type),
             sliding_window=_sliding_window(fields, model_type),
             rope=_rope(fields, _MODELS[model_type]),
             **_tokens(fields, _MODELS[model_type], Fields(generation or {}, path)),
@@ -103,6 +122,8 @@ def _sizes(fields: Fields, defaults: _Defaults) -> dict[str, Any]:
     if "num_key_value_heads" not in fields.values:
         kv_heads = defaults.num_key_value_heads or heads
     head_dim = fields.integer("head_dim", default=None) or defaults.head_dim
+    if defaults.q_lora_rank is not None:  # latent attention; its files' head_dim is the rotated one
+        head_dim = fields.integer("qk_nope_head_dim", 128) + fields.integer("qk_rope_head_dim", 64)
     if head_dim is None:
         if heads < 1 or hidden % heads:
             raise fields.fail(
@@ -126,21 +147,41 @@ def _sizes(fields: Fields, defaults: _Defaults) -> dict[str, Any]:
 
 def _features(fields: Fields, model_type: str) -> dict[str, Any]:
     """Which biases and norms exist: fixed by the class, or said by the file."""
-    flag = model_type in ("llama", "qwen3") and fields.boolean("attention_bias", default=False)
+    optional = model_type in _OPTIONAL_ATTENTION_BIAS
+    flag = optional and fields.boolean("attention_bias", default=False)
     return {
         "hidden_act": fields.string("hidden_act", default="silu"),
         "tie_word_embeddings": fields.boolean("tie_word_embeddings", default=False),
         "attention_bias": flag or model_type == "qwen2",
         "attention_output_bias": flag,
-        "mlp_bias": model_type == "llama" and fields.boolean("mlp_bias", default=False),
+        "mlp_bias": model_type in _OPTIONAL_MLP_BIAS and fields.boolean("mlp_bias", default=False),
         "qk_norm": model_type == "qwen3",
     }
 
 
-def _sliding_window(fields: Fields, model_type: str) -> tuple[int | None, ...]:
-    """Per layer; () = no layer has one. Llama's class has none whatever the file says."""
+def _latent(fields: Fields, model_type: str) -> dict[str, Any]:
+    """Latent attention, and how many layers are not mixtures of experts."""
+    defaults = _MODELS[model_type]
+    if defaults.q_lora_rank is None:
+        return {}
+    absent = "q_lora_rank" not in fields.values  # an explicit null means that there is none
+    mla = MlaConfig(
+        q_lora_rank=fields.integer("q_lora_rank", defaults.q_lora_rank if absent else None),
+        kv_lora_rank=fields.integer("kv_lora_rank", 512),
+        qk_nope_head_dim=fields.integer("qk_nope_head_dim", 128),
+        qk_rope_head_dim=fields.integer("qk_rope_head_dim", 64),
+        v_head_dim=fields.integer("v_head_dim", 128),
+        rope_interleave=model_type == "deepseek_v2" or fields.boolean("rope_interleave", True),
+    )
+    dense = fields.integer("first_k_dense_replace", defaults.dense_layers)
     layers = fields.integer("num_hidden_layers")
-    if model_type == "llama" or not 1 <= layers <= MAX_LAYERS_LISTED:
+    return {"mla": mla, "dense_layers": None if dense >= layers else max(dense, 0)}
+
+
+def _sliding_window(fields: Fields, model_type: str) -> tuple[int | None, ...]:
+    """Per layer; () = no layer has one. The other classes have none whatever the file says."""
+    layers = fields.integer("num_hidden_layers")
+    if model_type not in _WINDOWED or not 1 <= layers <= MAX_LAYERS_LISTED:
         return ()  # ModelConfig refuses such a number of layers
     if model_type == "mistral":
         absent = "sliding_window" not in fields.values
@@ -237,23 +278,34 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     }  # fmt: skip
     if config.dtype is not None:
         values["dtype"] = str(config.dtype).removeprefix("torch.")
-    if config.model_type in ("llama", "qwen3"):
+    if config.model_type in _OPTIONAL_ATTENTION_BIAS:
         values["attention_bias"] = config.attention_bias
-    if config.model_type == "llama":
+    if config.model_type in _OPTIONAL_MLP_BIAS:
         values["mlp_bias"] = config.mlp_bias
+    if config.mla is not None:
+        values |= _latent_to_hf(config, config.mla)
     values.update(_windows_to_hf(config))
     try:
         read_back = config_from_hf(values, "config.json", None)
     except ModelFileError as error:
         raise ValueError(f"config has no Hugging Face form: {error}") from None
     for name in ("attention_bias", "attention_output_bias", "mlp_bias", "qk_norm",
-                 "sliding_window"):  # fmt: skip
+                 "sliding_window", "mla", "dense_layers"):  # fmt: skip
         if getattr(read_back, name) != getattr(config, name):
             raise ValueError(
                 f"config has {name}={getattr(config, name)}, which Hugging Face's "
                 f"{values['architectures'][0]} cannot express"
             )
     return values
+
+
+def _latent_to_hf(config: ModelConfig, mla: MlaConfig) -> dict[str, Any]:
+    values = asdict(mla)
+    if config.model_type == "deepseek_v2":
+        del values["rope_interleave"]  # its class knows no other order
+    dense = config.num_hidden_layers if config.dense_layers is None else config.dense_layers
+    # transformers reads the rotated width from head_dim
+    return values | {"head_dim": mla.qk_rope_head_dim, "first_k_dense_replace": dense}
 
 
 def _rope_to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -287,7 +339,7 @@ def _rope_to_hf(config: ModelConfig) -> dict[str, Any]:
 def _windows_to_hf(config: ModelConfig) -> dict[str, Any]:
     windows = {w for w in config.sliding_window if w is not None}
     window = max(windows, default=None)
-    if config.model_type == "llama":
+    if config.model_type not in _WINDOWED:
         return {}
     if config.model_type == "mistral":
         return {"sliding_window": window}

@@ -1,4 +1,4 @@
-"""The decoder: one dense pre-norm transformer for Llama, SmolLM, Mistral, Qwen2 and Qwen3.
+"""The decoder: one dense pre-norm transformer for Llama, SmolLM, Mistral, Qwen and DeepSeek.
 
 The residual stream is float32; blocks compute in bfloat16 or float32; logits are float32. Whole
 prompts, chunks of prompts, batched decode steps and captured graphs all run this one forward.
@@ -17,6 +17,7 @@ from fastllm.nn.attention import Attention
 from fastllm.nn.batch import Batch
 from fastllm.nn.embedding import Embedding
 from fastllm.nn.linear import Linear, ParallelLinear
+from fastllm.nn.mla import MultiHeadLatentAttention
 from fastllm.nn.mlp import MLP
 from fastllm.nn.norm import RMSNorm
 from fastllm.ops.paged_cache import KvCache
@@ -27,7 +28,23 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, activation: str) -> None:
         super().__init__()
-        self.self_attn = Attention(
+        self.self_attn = make_attention(config, layer, activation)
+        self.mlp = MLP(
+            config.hidden_size,
+            config.intermediate_size,
+            bias=config.mlp_bias,
+            activation=activation,
+        )
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+def make_attention(
+    config: ModelConfig, layer: int, activation: str
+) -> Attention | MultiHeadLatentAttention:
+    """The attention of a layer, without weights."""
+    if config.mla is None:
+        return Attention(
             config.hidden_size,
             heads=config.num_attention_heads,
             kv_heads=config.num_key_value_heads,
@@ -38,14 +55,18 @@ class DecoderLayer(nn.Module):
             norm_eps=config.rms_norm_eps if config.qk_norm else None,
             activation=activation,
         )
-        self.mlp = MLP(
-            config.hidden_size,
-            config.intermediate_size,
-            bias=config.mlp_bias,
-            activation=activation,
-        )
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+    return MultiHeadLatentAttention(
+        config.hidden_size,
+        heads=config.num_attention_heads,
+        q_rank=config.mla.q_lora_rank,
+        kv_rank=config.mla.kv_lora_rank,
+        nope_dim=config.mla.qk_nope_head_dim,
+        rope_dim=config.mla.qk_rope_head_dim,
+        value_dim=config.mla.v_head_dim,
+        softmax_scale=config.softmax_scale,
+        bias=config.attention_bias,
+        activation=activation,
+    )
 
 
 class DecoderBody(nn.Module):
@@ -93,14 +114,14 @@ class Decoder(nn.Module):
             yield f"model.layers.{i}.self_attn", layer.self_attn.qkv
             yield f"model.layers.{i}.mlp", layer.mlp.gate_up
 
-    def forward(self, batch: Batch, cache: Sequence[KvCache]) -> Tensor:
+    def forward(self, batch: Batch, cache: Sequence[KvCache | Tensor]) -> Tensor:
         """Logits of every token, float32 [T, vocab]."""
         return self.logits(self.hidden(batch, cache))
 
-    def hidden(self, batch: Batch, cache: Sequence[KvCache]) -> Tensor:
+    def hidden(self, batch: Batch, cache: Sequence[KvCache | Tensor]) -> Tensor:
         """The final norm's output, [T, hidden] in the compute dtype.
 
-        cache: pages of every layer; K and V of the batch's tokens are written to them.
+        cache: pages of every layer; what the batch's tokens leave behind is written to them.
         """
         tables = (self.rope_cos, self.rope_sin)
         residual = self.model.embed_tokens(batch.ids)  # float32 [T, hidden]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastllm.models.config import ModelConfig
 from fastllm.models.decoder import Decoder
+from fastllm.models.mla_config import half_split_index
 from fastllm.models.names import resolve
 from fastllm.models.safetensors_files import save_directory
 from fastllm.models.stored_tensor import StoredTensor
@@ -230,7 +231,15 @@ def hf_tensors(model: Decoder) -> dict[str, Tensor]:
         packed = getattr(module, "packed", None)
         if isinstance(packed, PackedWeight) and f"{name}.weight" not in found:
             found[f"{name}.weight"] = _dense(packed, [name])
-    return {name: found[name] for name in _names(model.config)}
+    return {name: _in_file_order(found[name], name, model.config) for name in _names(model.config)}
+
+
+def _in_file_order(tensor: Tensor, name: str, config: ModelConfig) -> Tensor:
+    """Undo what `WeightSource.get` does to the order of rows."""
+    index = None
+    if config.mla is not None:
+        index = half_split_index(config.mla, config.num_attention_heads, name)
+    return tensor if index is None else tensor[index.argsort().to(tensor.device)]
 
 
 def _names(config: ModelConfig) -> Iterable[str]:

@@ -174,15 +174,17 @@ def _yarn(config: ModelConfig, base: Tensor) -> tuple[Tensor, float]:
     return base / factor * ramp + base * (1 - ramp), _yarn_attention_factor(rope, factor)
 
 
-def _yarn_attention_factor(rope: RopeConfig, factor: float) -> float:
-    def scale(multiplier: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * multiplier * math.log(factor) + 1.0
+def yarn_scale(factor: float, multiplier: float) -> float:
+    """What a context grown by `factor` scales attention with, times `multiplier` (an mscale)."""
+    return 1.0 if factor <= 1 else 0.1 * multiplier * math.log(factor) + 1.0
 
+
+def _yarn_attention_factor(rope: RopeConfig, factor: float) -> float:
     if rope.attention_factor is not None:
         return rope.attention_factor
     if rope.mscale and rope.mscale_all_dim:
-        return scale(rope.mscale) / scale(rope.mscale_all_dim)
-    return scale(1.0)
+        return yarn_scale(factor, rope.mscale) / yarn_scale(factor, rope.mscale_all_dim)
+    return yarn_scale(factor, 1.0)
 
 
 def _longrope(config: ModelConfig, base: Tensor, max_positions: int) -> tuple[Tensor, float]:

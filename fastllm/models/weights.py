@@ -21,6 +21,7 @@ from fastllm.errors import ModelFileError
 from fastllm.models.config import ModelConfig
 from fastllm.models.config_gguf import ROPE_TENSORS
 from fastllm.models.gguf import GGUFFile, GGUFTensor
+from fastllm.models.mla_config import half_split_index
 from fastllm.models.safetensors_files import SafetensorsFiles
 from fastllm.models.stored_tensor import StoredTensor
 from fastllm.quantize.gguf_blocks import DENSE_DTYPES, SUPPORTED_FORMATS, row_bytes
@@ -84,6 +85,14 @@ class SafetensorsWeights:
         self.path = directory
         self.files = SafetensorsFiles.open(directory)
         self.config = ModelConfig.from_directory(directory)
+        if self.config.dense_layers is not None:
+            raise ModelFileError(
+                directory / "config.json",
+                "first_k_dense_replace",
+                f"layers from {self.config.dense_layers} on are mixtures of experts, which are "
+                "not supported",
+                "Use a model whose layers all have a plain MLP",
+            )
         shapes = self.config.weight_shapes()
         self.names = tuple(shapes)
         found = {
@@ -94,7 +103,11 @@ class SafetensorsWeights:
         _check_names(directory, shapes, found, dict(zip(shapes, shapes, strict=True)))
 
     def get(self, name: str) -> StoredTensor:
-        return self.files.get(name)
+        stored, mla = self.files.get(name), self.config.mla
+        index = None
+        if mla is not None:
+            index = half_split_index(mla, self.config.num_attention_heads, name)
+        return stored if index is None else replace(stored, data=stored.data[index])
 
     def release(self, name: str | None = None) -> None:
         if name is None:  # the library maps whole files: one tensor's pages cannot be named
@@ -102,9 +115,16 @@ class SafetensorsWeights:
 
 
 def _is_derived(name: str, config: ModelConfig) -> bool:
-    """Tensors that older checkpoints carry although they follow from the others."""
+    """Tensors that checkpoints carry although they follow from others, or are not of the model."""
     tied = name == "lm_head.weight" and config.tie_word_embeddings
-    return tied or name.endswith(".rotary_emb.inv_freq")
+    return tied or name.endswith(".rotary_emb.inv_freq") or _predicts_ahead(name, config)
+
+
+def _predicts_ahead(name: str, config: ModelConfig) -> bool:
+    """Layers of DeepSeek-V3 behind the last one predict further tokens, for other decoders."""
+    match = re.match(r"model\.layers\.([0-9]{1,5})\.", name)
+    ahead = match is not None and int(match[1]) >= config.num_hidden_layers
+    return ahead and config.model_type == "deepseek_v3"
 
 
 class GGUFWeights:

@@ -50,7 +50,7 @@ class MultiHeadLatentAttention(nn.Module):
         activation: str = "bf16", prefill: Literal["auto", "absorbed", "expanded"] = "auto",
     ) -> None:  # fmt: skip
         super().__init__()
-        self.heads, self.kv_rank, self.nope_dim, self.value_dim = heads, kv_rank, nope_dim, value_dim
+        self.heads, self.kv_rank, self.nope_dim = heads, kv_rank, nope_dim
         self.softmax_scale = softmax_scale
         self.prefill = prefill
         q_size = heads * (nope_dim + rope_dim)
