@@ -265,6 +265,8 @@ def add_queries(
     DV2: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    WITH_DK: tl.constexpr,
+    WITH_DV: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """dK, dV of keys n, with one tile of one head's queries added; rows in [lo, hi) count."""
@@ -283,30 +285,36 @@ def add_queries(
         s = dot(k2, tl.trans(q2), s)
     if MASKED:
         lse2 = tl.load(lse2_ptr + rows, mask=live, other=0.0)
-        delta = tl.load(delta_ptr + rows, mask=live, other=0.0)
     else:
         lse2 = tl.load(lse2_ptr + rows)
-        delta = tl.load(delta_ptr + rows)
     x, slope = exponent(s, lse2[None, :], to_tanh, to_exponent, SOFTCAP)
     if MASKED:
         ahead = (rows + shift)[None, :] - n[:, None]
         visible = in_window(ahead, window_left, window_right, HAS_LEFT, HAS_RIGHT)
         x = tl.where(visible & live[None, :], x, float("-inf"))
     p = exp2(x)
-    g1 = load_columns(grad_o_ptr, m, stride_gt, live, 0, DV1, DV, MASKED)
-    p_rounded = cast(p, g1.dtype)
+    p_rounded = cast(p, k1.dtype)
     if SOFTCAP:
         p *= slope
-    dv1 = dot(p_rounded, g1, dv1)
-    dp = dot(v1, tl.trans(g1), tl.broadcast_to(-delta[None, :], (BLOCK_N, BLOCK_M)))
+    g1 = load_columns(grad_o_ptr, m, stride_gt, live, 0, DV1, DV, MASKED)
     if DV2 > 0:
         g2 = load_columns(grad_o_ptr, m, stride_gt, live, DV1, DV2, DV, MASKED)
-        dv2 = dot(p_rounded, g2, dv2)
-        dp = dot(v2, tl.trans(g2), dp)
-    ds_rounded = cast(p * dp, q1.dtype)
-    dk1 = dot(ds_rounded, q1, dk1)
-    if D2 > 0:
-        dk2 = dot(ds_rounded, q2, dk2)
+    if WITH_DV:
+        dv1 = dot(p_rounded, g1, dv1)
+        if DV2 > 0:
+            dv2 = dot(p_rounded, g2, dv2)
+    if WITH_DK:
+        if MASKED:
+            delta = tl.load(delta_ptr + rows, mask=live, other=0.0)
+        else:
+            delta = tl.load(delta_ptr + rows)
+        dp = dot(v1, tl.trans(g1), tl.broadcast_to(-delta[None, :], (BLOCK_N, BLOCK_M)))
+        if DV2 > 0:
+            dp = dot(v2, tl.trans(g2), dp)
+        ds_rounded = cast(p * dp, q1.dtype)
+        dk1 = dot(ds_rounded, q1, dk1)
+        if D2 > 0:
+            dk2 = dot(ds_rounded, q2, dk2)
     return dk1, dk2, dv1, dv2
 
 
@@ -360,6 +368,8 @@ def key_gradients_kernel(
     EDGE: tl.constexpr,
     BLOCK_S: tl.constexpr,
     STAGES: tl.constexpr,
+    WITH_DK: tl.constexpr,
+    WITH_DV: tl.constexpr,
 ):
     kv_head = tl.program_id(1)
     doc, tile, first_q, len_q, first_k, len_k = document_of_tile(
@@ -393,17 +403,22 @@ def key_gradients_kernel(
     k_ptr += batch * stride_kb + first_key * stride_kt + kv_head.to(tl.int64) * stride_kh
     v_ptr += batch * stride_vb + first_key * stride_vt + kv_head.to(tl.int64) * stride_vh
     k1 = load_columns(k_ptr, j, stride_kt, stored, 0, D1, D, True)
-    v1 = load_columns(v_ptr, j, stride_vt, stored, 0, DV1, DV, True)
-    k2, v2 = k1, v1
-    dk1 = tl.zeros((BLOCK_N, D1), tl.float32)
-    dv1 = tl.zeros((BLOCK_N, DV1), tl.float32)
-    dk2, dv2 = tl.zeros((1,), tl.float32), tl.zeros((1,), tl.float32)
+    k2, v1, v2 = k1, k1, k1
+    dk1, dk2 = tl.zeros((1,), tl.float32), tl.zeros((1,), tl.float32)
+    dv1, dv2 = dk1, dk2
     if D2 > 0:
         k2 = load_columns(k_ptr, j, stride_kt, stored, D1, D2, D, True)
-        dk2 = tl.zeros((BLOCK_N, D2), tl.float32)
-    if DV2 > 0:
-        v2 = load_columns(v_ptr, j, stride_vt, stored, DV1, DV2, DV, True)
-        dv2 = tl.zeros((BLOCK_N, DV2), tl.float32)
+    if WITH_DK:
+        dk1 = tl.zeros((BLOCK_N, D1), tl.float32)
+        if D2 > 0:
+            dk2 = tl.zeros((BLOCK_N, D2), tl.float32)
+        v1 = load_columns(v_ptr, j, stride_vt, stored, 0, DV1, DV, True)
+        if DV2 > 0:
+            v2 = load_columns(v_ptr, j, stride_vt, stored, DV1, DV2, DV, True)
+    if WITH_DV:
+        dv1 = tl.zeros((BLOCK_N, DV1), tl.float32)
+        if DV2 > 0:
+            dv2 = tl.zeros((BLOCK_N, DV2), tl.float32)
 
     # One loop over all heads, so that its pipeline fills once: step = head * tiles + tile.
     first_head = kv_head * GROUP
@@ -418,7 +433,8 @@ def key_gradients_kernel(
             q_ptr, grad_o_ptr, lse2_ptr + first_row, delta_ptr + first_row,
             stride_qt, stride_qh, stride_gt, stride_gh, lo, hi, shift,
             to_tanh, to_exponent, window_left, window_right, HAS_LEFT, HAS_RIGHT, SOFTCAP,
-            D, D1, D2, DV, DV1, DV2, BLOCK_N, EDGE, True,
+            D, D1, D2, DV, DV1, DV2, BLOCK_N, EDGE,
+            WITH_DK, WITH_DV, True,
         )  # fmt: skip
     m = recomputed(tl.arange(0, BLOCK_M))
     for step in tl.range(0, n_full * GROUP, num_stages=STAGES):
@@ -428,7 +444,8 @@ def key_gradients_kernel(
             q_ptr, grad_o_ptr, lse2_ptr + first_row, delta_ptr + first_row,
             stride_qt, stride_qh, stride_gt, stride_gh, lo, hi, shift,
             to_tanh, to_exponent, window_left, window_right, HAS_LEFT, HAS_RIGHT, SOFTCAP,
-            D, D1, D2, DV, DV1, DV2, BLOCK_N, BLOCK_M, False,
+            D, D1, D2, DV, DV1, DV2, BLOCK_N, BLOCK_M,
+            WITH_DK, WITH_DV, False,
         )  # fmt: skip
 
     j = recomputed(j)
@@ -442,12 +459,16 @@ def key_gradients_kernel(
     dk_ptr += out_row * D
     dv_ptr += out_row * DV
     keep = kept[:, None]
-    store_columns(dk_ptr, tl.where(keep, dk1 * scale, 0.0), j, kv_heads * D, stored, 0, D1, D)
-    store_columns(dv_ptr, tl.where(keep, dv1, 0.0), j, kv_heads * DV, stored, 0, DV1, DV)
-    if D2 > 0:
-        store_columns(dk_ptr, tl.where(keep, dk2 * scale, 0.0), j, kv_heads * D, stored, D1, D2, D)
-    if DV2 > 0:
-        store_columns(dv_ptr, tl.where(keep, dv2, 0.0), j, kv_heads * DV, stored, DV1, DV2, DV)
+    to = kv_heads * D
+    if WITH_DK:
+        store_columns(dk_ptr, tl.where(keep, dk1 * scale, 0.0), j, to, stored, 0, D1, D)
+        if D2 > 0:
+            store_columns(dk_ptr, tl.where(keep, dk2 * scale, 0.0), j, to, stored, D1, D2, D)
+    to = kv_heads * DV
+    if WITH_DV:
+        store_columns(dv_ptr, tl.where(keep, dv1, 0.0), j, to, stored, 0, DV1, DV)
+        if DV2 > 0:
+            store_columns(dv_ptr, tl.where(keep, dv2, 0.0), j, to, stored, DV1, DV2, DV)
 
 
 # --- queries: dQ --------------------------------------------------------------------------------
@@ -739,11 +760,14 @@ def attention_backward(
         "BLOCK_S": triton.next_power_of_2(n_docs + 1) if varlen else 1,
     }
     by_keys, by_queries = tiles.by_keys, tiles.by_queries
-    key_gradients_kernel[(_programs(T_k, by_keys.keys, n_docs, varlen), kv_heads)](
-        dk, dv, *inputs, **constants,
-        BLOCK_N=by_keys.keys, BLOCK_M=by_keys.queries, EDGE=by_keys.edge,
-        STAGES=by_keys.num_stages, num_warps=by_keys.num_warps,
-    )  # fmt: skip
+    key_grid = (_programs(T_k, by_keys.keys, n_docs, varlen), kv_heads)
+    for with_dk, with_dv in ((True, False), (False, True)) if tiles.apart else ((True, True),):
+        key_gradients_kernel[key_grid](
+            dk, dv, *inputs, **constants,
+            BLOCK_N=by_keys.keys, BLOCK_M=by_keys.queries, EDGE=by_keys.edge,
+            STAGES=by_keys.num_stages, WITH_DK=with_dk, WITH_DV=with_dv,
+            num_warps=by_keys.num_warps,
+        )  # fmt: skip
     query_gradients_kernel[(_programs(T, by_queries.queries, n_docs, varlen), heads)](
         dq, *inputs, **constants,
         BLOCK_N=by_queries.keys, BLOCK_M=by_queries.queries, EDGE=by_queries.edge,

@@ -196,10 +196,14 @@ class AttentionBackwardTile:
 
 @dataclass(frozen=True, slots=True)
 class AttentionBackwardTiles:
-    """by_keys: the pass of dK and dV, whose programs own keys; by_queries: the pass of dQ."""
+    """by_keys: the pass of dK and dV, whose programs own keys; by_queries: the pass of dQ.
+
+    apart: dK and dV have a launch each, for 8 products of which fewer accumulators live at once.
+    """
 
     by_keys: AttentionBackwardTile
     by_queries: AttentionBackwardTile
+    apart: bool = False
 
 
 def architecture(device: torch.device) -> int:
