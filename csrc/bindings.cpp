@@ -12,6 +12,9 @@
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "ops.h"
+#ifdef FASTLLM_WITH_CUDA
+#include "cuda/paged_attention_params.h"
+#endif
 
 namespace py = pybind11;
 using fastllm::Tensor;
@@ -76,9 +79,9 @@ Tensor tensor_view(py::handle object, int device_type) {
 }
 
 template <class T>
-T argument(py::handle object) {
+T argument(py::handle object, int device_type = dlpack::kCpu) {
   if constexpr (std::is_same_v<T, Tensor>)
-    return tensor_view(object, dlpack::kCpu);
+    return tensor_view(object, device_type);
   else
     return object.cast<T>();
 }
@@ -131,6 +134,27 @@ void op(py::module_& m, const char* name, Kernel<Args>* Kernels::* kernel, Args 
   bind(m, name, kernel, make, std::index_sequence_for<In...>{});
 }
 
+#ifdef FASTLLM_WITH_CUDA
+// Binds an op on the GPU: the arguments of its check, then the stream (an integer) of the current
+// device that its kernels are queued on.
+template <class Args, class... In, size_t... I>
+void bind_cuda(py::module_& m, const char* name, void (*launch)(const Args&, void*),
+               Args (*make)(In...), std::index_sequence<I...>) {
+  m.def(name, [name, launch, make](const py::args& args) {
+    if (args.size() != sizeof...(In) + 1)
+      throw py::type_error(std::string(name) + ": expected " + std::to_string(sizeof...(In) + 1) +
+                           " arguments");
+    launch(make(argument<In>(args[I], dlpack::kCuda)...),
+           reinterpret_cast<void*>(args[sizeof...(In)].cast<uintptr_t>()));
+  });
+}
+template <class Args, class... In>
+void cuda_op(py::module_& m, const char* name, void (*launch)(const Args&, void*),
+             Args (*make)(In...)) {
+  bind_cuda(m, name, launch, make, std::index_sequence_for<In...>{});
+}
+#endif
+
 }  // namespace
 }  // namespace fastllm
 
@@ -154,6 +178,10 @@ PYBIND11_MODULE(_C, m) {
   op(m, "log_probs", &Kernels::log_probs, log_probs_args);
   op(m, "top_log_probs", &Kernels::top_log_probs, top_log_probs_args);
   op(m, "sampling", &Kernels::sampling, sampling_args);
+
+#ifdef FASTLLM_WITH_CUDA
+  cuda_op(m, "paged_attention_cuda", cuda::paged_attention, cuda::paged_attention_call);
+#endif
 
   m.def("check_paging_values",
         [](py::handle block_table, py::handle cu_seqlens, py::handle cache_seqlens, int64_t tokens,

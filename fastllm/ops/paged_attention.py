@@ -174,6 +174,72 @@ def _paged_attention_cpu(
     return o
 
 
+def _cuda_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, *_: Any
+) -> bool:
+    # A kernel for few new tokens a sequence. Prompts are Triton's, in whose batch-invariant mode
+    # both must have the same bits.
+    step = 16 if k_cache.dtype == torch.int8 else 8
+    dims = k_cache.shape[3], v_cache.shape[3]
+    dims_fit = all(dim % step == 0 and dim <= 256 for dim in dims)
+    few = q.shape[0] <= 4 * block_table.shape[0]
+    strides_fit = q.stride(-1) == 1 and block_table.stride(-1) == 1
+    return dims_fit and strides_fit and few and not batch_invariant()
+
+
+if hasattr(_C, "paged_attention_cuda"):  # the extension was built with CUDA
+
+    @_paged_attention.impl(
+        "cuda",
+        "cuda",
+        dtypes=(torch.bfloat16, torch.float16),
+        variants=(FLOAT, INT8),
+        when=_cuda_attention,
+        opt_in=True,  # no result of a real device is committed yet
+    )
+    def _paged_attention_cuda(
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        block_table: Tensor,
+        cu_seqlens_q: Tensor,
+        cache_seqlens: Tensor,
+        k_scales: Tensor | None,
+        v_scales: Tensor | None,
+        sinks: Tensor | None,
+        softmax_scale: float,
+        window_left: int = -1,
+        softcap: float = 0.0,
+    ) -> Tensor:
+        tokens, heads, _ = q.shape
+        value_dim = v_cache.shape[3]
+        o = q.new_empty(tokens, heads, value_dim)
+        splits = -(-block_table.shape[1] * k_cache.shape[2] // _SPLIT)
+        partials = None  # of every split: its output, maximum and sum
+        if splits > 1:
+            size = splits * tokens * heads * (value_dim + 2)
+            partials = torch.empty(size, dtype=torch.float32, device=q.device)
+        with torch.cuda.device(q.device):
+            _C.paged_attention_cuda(
+                o,
+                q,
+                k_cache,
+                v_cache,
+                block_table,
+                cu_seqlens_q,
+                cache_seqlens,
+                k_scales,
+                v_scales,
+                None if sinks is None else sinks.float().contiguous(),
+                partials,
+                softmax_scale,
+                window_left,
+                softcap,
+                torch.cuda.current_stream().cuda_stream,
+            )
+        return o
+
+
 @_paged_attention.impl("triton", "cuda", dtypes=FLOATS, variants=(FLOAT, INT8))
 def _paged_attention_triton(*args: Any) -> Tensor:
     from ..kernels import paged_attention as kernel

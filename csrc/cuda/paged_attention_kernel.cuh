@@ -1,0 +1,583 @@
+// Causal attention of a few new tokens over a paged cache: the positions of a sequence are cut into
+// splits of 512 that run in parallel (split_kernel) and are merged in ascending order
+// (combine_kernel). Online softmax of FlashAttention (arXiv 2205.14135) over tiles of 64 positions,
+// base-2 logits; P is rounded to the dtype of q, everything else is fp32.
+//
+// A block takes 16 query rows of one KV head: the heads of a GQA group times the new tokens, so that
+// each page is read once for all of them. Its four warps split the tile's positions for Q K^T (16
+// each) and the columns of V for P V (a quarter each); P and the maxima of rows go through shared
+// memory. Tiles of K and V come in turn through a ring of slots, filled by asynchronous copies
+// through the block table.
+//
+// A row's bits depend on its own keys alone: positions count from the sequence's first, a tile that
+// a row does not see changes nothing exactly (alpha = 1, P = 0), the size of a split is fixed.
+//
+// int8 caches: codes become bf16 or fp16 in registers, exactly. ldmatrix moves pairs of bytes, so a
+// lane receives 4 consecutive dimensions where the product wants 2 + 2: Q is stored with its
+// dimensions permuted alike, and the columns of the output come out permuted, 4 of one lane in a
+// row. The key's scale multiplies the score, the value's scale P before its rounding.
+#pragma once
+#include "cuda/paged_attention_params.h"
+#include "cuda/ptx.cuh"
+
+namespace fastllm::cuda {
+
+constexpr float kInfinity = __builtin_huge_valf();
+constexpr int32_t kNever = -2147483647 - 1;  // the position of a row that sees nothing
+
+__device__ __forceinline__ int clamp_to(int i, int low, int high) {
+  return i < low ? low : i > high ? high : i;
+}
+// exp2(x - m) needs a finite m where nothing was seen yet.
+__device__ __forceinline__ float finite_or_zero(float m) { return m == -kInfinity ? 0.f : m; }
+
+// The new tokens of a sequence are rows [begin, begin + tokens) of q, the last of `length`
+// positions. Metadata is not trusted: rows and pages lie inside their tensors whatever it says.
+struct SequenceOfBlock {
+  int32_t begin, tokens, length;
+  __device__ __forceinline__ int first() const { return length - tokens; }
+};
+__device__ __forceinline__ SequenceOfBlock sequence_at(const PagedAttentionParams& p, int s) {
+  const int begin = clamp_to(load(p.cu_seqlens + s), 0, p.tokens);
+  const int end = clamp_to(load(p.cu_seqlens + s + 1), begin, p.tokens);
+  return {begin, end - begin, clamp_to(load(p.cache_seqlens + s), 0, p.capacity)};
+}
+
+struct Range {
+  int32_t begin, end;
+};
+// The positions that some of the tokens [first, last] of a sequence see.
+__device__ __forceinline__ Range seen_by(const PagedAttentionParams& p, const SequenceOfBlock& s,
+                                         int first, int last) {
+  const int end = s.first() + last + 1;
+  const int begin = p.window_left < 0 ? 0 : s.first() + first - p.window_left;
+  return {begin < 0 ? 0 : begin, s.length > 0 && end > 0 ? end : 0};
+}
+
+// What shared memory keeps of a query row.
+struct alignas(16) RowInfo {
+  int64_t q;         // element offset of the row in q
+  int32_t out;       // token * heads + head; -1: no such row
+  int32_t position;  // of its token
+};
+
+// Factor and sum of a finished row: o = accumulated * factor.
+__device__ __forceinline__ float finish_factor(const PagedAttentionParams& p, float m, float l,
+                                               int head) {
+  float keep = 1.f;
+  if (p.sinks) {  // one more logit, without a value
+    const float sink = load(p.sinks + head) * 1.4426950408889634f;
+    const float top = finite_or_zero(fmaxf(m, sink));
+    keep = exp2_fast(m - top);
+    l = fmaf(l, keep, exp2_fast(sink - top));
+  }
+  return keep / (l == 0.f ? 1.f : l);  // the sum is 0 for a row that sees nothing
+}
+
+// Codes of the bytes that the selector names (0x4j4i: i in the low half) as a pair of floats.
+template <class T>
+__device__ __forceinline__ uint32_t codes_to_pair(uint32_t codes, uint32_t selector);
+template <>
+__device__ __forceinline__ uint32_t codes_to_pair<Fp16>(uint32_t codes, uint32_t selector) {
+  // 0x6400 | u is 1024 + u; u = code + 128.
+  return add_pairs<Fp16>(select_bytes(codes ^ 0x80808080u, 0x64646464u, selector), 0xe480e480u);
+}
+template <>
+__device__ __forceinline__ uint32_t codes_to_pair<Bf16>(uint32_t codes, uint32_t selector) {
+  // 0x4300 | low 7 bits is 128 + low; minus 128, or minus 256 (0x4380) where the sign bit is set.
+  const uint32_t x = select_bytes(codes, 0x43434343u, selector);
+  return add_pairs<Bf16>(x & 0x437f437fu, (x & 0x00800080u) | 0xc300c300u);
+}
+
+// Everything of one block. kCodes: int8 caches. kGroups: groups of 16 value columns of a warp.
+// kAlias: values are the first columns of the keys' rows, and a slot is freed by both products.
+template <class T, bool kCodes, int kGroups, bool kAlias, int kSlots>
+struct SplitBlock {
+  static constexpr int kElementBytes = kCodes ? 1 : 2;
+  static constexpr int kItems = kAlias ? 1 : 2;  // ring items of a tile: K, V
+
+  const PagedAttentionParams& p;
+  const int kv_head, thread, warp, lane;
+  // Of the present split and row tile; positions of the tile's first and last token.
+  int split_begin = 0, first_tile = 0, tiles = 0, first_position = 0, last_position = 0;
+  Range range{};
+  float m[2], l[2];          // of rows lane / 4 and lane / 4 + 8
+  float acc[kGroups][2][4];  // [group][half][fragment]
+
+  __device__ __forceinline__ SplitBlock(const PagedAttentionParams& params, int head)
+      : p(params),
+        kv_head(head),
+        thread(static_cast<int>(threadIdx.x)),
+        warp(thread / 32),
+        lane(thread % 32) {}
+
+  __device__ __forceinline__ int64_t& page_row(int i) const {
+    return shared_at<int64_t>(p.shared.pages_at + i * 8);
+  }
+  __device__ __forceinline__ RowInfo& row_info(int i) const {
+    return shared_at<RowInfo>(p.shared.rows_at + i * 16);
+  }
+  __device__ __forceinline__ static uint32_t place(const RowLayout& layout, int row, int chunk) {
+    return (row * layout.chunks + (chunk ^ (row >> layout.shift & layout.mask))) * kChunk;
+  }
+
+  // Rows of q and of the output, and where each 16 positions of the split lie in the cache: a row of
+  // [num_pages * kv_heads * page_size], or -1.
+  __device__ __forceinline__ void find_rows(const SequenceOfBlock& seq, int s, int first_row) {
+    if (thread < kRows) {
+      const int row = first_row + thread, token = row / p.group;
+      const bool live = token < seq.tokens;
+      const int head = kv_head * p.group + row % p.group;
+      const int64_t t = seq.begin + token;
+      row_info(thread) = {live ? t * p.q_token_stride + head * p.q_head_stride : 0,
+                          live ? static_cast<int32_t>(t * p.heads + head) : -1,
+                          live ? seq.first() + token : kNever};
+    }
+    if (thread >= 32 && thread < 32 + kPagesOfSplit) {
+      const int i = thread - 32, position = split_begin + 16 * i;
+      int64_t at = -1;
+      if (position < range.end && position + 16 > range.begin) {
+        const int column = position / p.page_size;
+        const int page = load(p.block_table + s * p.table_stride + column);
+        if (page >= 0 && page < p.num_pages)
+          at = (static_cast<int64_t>(page) * p.kv_heads + kv_head) * p.page_size +
+               position % p.page_size;
+      }
+      page_row(i) = at;
+    }
+  }
+
+  // Q into shared memory, zeros in rows that do not exist and past its last dimension.
+  __device__ __forceinline__ void load_queries() const {
+    const auto* q = static_cast<const uint16_t*>(p.q);
+    for (int row = warp; row < kRows; row += kWarps) {
+      const RowInfo& info = row_info(row);
+      for (int d = lane; d < 16 * p.k_steps; d += 32) {
+        uint16_t x = 0;
+        if (info.out >= 0 && d < p.dim) x = load(q + info.q + d);
+        int k = d % 16;  // where the product looks for this dimension
+        if (kCodes) k = k % 4 / 2 * 8 + k / 4 * 2 + k % 2;
+        shared_at<uint16_t>(p.shared.q_at + place(p.shared.q, row, d / 16 * 2 + k / 8) +
+                            k % 8 * 2) = x;
+      }
+    }
+  }
+
+  // Chunks past K's last dimension are never copied to, but multiplied (by the zeros of Q).
+  __device__ __forceinline__ void clear_padding() const {
+    const int chunks = p.dim * kElementBytes / kChunk;
+    if (chunks == p.shared.k.chunks) return;
+    for (int row = thread; row < kTile; row += kThreads)
+      for (int slot = 0; slot < kSlots; ++slot)
+        shared_at<uint4>(slot * p.shared.k_slot + place(p.shared.k, row, chunks)) =
+            uint4{0, 0, 0, 0};
+  }
+
+  // Starts the copies of one tile. 8 threads take a row of 16-byte chunks, 16 rows at once; their
+  // 16 positions lie in one page. What no row sees is zero: 0 * NaN would reach the output.
+  __device__ __forceinline__ void copy_tile(int tile, const void* cache, const float* scales,
+                                            uint32_t slot, const RowLayout& layout,
+                                            int chunks) const {
+    const int in_split = (first_tile + tile) * kTile - split_begin;
+    const auto* bytes = static_cast<const char*>(cache);
+#pragma unroll
+    for (int pass = 0; pass < kTile / 16; ++pass) {
+      const int64_t page = page_row(in_split / 16 + pass);
+      const int row = pass * 16 + thread / 8, position = split_begin + in_split + row;
+      const bool keep = page >= 0 && position >= range.begin && position < range.end;
+      const char* from = bytes + (keep ? (page + thread / 8) * chunks * kChunk : 0);
+      for (int c = thread % 8; c < chunks; c += 8)
+        copy_16(slot + place(layout, row, c), from + c * kChunk, keep);
+    }
+    if (kCodes && thread < kTile) {
+      const int64_t page = page_row(in_split / 16 + thread / 16);
+      const int position = split_begin + in_split + thread;
+      const bool keep = page >= 0 && position >= range.begin && position < range.end;
+      copy_4(slot + kTile * kChunk * layout.chunks + thread * 4,
+             scales + (keep ? page + thread % 16 : 0), keep);
+    }
+  }
+  __device__ __forceinline__ uint32_t k_slot(int tile) const {
+    return tile % kSlots * p.shared.k_slot;
+  }
+  __device__ __forceinline__ uint32_t v_slot(int tile) const {
+    return kAlias ? k_slot(tile) : p.shared.v_at + tile % kSlots * p.shared.v_slot;
+  }
+  // Each commits, also past the last tile: waits count commits.
+  __device__ __forceinline__ void copy_keys(int tile) const {
+    if (tile < tiles)
+      copy_tile(tile, p.k_cache, p.k_scales, k_slot(tile), p.shared.k,
+                p.dim * kElementBytes / kChunk);
+    copies_commit();
+  }
+  __device__ __forceinline__ void copy_values(int tile) const {
+    if (tile < tiles)
+      copy_tile(tile, p.v_cache, p.v_scales, v_slot(tile), p.shared.v,
+                p.value_dim * kElementBytes / kChunk);
+    copies_commit();
+  }
+
+  // s = Q K^T for this warp's 16 positions: s[n] is the fragment of positions 8 n to 8 n + 7.
+  __device__ __forceinline__ void score(float (&s)[2][4], int tile) const {
+    const int matrix = lane / 8, in_matrix = lane % 8;
+    const uint32_t keys = k_slot(tile);
+    const int q_row = matrix % 2 * 8 + in_matrix, k_row = 16 * warp + matrix / 2 * 8 + in_matrix;
+#pragma unroll 4
+    for (int pair = 0; pair < p.shared.k.chunks / 2; ++pair) {
+      uint32_t k[4], q[4];
+      load_matrices(k, keys + place(p.shared.k, k_row, 2 * pair + matrix % 2));
+      if constexpr (kCodes) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int chunk = (2 * pair + half) * 2 + matrix / 2;
+          load_matrices(q, p.shared.q_at + place(p.shared.q, q_row, chunk));
+#pragma unroll
+          for (int n = 0; n < 2; ++n)
+            multiply_add<T>(s[n], q, codes_to_pair<T>(k[2 * n + half], 0x4140u),
+                            codes_to_pair<T>(k[2 * n + half], 0x4342u));
+        }
+      } else {
+        load_matrices(q, p.shared.q_at + place(p.shared.q, q_row, 2 * pair + matrix / 2));
+        multiply_add<T>(s[0], q, k[0], k[1]);
+        multiply_add<T>(s[1], q, k[2], k[3]);
+      }
+    }
+  }
+
+  // Scores to base-2 logits, -inf where the row does not see the position.
+  __device__ __forceinline__ void logits(float (&s)[2][4], int tile) const {
+    const int in_tile = 16 * warp + lane % 4 * 2;
+    const int tile_begin = (first_tile + tile) * kTile;
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float& x = s[n][i];
+        if constexpr (kCodes)
+          x *= shared_at<float>(k_slot(tile) + kTile * kChunk * p.shared.k.chunks +
+                                (in_tile + 8 * n + i % 2) * 4);
+        if (p.cap_out == 0.f)
+          x *= p.scale_log2;
+        else  // tanh(y) = 1 - 2 / (exp(2 y) + 1)
+          x = p.cap_out * fmaf(-2.f, reciprocal(exp2_fast(x * p.cap_in) + 1.f), 1.f);
+      }
+    const bool stored = page_row((tile_begin - split_begin) / 16 + warp) >= 0;
+    const bool whole = stored && tile_begin + kTile - 1 <= first_position &&
+                       (p.window_left < 0 || tile_begin >= last_position - p.window_left);
+    if (whole) return;
+    const int rows[2] = {row_info(lane / 4).position, row_info(lane / 4 + 8).position};
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        // The comparison with `kNever` comes first: its difference would overflow.
+        const int position = tile_begin + in_tile + 8 * n + i % 2, row = rows[i / 2];
+        const bool visible =
+            stored && position <= row && (p.window_left < 0 || position >= row - p.window_left);
+        if (!visible) s[n][i] = -kInfinity;
+      }
+  }
+
+  // Maximum of a row over the tile: of this warp's positions first, then of all warps'.
+  __device__ __forceinline__ void write_maxima(const float (&s)[2][4]) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float top = fmaxf(fmaxf(s[0][2 * half], s[0][2 * half + 1]),
+                        fmaxf(s[1][2 * half], s[1][2 * half + 1]));
+      top = fmaxf(top, from_lane_xor(top, 1));
+      top = fmaxf(top, from_lane_xor(top, 2));
+      if (lane % 4 == 0) per_warp(p.shared.maxima_at, warp, lane / 4 + 8 * half) = top;
+    }
+  }
+  __device__ __forceinline__ static float& per_warp(int at, int w, int row) {
+    return shared_at<float>(at + (w * kRows + row) * 4);
+  }
+
+  // P = exp2(s - m) into shared memory, rounded; m, l and the accumulators to the new maximum.
+  __device__ __forceinline__ void softmax(float (&s)[2][4], int tile) {
+    float alpha[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = lane / 4 + 8 * half;
+      float top = m[half];
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) top = fmaxf(top, per_warp(p.shared.maxima_at, w, row));
+      const float shift = finite_or_zero(top);
+      alpha[half] = exp2_fast(m[half] - shift);
+      m[half] = top;
+      float sum = 0.f;
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        float low = exp2_fast(s[n][2 * half] - shift), high = exp2_fast(s[n][2 * half + 1] - shift);
+        sum += low + high;
+        if constexpr (kCodes) {
+          const int column = 16 * warp + 8 * n + lane % 4 * 2;
+          const float* scale =
+              &shared_at<float>(v_slot(tile) + kTile * kChunk * p.shared.v.chunks + column * 4);
+          low *= scale[0];
+          high *= scale[1];
+        }
+        const RowLayout layout{kTile * 2 / kChunk, 0, 7};
+        shared_at<uint32_t>(p.shared.p_at + place(layout, row, 2 * warp + n) + lane % 4 * 4) =
+            pack<T>(low, high);
+      }
+      l[half] = fmaf(l[half], alpha[half], sum);
+    }
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g)
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) acc[g][h][i] *= alpha[i / 2];
+  }
+
+  // acc += P V for this warp's columns: groups warp, warp + 4, ... of 16.
+  __device__ __forceinline__ void add_values(int tile) {
+    const RowLayout p_layout{kTile * 2 / kChunk, 0, 7};
+    const int matrix = lane / 8, in_matrix = lane % 8;
+    const int p_row = matrix % 2 * 8 + in_matrix;
+    const uint32_t values = v_slot(tile);
+#pragma unroll
+    for (int pair = 0; pair < kTile / 32; ++pair) {  // 32 positions
+      uint32_t probability[2][4];
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        load_matrices(probability[h],
+                      p.shared.p_at + place(p_layout, p_row, 4 * pair + 2 * h + matrix / 2));
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) {
+        const int group = warp + kWarps * g;
+        if (group * 16 >= p.value_dim) continue;
+        uint32_t v[4];
+        if constexpr (kCodes) {
+          load_matrices_transposed(
+              v, values + place(p.shared.v, 32 * pair + 8 * matrix + in_matrix, group));
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            multiply_add<T>(acc[g][0], probability[h], codes_to_pair<T>(v[2 * h], 0x4240u),
+                            codes_to_pair<T>(v[2 * h + 1], 0x4240u));
+            multiply_add<T>(acc[g][1], probability[h], codes_to_pair<T>(v[2 * h], 0x4341u),
+                            codes_to_pair<T>(v[2 * h + 1], 0x4341u));
+          }
+        } else {
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            load_matrices_transposed(
+                v, values + place(p.shared.v, 32 * pair + 16 * h + matrix % 2 * 8 + in_matrix,
+                                  2 * group + matrix / 2));
+            multiply_add<T>(acc[g][0], probability[h], v[0], v[1]);
+            multiply_add<T>(acc[g][1], probability[h], v[2], v[3]);
+          }
+        }
+      }
+    }
+  }
+
+  // One row tile against one split.
+  __device__ __forceinline__ void run(const SequenceOfBlock& seq, int s, int first_row, int split) {
+    split_begin = split * kSplit;
+    const int split_end = split_begin + kSplit;
+    const int last_row = first_row + kRows - 1;
+    const int last_token = last_row / p.group < seq.tokens ? last_row / p.group : seq.tokens - 1;
+    first_position = seq.first() + first_row / p.group;
+    last_position = seq.first() + last_token;
+    range = seen_by(p, seq, first_row / p.group, last_token);
+    range.begin = range.begin < split_begin ? split_begin : range.begin;
+    range.end = range.end > split_end ? split_end : range.end;
+    if (range.begin >= range.end && p.partials) return;  // the combination does not read it
+    first_tile = range.begin / kTile;
+    tiles = range.begin < range.end ? (range.end + kTile - 1) / kTile - first_tile : 0;
+    m[0] = m[1] = -kInfinity;
+    l[0] = l[1] = 0.f;
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g)
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) acc[g][h][i] = 0.f;
+
+    block_barrier();  // the previous run is over
+    find_rows(seq, s, first_row);
+    clear_padding();
+    block_barrier();
+#pragma unroll
+    for (int tile = 0; tile < kSlots; ++tile) {
+      if (!kAlias || tile < kSlots - 1) copy_keys(tile);
+      if (!kAlias && tile < kSlots - 1) copy_values(tile);
+    }
+    load_queries();
+    for (int tile = 0; tile < tiles; ++tile) {
+      copies_wait<kPending>();
+      block_barrier();  // keys of the tile are there; values of the one before are done with
+      if constexpr (kAlias)
+        copy_keys(tile + kSlots - 1);
+      else
+        copy_values(tile + kSlots - 1);
+      float scores[2][4] = {};
+      score(scores, tile);
+      logits(scores, tile);
+      write_maxima(scores);
+      if constexpr (!kAlias) copies_wait<kPending>();
+      block_barrier();  // values and maxima are there; keys are done with
+      if constexpr (!kAlias) copy_keys(tile + kSlots);
+      softmax(scores, tile);
+      block_barrier();  // P is there
+      add_values(tile);
+    }
+    copies_wait<0>();
+    write(split);
+  }
+
+  // The sums of the warps in ascending order, then the output or this split's part of it.
+  __device__ __forceinline__ void write(int split) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      l[half] += from_lane_xor(l[half], 1);
+      l[half] += from_lane_xor(l[half], 2);
+      if (lane % 4 == 0) per_warp(p.shared.sums_at, warp, lane / 4 + 8 * half) = l[half];
+    }
+    block_barrier();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = lane / 4 + 8 * half, out = row_info(row).out;
+      if (out < 0) continue;
+      float sum = 0.f;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) sum += per_warp(p.shared.sums_at, w, row);
+      float factor = 1.f;
+      const int64_t at = static_cast<int64_t>(split) * p.tokens * p.heads + out;
+      if (!p.partials) {
+        factor = finish_factor(p, m[half], sum, out % p.heads);
+      } else if (warp == 0 && lane % 4 == 0) {
+        store(p.stats + 2 * at, m[half]);
+        store(p.stats + 2 * at + 1, sum);
+      }
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) {
+        const float* low = &acc[g][0][2 * half];
+        const float* high = &acc[g][1][2 * half];
+        // Columns of the lane: 2 neighbours of each half of the group; of int8, 4 in a row.
+        const int first = 16 * (warp + kWarps * g) + lane % 4 * (kCodes ? 4 : 2);
+        if (kCodes) {
+          write_pair(at, first, low[0] * factor, high[0] * factor);
+          write_pair(at, first + 2, low[1] * factor, high[1] * factor);
+        } else {
+          write_pair(at, first, low[0] * factor, low[1] * factor);
+          write_pair(at, first + 8, high[0] * factor, high[1] * factor);
+        }
+      }
+    }
+  }
+  __device__ __forceinline__ void write_pair(int64_t row, int column, float a, float b) const {
+    if (column >= p.value_dim) return;
+    const int64_t at = row * p.value_dim + column;
+    if (p.partials)
+      store(reinterpret_cast<float2*>(p.partials + at), float2{a, b});
+    else
+      store(reinterpret_cast<uint32_t*>(p.o) + at / 2, pack<T>(a, b));
+  }
+
+  static constexpr int kPending = kAlias ? kSlots - 2 : 2 * kSlots - 2;
+};
+
+template <class T, bool kCodes, int kGroups, bool kAlias, int kSlots>
+__global__ void __launch_bounds__(kThreads)
+    split_kernel(const __grid_constant__ PagedAttentionParams p) {
+  const int s = static_cast<int>(blockIdx.z), kv_head = static_cast<int>(blockIdx.y);
+  const int row_slot = static_cast<int>(blockIdx.x) % p.row_slots;
+  const int split_slot = static_cast<int>(blockIdx.x) / p.row_slots;
+  const int split_slots = static_cast<int>(gridDim.x) / p.row_slots;
+  const SequenceOfBlock seq = sequence_at(p, s);
+  SplitBlock<T, kCodes, kGroups, kAlias, kSlots> block(p, kv_head);
+  const int rows = seq.tokens * p.group;
+  for (int row = row_slot * kRows; row < rows; row += p.row_slots * kRows)
+    for (int split = split_slot; split < p.splits; split += split_slots) {
+      if (p.partials && split * kSplit >= seq.length) break;
+      block.run(seq, s, row, split);
+    }
+}
+
+// The splits that a row sees, merged in ascending order; grid (heads, sequences, token slots). A
+// thread owns a column of the output; 32 splits at a time, a lane finds the factors of one of them.
+//
+//   m' = max(m, m2);  keep = exp2(m - m');  add = exp2(m2 - m');  o = o2 * add + o * keep
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    combine_kernel(const __grid_constant__ PagedAttentionParams p) {
+  const int head = static_cast<int>(blockIdx.x), lane = static_cast<int>(threadIdx.x) % 32;
+  const SequenceOfBlock seq = sequence_at(p, static_cast<int>(blockIdx.y));
+  const int64_t split_stride = static_cast<int64_t>(p.tokens) * p.heads;
+  for (int token = static_cast<int>(blockIdx.z); token < seq.tokens;
+       token += static_cast<int>(gridDim.z)) {
+    const Range range = seen_by(p, seq, token, token);
+    const int end = (range.end + kSplit - 1) / kSplit;
+    const int64_t row = static_cast<int64_t>(seq.begin + token) * p.heads + head;
+    for (int first = 0; first < p.value_dim; first += kThreads) {
+      const int column = first + static_cast<int>(threadIdx.x);
+      float m = -kInfinity, l = 0.f, o = 0.f;
+      for (int split = range.begin / kSplit; split < end; split += 32) {
+        const int count = end - split < 32 ? end - split : 32;
+        float top = -kInfinity, sum = 0.f;
+        if (lane < count) {
+          const int64_t at = (split + lane) * split_stride + row;
+          top = load_coherent(p.stats + 2 * at);
+          sum = load_coherent(p.stats + 2 * at + 1);
+        }
+        const float own = top;
+        top = fmaxf(top, m);
+#pragma unroll
+        for (int distance = 1; distance < 32; distance *= 2) {
+          const float below = from_lane_below(top, distance);
+          if (lane >= distance) top = fmaxf(top, below);
+        }
+        float before = from_lane_below(top, 1);
+        if (lane == 0) before = m;
+        const float shift = finite_or_zero(top);
+        const float keep = exp2_fast(before - shift), add = exp2_fast(own - shift);
+#pragma unroll 8
+        for (int i = 0; i < count; ++i) {
+          float part = 0.f;
+          if (column < p.value_dim)
+            part = load_coherent(p.partials + ((split + i) * split_stride + row) * p.value_dim +
+                                 column);
+          const float k = from_lane(keep, i), a = from_lane(add, i);
+          l = fmaf(from_lane(sum, i), a, l * k);
+          o = fmaf(part, a, o * k);
+        }
+        m = from_lane(top, count - 1);
+      }
+      o *= finish_factor(p, m, l, head);
+      // Columns come in pairs of neighbouring lanes.
+      const float next = from_lane_xor(o, 1);
+      if (column < p.value_dim && lane % 2 == 0)
+        store(reinterpret_cast<uint32_t*>(p.o) + (row * p.value_dim + column) / 2,
+              pack<T>(o, next));
+    }
+  }
+}
+
+// Calls visit(Instance<...>{}) with the instance of the kernels that serves a call.
+template <class Element, bool codes, int groups, bool aliased>
+struct Instance {
+  using T = Element;
+  static constexpr bool kCodes = codes, kAlias = aliased;
+  static constexpr int kGroups = groups;
+};
+template <class T, bool kCodes, class Visit>
+void visit_dims(const PagedAttentionCall& call, Visit visit) {
+  const int groups = (call.p.value_dim + 63) / 64;  // of 16 columns, for each of the four warps
+  if (groups <= 1) return visit(Instance<T, kCodes, 1, false>{});
+  if (groups <= 2) return visit(Instance<T, kCodes, 2, false>{});
+  visit(Instance<T, kCodes, 4, false>{});
+}
+template <class T, class Visit>
+void visit_cache(const PagedAttentionCall& call, Visit visit) {
+  if (call.alias) return visit(Instance<T, false, 8, true>{});
+  call.codes ? visit_dims<T, true>(call, visit) : visit_dims<T, false>(call, visit);
+}
+template <class Visit>
+void visit_instance(const PagedAttentionCall& call, Visit visit) {
+  call.dtype == DType::bf16 ? visit_cache<Bf16>(call, visit) : visit_cache<Fp16>(call, visit);
+}
+
+}  // namespace fastllm::cuda

@@ -1,0 +1,155 @@
+"""The CUDA kernels without a GPU: what ptxas makes of them, their results on an emulated device.
+
+The emulation (tests/native/cuda) runs the device code as it is, with the fragment layouts that the
+PTX ISA documents, and checks every access, bank conflicts of ldmatrix, and races by running warps
+and asynchronous copies in several orders.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NATIVE = ROOT / "tests" / "native" / "cuda"
+CXX = shutil.which(os.environ.get("CXX", "c++"))
+NVCC = shutil.which("nvcc", path=os.pathsep.join([os.environ["PATH"], "/usr/local/cuda/bin"]))
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+
+# Of one streaming multiprocessor: registers, shared memory, shared memory of one block; a block
+# takes 1 KiB more than it asks for.
+REGISTERS = 65536
+SHARED = {"sm_80": (167936, 166912), "sm_90a": (233472, 232448)}
+THREADS = 128
+
+
+class Kernel(NamedTuple):
+    """What ptxas says of one instance."""
+
+    name: str
+    registers: int
+    stack: int
+    spilled: int
+
+
+def compile_kernels(arch: str, out: Path) -> list[Kernel]:
+    """Compile csrc/cuda/paged_attention.cu for one architecture; its kernels as ptxas made them."""
+    assert NVCC is not None
+    command = [NVCC, "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", f"-arch={arch}", "-Xptxas", "-v"]
+    command += ["-cubin", "-o", str(out), str(ROOT / "csrc" / "cuda" / "paged_attention.cu")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    pattern = re.compile(
+        r"Compiling entry function '(\w+)'.*?"
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?"
+        r"Used (\d+) registers",
+        re.DOTALL,
+    )
+    return [
+        Kernel(name, int(registers), int(stack), int(stores) + int(loads))
+        for name, stack, stores, loads, registers in pattern.findall(done.stderr)
+    ]
+
+
+def label(mangled: str) -> str:
+    """Short name of an instance: `split Bf16 int8 groups 2`."""
+    element = "Bf16" if "Bf16" in mangled else "Fp16"
+    if "combine" in mangled:
+        return f"combine {element}"
+    found = re.search(r"Lb([01])ELi(\d+)ELb([01])E", mangled)
+    assert found, mangled
+    kind = "int8" if found[1] == "1" else "alias" if found[3] == "1" else "half"
+    return f"split {element} {kind} groups {found[2]}"
+
+
+def check_arch(arch: str, tmp_path: Path, shared: dict[tuple[str, int, int], int]) -> None:
+    kernels = {label(k.name): k for k in compile_kernels(arch, tmp_path / "kernels.cubin")}
+    for name, kernel in sorted(kernels.items()):
+        print(f"{arch}: {name}: {kernel.registers} registers, {kernel.spilled} bytes spilled")
+    # 2 element types x (3 widths of V x 2 caches, 1 aliased) and 2 combinations.
+    assert len(kernels) == 16
+    bad = [k for k in kernels.values() if k.spilled or k.stack]
+    assert not bad, "\n".join(map(str, bad))
+    of_multiprocessor, of_block = SHARED[arch]
+    for (cache, dim, value_dim), size in shared.items():
+        aliased = dim == 576
+        if aliased and arch == "sm_80":
+            assert size > of_block  # the launch reports it
+            continue
+        groups = 8 if aliased else {64: 1, 128: 2, 256: 4}[value_dim]
+        kernel = kernels[f"split Bf16 {'alias' if aliased else cache} groups {groups}"]
+        registers = -(-kernel.registers // 8) * 8 * THREADS
+        blocks = min(REGISTERS // registers, of_multiprocessor // (size + 1024))
+        print(f"{arch}: {cache} {dim}/{value_dim}: {size} bytes shared, {blocks} blocks")
+        assert size <= of_block
+        assert blocks >= (1 if max(dim, value_dim) > 192 else 2 if arch == "sm_90a" else 1)
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The kernels compiled for the emulated device."""
+    assert CXX is not None, "no C++ compiler"
+    out = tmp_path_factory.mktemp("cuda") / "test_paged_attention"
+    command = [CXX, "-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    command += [f"-I{NATIVE}", f"-I{ROOT / 'csrc'}", str(NATIVE / "test_paged_attention.cpp")]
+    command += [str(ROOT / "csrc" / "cuda" / "paged_attention_args.cpp"), "-o", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def run(path: Path, mode: str) -> str:
+    done = subprocess.run([str(path), mode], capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    print(done.stdout)
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def shared(emulated: Path) -> dict[tuple[str, int, int], int]:
+    """Bytes of shared memory of a block by cache, D and Dv."""
+    rows = (line.split() for line in run(emulated, "shared").splitlines())
+    return {(cache, int(dim), int(value)): int(size) for cache, dim, value, size in rows}
+
+
+def test_emulated_kernels_are_within_their_rounding_of_float64(emulated: Path) -> None:
+    cases = re.match(r"(\d+) cases", run(emulated, "quick"))
+    assert cases and int(cases[1]) >= 80
+
+
+@pytest.mark.full
+def test_every_emulated_case_is_within_its_rounding_of_float64(emulated: Path) -> None:
+    cases = re.match(r"(\d+) cases", run(emulated, "full"))
+    assert cases and int(cases[1]) >= 3000
+
+
+@needs_nvcc
+def test_kernels_compile_for_sm_90a_without_spills(
+    tmp_path: Path, shared: dict[tuple[str, int, int], int]
+) -> None:
+    check_arch("sm_90a", tmp_path, shared)
+
+
+@pytest.mark.full
+@needs_nvcc
+def test_kernels_compile_for_sm_80_without_spills(
+    tmp_path: Path, shared: dict[tuple[str, int, int], int]
+) -> None:
+    check_arch("sm_80", tmp_path, shared)
+
+
+@pytest.mark.full
+@needs_nvcc
+def test_the_project_builds_its_cuda_library(tmp_path: Path) -> None:
+    configure = ["cmake", "-S", str(ROOT), "-B", str(tmp_path), "-DFASTLLM_CUDA=on"]
+    configure += ["-G", "Ninja"] if shutil.which("ninja") else []
+    subprocess.run(configure, check=True, capture_output=True)
+    command = ["cmake", "--build", str(tmp_path), "--target", "fastllm_cuda", "-j2"]
+    subprocess.run(command, check=True, capture_output=True)
+    assert (tmp_path / "libfastllm_cuda.a").stat().st_size > 0
