@@ -27,6 +27,11 @@ LLAMA3 = {
     "original_max_position_embeddings": 64, **ROPE,
 }  # fmt: skip
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, **ROPE}
+MSCALES = {"mscale": 1.0, "mscale_all_dim": 0.8}
+LATENT = {
+    "num_key_value_heads": 4, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 24,
+    "v_head_dim": 40, "first_k_dense_replace": 2,
+}  # fmt: skip
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama tied": ("Llama", {"tie_word_embeddings": True}),
@@ -47,14 +52,24 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3": ("Qwen3", {}),
     "qwen3 tied, biases": ("Qwen3", {"tie_word_embeddings": True, "attention_bias": True}),
+    "deepseek v3 yarn": (
+        "DeepseekV3",
+        LATENT | {"q_lora_rank": 28, "rope_parameters": YARN | MSCALES},
+    ),
+    "deepseek v3 half-split, biases": (
+        "DeepseekV3",
+        LATENT | {"q_lora_rank": None, "rope_interleave": False, "attention_bias": True},
+    ),
+    "deepseek v2": ("DeepseekV2", LATENT | {"q_lora_rank": 28, "mlp_bias": True}),
+    "deepseek v2-lite": ("DeepseekV2", LATENT | {"q_lora_rank": None}),
 }  # fmt: skip
 
 
 def _reference(case: str) -> Any:
     kind, options = CASES[case]
     options = {**SIZES, **options}
-    if kind == "Qwen2":
-        options.pop("head_dim")  # it has none: hidden_size / heads
+    if kind == "Qwen2" or kind.startswith("Deepseek"):
+        options.pop("head_dim")  # hidden_size / heads, or the sizes of latent attention
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**options)
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
