@@ -40,6 +40,7 @@ from . import (
     rope,
     sampling,
     swiglu,
+    tuning,
 )
 
 KERNEL_MODULES = (
@@ -214,6 +215,7 @@ def compile_launch(launch: Launch, arch: int) -> Resources:
 
 def _compile_named(job: tuple[str, int]) -> list[Resources]:
     name, arch = job
+    tuning.assumed_architecture = arch
     with recorded() as launches:
         shipped_launches()[name]()
     return [compile_launch(launch, arch) for launch in launches]

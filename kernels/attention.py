@@ -461,8 +461,18 @@ def launch(
     n_seqs = entries if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     page = k.shape[2] if layout == "paged" else 0
     n_splits = max(1, triton.cdiv(max_keys, SPLIT_POSITIONS))
+    plain = key_mask is None and k_scales is None and softcap <= 0
     shape = tuning.AttentionShape(
-        entries * n_tokens, n_seqs, n_splits, n_heads, dim, value_dim, q.dtype, layout == "paged"
+        entries * n_tokens,
+        n_seqs,
+        n_splits,
+        n_heads,
+        group,
+        dim,
+        value_dim,
+        q.dtype,
+        layout == "paged",
+        plain,
     )
     tile = tuning.attention_tile(shape, tuning.architecture(q.device), batch_invariant)
     m = total = partial = None

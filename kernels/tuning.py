@@ -60,10 +60,12 @@ class AttentionShape:
     n_seqs: int
     n_splits: int
     n_heads: int
+    group: int  # heads of q to one of k
     dim: int
     value_dim: int
     dtype: torch.dtype
     paged: bool
+    plain: bool  # no key mask, no softcap, no int8 codes
 
 
 # 1,024 elements over 4 warps are 8 a thread: one 16-byte access of bf16, two of fp32.
@@ -150,31 +152,114 @@ def k_splits(n_programs: int, m: int, k: int, step: int) -> int:
     return max(1, min(PROGRAMS_WANTED // n_programs, MAX_SPLITS, k // (4 * step)))
 
 
+# Tiles of attention: columns of q.k or of o -> m query rows, n keys a step, warps, stages. A warp
+# owns 16 whole rows, so that P stays in its registers between the products, where m is 16 times
+# the warps; above 192 columns two warps or more share their rows and exchange P.
+#
+# The arithmetic, D = 128 in bf16 on an H100 (990 TFLOP/s of wgmma, 4,096 FLOP a clock an SM; 16
+# exp2 and 128 fp32 operations a clock an SM): a score costs 4 * 128 FLOP = 0.125 clocks of tensor
+# cores, one exp2 = 0.063, and scale, maximum, sum and rounding, about 5 operations = 0.04. The
+# warp groups of a program overlap the one with the other, so the roof is the tensor cores' (D = 64:
+# 0.063 against 0.063 + 0.04, the exponentials'). A tile of 128 x 128 holds 64 + 64 registers of o
+# and scores and 32 of P; measured by ptxas 242. Keys and values cross L2 once for each 128 rows:
+# 4 * 128 * 128 FLOP for 512 bytes are 128 FLOP a byte, 3.1 TB/s at 400 TFLOP/s of 5.5. Shared
+# memory: q 32 KB, and 64 KB a stage.
+# A mask, a softcap or int8 codes take registers: those steps have half the keys.
+_ATTENTION = {
+    90: {
+        64: (128, 128, 8, 3),
+        128: (128, 128, 8, 3),
+        192: (128, 128, 8, 2),
+        256: (128, 64, 8, 2),
+        512: (32, 32, 8, 2),
+    },
+    80: {
+        64: (128, 64, 8, 3),
+        128: (128, 64, 8, 3),
+        192: (128, 32, 8, 2),
+        256: (64, 64, 8, 2),
+        512: (32, 32, 8, 2),
+    },
+}
+# Two outputs: this split's and the merged one. 128 rows by 8 warps and 64 by 4 are the same rows a
+# warp, of the same instructions: prompts take the first, single tokens the second.
+_ATTENTION_INVARIANT = {
+    90: {
+        64: (128, 64, 8, 3),
+        128: (128, 64, 8, 3),
+        192: (128, 64, 8, 2),
+        256: (64, 64, 8, 2),
+        512: (16, 32, 8, 2),
+    },
+    80: {
+        64: (128, 64, 8, 2),
+        128: (64, 64, 8, 2),
+        192: (64, 64, 8, 2),
+        256: (64, 64, 8, 2),
+        512: (16, 32, 8, 2),
+    },
+}
+# Few query rows: bandwidth. 64 keys of 128 + 128 columns are 32 KB a step; 4 programs an SM keep
+# twice the 25 KB in flight that 3.35 TB/s over 132 SMs and 1 us of latency ask for. A token of 4
+# heads fills 4 rows of 16, 16 FLOP for each 2 bytes: far below the 295 FLOP a byte of the roof.
+_ATTENTION_FEW = {
+    128: (16, 64, 4, 4),
+    192: (16, 64, 4, 3),
+    256: (16, 64, 4, 2),
+    512: (16, 32, 8, 2),
+}
+# fp32 runs on FMA units, whose operands pass through registers: 128 FLOP a clock an SM at best.
+_ATTENTION_FP32 = {
+    64: (64, 64, 8, 2),
+    128: (16, 32, 8, 2),
+    192: (16, 32, 8, 2),
+    256: (32, 32, 8, 2),
+    512: (16, 16, 8, 2),
+}
+MAX_PARTIAL_BYTES = 1 << 28  # of the fp32 outputs of parallel splits
+
+
 def attention_tile(shape: AttentionShape, arch: int, batch_invariant: bool) -> AttentionTile:
-    """Tile of the attention kernel, and where the splits of the keys meet."""
-    few = shape.n_tokens <= max(shape.n_seqs, 16)
+    """Tile of the attention kernel, and where the splits of the keys meet.
+
+    Batch-invariant, it depends on the GPU, the head dims, the dtype and the variant alone, up to
+    how rows are dealt to programs. Few query rows, as in decoding, give every split its own
+    program; prompts cannot, for that keeps n_splits x n_tokens rows of fp32.
+    """
+    columns = max(sum(column_blocks(shape.dim)), triton.next_power_of_2(shape.value_dim))
+    partial = 4 * shape.n_splits * shape.n_tokens * shape.n_heads * shape.value_dim
+    few = shape.n_tokens <= max(shape.n_seqs, 16) and partial <= MAX_PARTIAL_BYTES
     if shape.n_splits == 1:
         merge = "none"
     elif few:
         merge = "kernel"
     else:
         merge = "registers" if batch_invariant else "none"
-    dim = max(shape.dim, shape.value_dim)
+    if shape.dtype == torch.float32:
+        return AttentionTile(*_for_columns(_ATTENTION_FP32, columns), merge)
     if batch_invariant:
-        m, warps, stages = _invariant_tile(shape.dtype, dim)
-        return AttentionTile(m, 64, warps, stages, merge)
-    m, n, warps, stages = (64, 64, 4, 2)
+        m, n, warps, stages = _for_columns(_ATTENTION_INVARIANT[arch], columns)
+        if few and m == 128:
+            m, warps = 64, 4
+    elif few:
+        m, n, warps, stages = _for_columns(_ATTENTION_FEW, columns)
+        rows = triton.cdiv(shape.n_tokens, shape.n_seqs) * shape.group
+        m = max(m, min(triton.next_power_of_2(rows), 64 if columns <= 128 else 16))
+    else:
+        m, n, warps, stages = _for_columns(_ATTENTION[arch], columns)
+    if shape.paged:
+        n = min(n, 64)  # a page
+    if not shape.plain:
+        n = max(32, n // 2)
+        if batch_invariant and columns > 192:
+            m = min(m, 32)
     return AttentionTile(m, n, warps, stages, merge)
 
 
-def _invariant_tile(dtype: torch.dtype, dim: int) -> tuple[int, int, int]:
-    if dtype == torch.float32:
-        if dim <= 64:
-            return 16, 4, 2
-        return (16 if dim <= 128 else 4), 8, 3
-    if dim > 128:
-        return 16, 8, 2
-    return 64, 8 if dim > 64 else 4, 2
+def _for_columns(
+    table: dict[int, tuple[int, int, int, int]], columns: int
+) -> tuple[int, int, int, int]:
+    return next((tile for size, tile in table.items() if columns <= size), table[max(table)])
 
 
 # --- the backward of attention ------------------------------------------------------------------
@@ -206,9 +291,15 @@ class AttentionBackwardTiles:
     apart: bool = False
 
 
+assumed_architecture = 90  # of tensors on no GPU, as when kernels are compiled ahead of time
+
+
 def architecture(device: torch.device) -> int:
-    """80 or 90: whose tiles a device takes."""
-    return 90
+    """80 or 90: whose tiles a device takes. sm_12x has shared memory for the smaller ones."""
+    if device.type != "cuda":
+        return assumed_architecture
+    major, _ = torch.cuda.get_device_capability(device)
+    return 90 if 9 <= major < 12 else 80
 
 
 def column_blocks(dim: int) -> tuple[int, int]:

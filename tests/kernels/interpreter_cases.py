@@ -266,129 +266,6 @@ def linear_case(
     return excess(linear(x, weight, b, out, **mode), ref, out or dtype)
 
 
-# --- attention ----------------------------------------------------------------------------------
-
-
-class Cache:
-    """A paged cache of shuffled pages, NaN where nothing was written, and its sequences."""
-
-    def __init__(self, lengths: list[int], kv_heads: int, dim: int, dtype: torch.dtype) -> None:
-        self.k_rows = [randn(n, kv_heads, dim, dtype=dtype, seed=i) for i, n in enumerate(lengths)]
-        self.v_rows = [
-            randn(n, kv_heads, dim, dtype=dtype, seed=90 + i) for i, n in enumerate(lengths)
-        ]
-        width = max(1, *(math.ceil(n / 64) for n in lengths))
-        n_pages = len(lengths) * width + 1
-        order = torch.randperm(n_pages, generator=torch.Generator().manual_seed(0))
-        self.block_table = order[: len(lengths) * width].to(torch.int32).view(-1, width)
-        shape = (n_pages, kv_heads, 64, dim)
-        self.k = torch.full(shape, math.nan, dtype=dtype)
-        self.v = torch.full(shape, math.nan, dtype=dtype)
-
-    def fill(self, end: list[int]) -> None:
-        """Writes tokens 0..end of every sequence, page by page."""
-        for seq, n in enumerate(end):
-            for i in range(n):
-                page = self.block_table[seq, i // 64].item()
-                self.k[page, :, i % 64] = self.k_rows[seq][i]
-                self.v[page, :, i % 64] = self.v_rows[seq][i]
-
-    def append(self, begin: list[int], end: list[int]) -> tuple[Tensor, Tensor]:
-        """Appends tokens begin..end of every sequence; (cu_seqlens_q, cache_seqlens)."""
-        from fastllm.kernels.append_kv import append_kv
-
-        spans = list(zip(begin, end, strict=True))
-        cu_seqlens = torch.tensor([0, *(e - b for b, e in spans)], dtype=torch.int32).cumsum(0)
-        cu_seqlens, lens = cu_seqlens.to(torch.int32), torch.tensor(end, dtype=torch.int32)
-        k = torch.cat([rows[b:e] for rows, (b, e) in zip(self.k_rows, spans, strict=True)])
-        v = torch.cat([rows[b:e] for rows, (b, e) in zip(self.v_rows, spans, strict=True)])
-        append_kv(k, v, self.k, self.v, self.block_table, cu_seqlens, lens)
-        return cu_seqlens, lens
-
-
-def attention_ref(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Tensor:
-    """Causal attention of the last q tokens over k, v, in float64: [T, H, D]."""
-    group = q.shape[1] // k.shape[1]
-    k, v = (t.double().repeat_interleave(group, 1) for t in (k, v))
-    s = torch.einsum("qhd,khd->hqk", q.double(), k) * scale
-    position = torch.arange(len(k) - len(q), len(k))[:, None]
-    key = torch.arange(len(k))[None, :]
-    hidden = (key > position) | ((key < position - window) if window >= 0 else False)
-    return torch.einsum("hqk,khd->qhd", s.masked_fill(hidden, -math.inf).softmax(-1), v)
-
-
-def attend(
-    cache: Cache, q: Tensor, cu_seqlens: Tensor, lens: Tensor, window: int = -1, **mode: bool
-) -> Tensor:
-    from fastllm.kernels.paged_attention import paged_attention
-
-    keys = cache.k, cache.v, cache.block_table, cu_seqlens, lens
-    return paged_attention(q, *keys, None, None, None, q.shape[-1] ** -0.5, window, **mode)
-
-
-def attention_case(
-    dtype: torch.dtype,
-    begin: list[int],
-    end: list[int],
-    heads: tuple[int, int] = (4, 2),
-    dim: int = 16,
-    window: int = -1,
-    **mode: bool,
-) -> float:
-    """Tokens begin..end of each sequence attend to 0..end of it, the earlier ones cached before."""
-    cache = Cache(end, heads[1], dim, dtype)
-    cache.fill(begin)
-    cu_seqlens, lens = cache.append(begin, end)
-    q = randn(int(cu_seqlens[-1]), heads[0] + 1, dim, dtype=dtype, seed=7)[:, 1:]
-    o = attend(cache, q, cu_seqlens, lens, window, **mode)
-    ref = [
-        attention_ref(q[cu_seqlens[i] : cu_seqlens[i + 1]], k, v, dim**-0.5, window)
-        for i, (k, v) in enumerate(zip(cache.k_rows, cache.v_rows, strict=True))
-    ]
-    return excess(o, torch.cat(ref), dtype)
-
-
-def attention_dead_slots() -> float:
-    """A slot of cache length 0 writes nothing to the cache and gets zeros."""
-    from fastllm.kernels.append_kv import append_kv
-
-    cache = Cache([5, 1, 70], 1, 16, F32)
-    cache.fill([4, 0, 69])
-    before = cache.k[cache.block_table[1].long()].clone()
-    cu_seqlens = torch.tensor([0, 1, 2, 3], dtype=torch.int32)
-    lens = torch.tensor([5, 0, 70], dtype=torch.int32)
-    rows = randn(3, 1, 16)
-    rows[0], rows[2] = cache.k_rows[0][4], cache.k_rows[2][69]
-    v_rows = torch.cat((cache.v_rows[0][4:], rows[1:2], cache.v_rows[2][69:]))
-    append_kv(rows, v_rows, cache.k, cache.v, cache.block_table, cu_seqlens, lens)
-    untouched = torch.equal(before.isnan(), cache.k[cache.block_table[1].long()].isnan())
-    q = randn(3, 2, 16, seed=8)
-    o = attend(cache, q, cu_seqlens, lens)
-    ref = [attention_ref(q[i : i + 1], cache.k_rows[i], cache.v_rows[i], 0.25, -1) for i in (0, 2)]
-    ref.insert(1, torch.zeros(1, 2, 16, dtype=torch.float64))
-    return excess(o, torch.cat(ref)) if untouched else math.inf
-
-
-def attention_bits(dtype: torch.dtype, window: int) -> float:
-    """Whole prompt, chunks, and single tokens by parallel splits: the same bits."""
-    length, dim = 600, 16
-    cache = Cache([length], 2, dim, dtype)
-    q = randn(length, 4, dim, dtype=dtype, seed=9)
-    cache.fill([length])
-
-    def part_of(begin: int, end: int) -> Tensor:
-        cu_seqlens = torch.tensor([0, end - begin], dtype=torch.int32)
-        lens = torch.tensor([end], dtype=torch.int32)
-        return attend(cache, q[begin:end], cu_seqlens, lens, window=window)
-
-    whole = part_of(0, length)
-    worst = 0.0
-    for begin, end in ((0, 37), (500, 530), (511, 512), (512, 513), (63, 64), (599, 600)):
-        part = part_of(begin, end)
-        worst = max(worst, same(part, whole[begin:end]))
-    return worst
-
-
 # --- sampling -----------------------------------------------------------------------------------
 
 
@@ -627,18 +504,8 @@ def quick_cases() -> dict[str, Case]:
         add(f"linear {d} bias", linear_case, dtype, 5, bias=True, out=F32)
         add(f"linear {d} split K", linear_case, dtype, 3, k=1030, bias=True, batch_invariant=False)
         add(f"quant_matmul {d} odd K", quant_matmul_dense, dtype, 37)
-        add(f"attention {d} one token", attention_case, dtype, [0], [1])
-        add(f"attention {d} prompts", attention_case, dtype, [0, 0, 0], [70, 3, 40])
-        add(f"attention {d} chunks", attention_case, dtype, [64, 5], [130, 30])
-        add(f"attention {d} decode", attention_case, dtype, [599, 20, 511], [600, 21, 512])
-        add(f"attention {d} window", attention_case, dtype, [0, 600], [150, 601], window=40)
-        add(f"attention {d} odd heads", attention_case, dtype, [0], [9], heads=(3, 3), dim=20)
-        add(f"attention {d} same bits", attention_bits, dtype, -1)
     add("rms_norm f32 to bf16", rms_norm_case, (3, 100), F32, BF16)
     add("rms_norm strided", rms_norm_strided)
-    add("attention bf16 same bits, window", attention_bits, BF16, 100)
-    add("attention f32 dead slots", attention_dead_slots)
-    add("attention bf16 fast", attention_case, BF16, [0, 5], [70, 6], batch_invariant=False)
     add("embedding bf16", embedding_case, BF16, F32, torch.int64)
     add("embedding f16", embedding_case, torch.float16, BF16, torch.int32)
     for format in ("q4_0", "q4_1", "q8_0"):
@@ -689,13 +556,6 @@ def full_cases() -> dict[str, Case]:
     ):
         name = f"quant_matmul {format} {mode} m={m}"
         cases[name] = lambda a=(format, mode, m): quant_matmul_case(*a, n=130, k=96, bias=True)
-    for dtype, dim, heads in product((F32, BF16), (64, 96, 128), ((2, 1), (7, 1), (2, 2))):
-        name = f"attention {NAMES[dtype]} {heads} {dim}"
-        cases[name] = lambda a=(dtype, [3, 0, 520], [40, 66, 523], heads, dim): attention_case(*a)
-    for dtype, window in product((F32, BF16), (0, 63, 511)):
-        cases[f"attention {NAMES[dtype]} same bits, window {window}"] = lambda a=(dtype, window): (
-            attention_bits(*a)
-        )
     for vocab, top_k, top_p, min_p in product((7, 4100), (0, 1, 50), (0.2, 0.99, 1.0), (0.0, 0.1)):
         values = {"temperature": 0.7, "top_k": top_k, "top_p": top_p, "min_p": min_p}
         name = f"sampling V={vocab} " + " ".join(f"{k}={v}" for k, v in values.items())
