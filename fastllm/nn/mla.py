@@ -134,4 +134,6 @@ class MultiHeadLatentAttention(nn.Module):
         k = torch.cat((kv[..., : self.nope_dim], shared), dim=-1)
         v = kv[..., self.nope_dim :]
         scale = self.softmax_scale
-        return attention(q, k, v, cu_seqlens_q=cu_seqlens, causal=True, softmax_scale=scale)
+        o = attention(q, k, v, cu_seqlens_q=cu_seqlens, causal=True, softmax_scale=scale)
+        assert isinstance(o, Tensor), "without return_lse there is one result"
+        return o

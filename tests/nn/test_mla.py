@@ -245,3 +245,19 @@ def test_the_module_names_its_parameters_as_checkpoints_do() -> None:
     assert isinstance(pair.ours, MultiHeadLatentAttention)
     state = {f"model.layers.0.self_attn.{name}" for name in pair.ours.state_dict()}
     assert state == set(pair.weights)
+
+
+def test_the_expanded_form_compiles_whole_with_its_backward() -> None:
+    pair = Pair("v3 yarn")
+    pair.ours.requires_grad_(True)
+    x, places, starts = randn(20, 48), positions_of([(0, 20)]), int32([0, 20])
+    compiled = torch.compile(pair.ours.expanded, fullgraph=True, backend="aot_eager")
+    results = []
+    for run in (pair.ours.expanded, compiled):
+        inputs = x.clone().requires_grad_()
+        y = run(inputs, places, starts, pair.tables)
+        results.append(
+            (y, *torch.autograd.grad(y.square().sum(), [inputs, *pair.ours.parameters()]))
+        )
+    for eager, traced in zip(*results, strict=True):
+        assert torch.equal(eager, traced)
