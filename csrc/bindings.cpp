@@ -168,6 +168,7 @@ PYBIND11_MODULE(_C, m) {
   op(m, "append_kv", &Kernels::append_kv, append_kv_args);
   op(m, "append_mla", &Kernels::append_mla, append_mla_args);
   op(m, "rope_append_kv", &Kernels::rope_append_kv, rope_append_kv_args);
+  op(m, "attention", &Kernels::attention, attention_args);
   op(m, "paged_attention", &Kernels::paged_attention, paged_attention_args);
   op(m, "quant_matmul", &Kernels::quant_matmul, quant_matmul_args);
   op(m, "linear", &Kernels::linear, linear_args);
@@ -189,6 +190,10 @@ PYBIND11_MODULE(_C, m) {
           check_paging_values(argument<Tensor>(block_table), argument<Tensor>(cu_seqlens),
                               argument<Tensor>(cache_seqlens), tokens, num_pages, page_size);
         });
+  m.def("attention_scratch", [](py::handle q, py::handle k, py::handle v, py::handle cu_seqlens_q) {
+    return attention_scratch(argument<Tensor>(q), argument<Tensor>(k), argument<Tensor>(v),
+                             argument<Tensor>(cu_seqlens_q));
+  });
   m.def("isa", active_isa, "the active instruction-set level");
   m.def("isas", supported_isas, "the levels that this processor runs, ascending");
   m.def("set_isa", set_isa);

@@ -132,7 +132,7 @@ struct Paging {
   const int32_t *block_table, *cu_seqlens, *cache_seqlens;
   int64_t sequences, table_width, table_stride, tokens, num_pages, page_size;
 };
-constexpr int64_t kMaxHeadDim = 512;
+constexpr int64_t kMaxHeadDim = 576;  // a latent of 512 and a rotated key of 64
 
 // The caches that new keys and values go to: [num_pages, kv_heads, page_size, dim | value_dim], the
 // bytes of a (page, head) interleaved: K [page/16][dim/w][16][w], V [page/w][dim][w], w = 1 for f32
@@ -180,22 +180,53 @@ struct AppendMlaArgs {
 AppendMlaArgs append_mla_args(Tensor latent, Tensor rope_key, Tensor cache, Tensor block_table,
                               Tensor cu_seqlens, Tensor cache_seqlens);
 
-// o[tokens, heads, value_dim]: causal attention over the paged cache. Positions are cut into splits
-// of 512; with `partials` the splits of a row may run on several threads, to the same bits.
-struct PagedAttentionArgs {
-  void* o;
+// The query side of attention, whatever the keys come from. Positions are cut into splits of 512;
+// with `partials` the splits of a row may run on several threads, to the same bits.
+struct AttentionRows {
+  void* o;     // [tokens, heads, value_dim] contiguous
+  float* lse;  // natural logarithm, or null
   Rows q;
+  const float* sinks;  // [heads], or null
+  float* partials;     // [splits, tokens, heads, value_dim rounded up to 16 + 16], or null
+  DType dtype;         // of q and o
+  int64_t tokens, heads, kv_heads, dim, value_dim;
+  int64_t window_left, window_right;  // keys seen before and after a query's position; -1: all
+  float scale, softcap;               // softcap 0: none
+};
+
+// Attention over rows of keys and values in natural order: batches [B, T, H, D], or documents cut
+// out of [T, H, D] by cu_seqlens.
+struct AttentionArgs {
+  AttentionRows rows;
+  Rows k, v;
+  const int32_t *cu_seqlens_q, *cu_seqlens_k;  // [documents + 1], or null: batches
+  const uint8_t* key_mask;                     // a byte for each key, or null
+  void* packed;  // scratch for the words of K and V, see attention_scratch; or null
+  int64_t documents, queries, keys;  // queries, keys: of each batch, or of all documents
+  int64_t q_batch_stride, k_batch_stride, v_batch_stride, mask_batch_stride;
+};
+AttentionArgs attention_args(Tensor o, Tensor lse, Tensor q, Tensor k, Tensor v,
+                             Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor key_mask,
+                             Tensor sinks, Tensor scratch, double scale, int64_t window_left,
+                             int64_t window_right, double softcap);
+// How many f32 the scratch of a call should have (0: none is of use); without it the call is right
+// too, and slower.
+int64_t attention_scratch(const Tensor& q, const Tensor& k, const Tensor& v,
+                          const Tensor& cu_seqlens_q);
+
+// Causal attention over the paged cache.
+struct PagedAttentionArgs {
+  AttentionRows rows;
   const void *k_cache, *v_cache;
+  const float *k_scales, *v_scales;  // [num_pages, kv_heads, page_size] of int8 caches, or null
   Paging paging;
-  float* partials;  // [splits, tokens, heads, value_dim rounded up to 16 + 16], or null
-  DType dtype;
-  int64_t heads, kv_heads, dim, value_dim;
-  int64_t window_left;  // -1: no window
-  float scale;
+  DType cache_dtype;
 };
 PagedAttentionArgs paged_attention_args(Tensor o, Tensor q, Tensor k_cache, Tensor v_cache,
                                         Tensor block_table, Tensor cu_seqlens, Tensor cache_seqlens,
-                                        Tensor partials, double scale, int64_t window_left);
+                                        Tensor k_scales, Tensor v_scales, Tensor sinks,
+                                        Tensor partials, double scale, int64_t window_left,
+                                        double softcap);
 
 // Log-softmax of logits rows at chosen ids; NaN at ids outside [0, columns).
 struct LogProbsArgs {
@@ -249,6 +280,7 @@ struct Kernels {
   Kernel<AppendKvArgs>* append_kv;
   Kernel<AppendMlaArgs>* append_mla;
   Kernel<RopeAppendKvArgs>* rope_append_kv;
+  Kernel<AttentionArgs>* attention;
   Kernel<PagedAttentionArgs>* paged_attention;
   Kernel<QuantMatmulArgs>* quant_matmul;
   Kernel<LinearArgs>* linear;

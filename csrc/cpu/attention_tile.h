@@ -7,7 +7,6 @@
 #include "cpu/simd.h"
 
 namespace fastllm::FASTLLM_ISA {
-namespace {
 
 constexpr int kTile = 64;   // positions of a KV tile
 constexpr int kChunk = 16;  // positions interleaved in K
@@ -20,9 +19,9 @@ constexpr int kTileVectors = kTile / VL;
 
 FASTLLM_INLINE vf vbroadcast(const float* p) { return vset(*p); }
 
-// Element types of the cache. A word is what one lane of B holds per step: an f32, or a pair of
-// bf16 that are neighbours along the summed dimension. `A` is how the broadcast operand is kept:
-// kParts of them make a step.
+// Element types. A word is what one lane of B holds per step: an f32, or a pair of bf16 that are
+// neighbours along the summed dimension. `A` is how the broadcast operand is kept: kParts of them
+// make a step.
 struct F32 {
   using Elem = float;
   using Word = float;
@@ -38,7 +37,7 @@ struct Bf16 {
   using Word = uint32_t;
   static constexpr int kPerWord = 2;
   static constexpr int64_t kChain = 1 << 20;  // never cut: the rounding of q and k is larger
-  static constexpr int kExpDegree = 4;        // 2.8e-6: P is rounded to bf16, 700 times coarser
+  static constexpr int kExpDegree = 5;        // P is rounded to bf16, but lse is fp32
 #if defined(__AVX512BF16__)
   using A = uint32_t;  // the pair itself, for vdpbf16ps
   static constexpr int kParts = 1;
@@ -47,6 +46,46 @@ struct Bf16 {
   static constexpr int kParts = 2;
 #endif
 };
+// Half precision is widened on the way in and multiplied as f32, by the kernels of f32.
+struct F16 {
+  using Elem = Half;
+  using Word = float;
+  using A = float;
+  static constexpr int kPerWord = 1, kParts = 1;
+  static constexpr int kExpDegree = 5;
+};
+
+// A few words of B in a row of steps; a product takes runs one after the other.
+template <class Word>
+struct Run {
+  const Word* words;
+  int64_t steps;
+};
+
+// The two products for up to kMaxRows rows of A (other numbers than the kernels have take the next
+// larger one, with padded rows). attention_tile.cpp compiles them, once for all ops.
+//
+// scores(scores, q, k, steps, positions, scale, ahead): scores[r][0 .. positions) = scale * Q K^T,
+// rounded up to whole vectors; q is packed [step][part][kMaxRows].
+//
+// values(o, o_stride, alpha, p, runs, count, v_stride, dim, ahead): o[r] = alpha[r] * o[r] + P V
+// over the words of `runs`; o_stride is dim rounded up to whole vectors, v_stride the words from
+// one step of V to the next. A tile is summed from zero: chains are as short as a tile.
+//
+// Both prefetch as many bytes from `ahead` on as they read of B.
+template <class A, class Word>
+struct RowKernels {
+  void (*scores)(float (*)[kTile], const A*, const Word*, int64_t, int64_t, float, const char*);
+  void (*values)(float*, int64_t, const float*, const A*, const Run<Word>*, int, int64_t, int64_t,
+                 const char*);
+};
+RowKernels<F32::A, F32::Word> row_kernels(F32, int64_t rows);
+RowKernels<Bf16::A, Bf16::Word> row_kernels(Bf16, int64_t rows);
+FASTLLM_INLINE RowKernels<F16::A, F16::Word> row_kernels(F16, int64_t rows) {
+  return row_kernels(F32{}, rows);
+}
+
+namespace {
 
 // Asks for the lines that step i brings nearer: `ahead` is where the bytes lie that are wanted
 // next, and a loop that reads as many bytes as they are asks for them in ascending order, so that
@@ -65,8 +104,7 @@ struct Constant {
 };
 
 // acc[r][c] += A[r] . B[c] over `steps` words. A word of row r, step i, part h: a[i * AStep + h *
-// APart
-// + r * ARow]. Vectors of B: 16 words of a chunk side by side, chunks `chunk_stride` words apart,
+// APart + r * ARow]. Vectors of B: 16 words of a chunk side by side, chunks `chunk_stride` words apart,
 // steps `step_stride`. The lines from `ahead` on are prefetched on the way. With Masked, the last
 // vector holds only 8 words (AVX-512 with 8 columns left over).
 template <int AStep, int APart, int ARow, bool Masked, int R, int C>
@@ -153,7 +191,7 @@ FASTLLM_INLINE void dot_tile(Bf16, vf (&acc)[R][C], const float* a, const uint32
 #endif
 
 // 2^x for x <= 0 (of any size; -inf gives 0, NaN stays): x = k + r, |r| <= 1/2, 2^r by a minimax
-// polynomial with p(0) = 1 exactly, of relative error 2.8e-6 (degree 4) or 2e-9 (degree 6).
+// polynomial with p(0) = 1 exactly, of relative error 1.1e-7 (degree 5) or 2e-8 (degree 6).
 template <int Degree>
 FASTLLM_INLINE vf vexp2(vf x) {
 #if defined(__AVX512F__)
@@ -171,10 +209,11 @@ FASTLLM_INLINE vf vexp2(vf x) {
   const vf r = clamped - k;
 #endif
   vf p;
-  if constexpr (Degree == 4) {
-    p = vfma(vset(0.009582852944731712f), r, vset(0.055906426161527634f));
-    p = vfma(p, r, vset(0.24024099111557007f));
-    p = vfma(p, r, vset(0.6931241750717163f));
+  if constexpr (Degree == 5) {
+    p = vfma(vset(0.0013264724984765053f), r, vset(0.009671512991189957f));
+    p = vfma(p, r, vset(0.05550733581185341f));
+    p = vfma(p, r, vset(0.24022242426872253f));
+    p = vfma(p, r, vset(0.6931470036506653f));
   } else {
     p = vfma(vset(0.00015353361959569156f), r, vset(0.0013398875016719103f));
     p = vfma(p, r, vset(0.00961843691766262f));
@@ -199,120 +238,11 @@ FASTLLM_INLINE float max_lane(vf v) {
 #endif
 }
 
-// How many vectors of B a group of R rows takes at once: enough chains to hide the latency of an
-// fma.
-template <int R>
-constexpr int vectors_at_once() {
-  return (VL == 16 ? R <= 6 : R <= 3) ? 4 : 2;
-}
-
-// scores[r][0 .. positions) = scale * Q K^T, rounded up to whole vectors. q is packed
-// [step][part][kMaxRows].
-template <class E, int R>
-static void score_rows(float (*scores)[kTile], const typename E::A* q, const typename E::Word* k,
-                       int64_t steps, int64_t positions, float scale, const char* ahead) {
-  constexpr int C = vectors_at_once<R>();
-  constexpr int kPerChunk = kChunk / VL;
-  for (int64_t first = 0; first < positions; first += C * VL) {
-    const typename E::Word* b = k + first / kChunk * kChunk * steps + first % kChunk;
-    for (int64_t begin = 0; begin < steps; begin += E::kChain) {
-      const int64_t n = steps - begin < E::kChain ? steps - begin : E::kChain;
-      vf acc[R][C];
-#pragma GCC unroll 12
-      for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-        for (int c = 0; c < C; ++c) acc[r][c] = vset(0.f);
-      dot_tile<E::kParts * kMaxRows, kMaxRows, 1, false>(
-          E{}, acc, q + begin * E::kParts * kMaxRows, b + begin * kChunk, kChunk * steps, kChunk, n,
-          ahead + (first * steps + begin * C * VL) * 4);
-#pragma GCC unroll 12
-      for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-        for (int c = 0; c < C; ++c) {
-          float* to = scores[r] + first + c * VL;
-          const vf sum = begin ? vload(to) + acc[r][c] : acc[r][c];
-          vstore(to, begin + n == steps ? sum * scale : sum);
-        }
-    }
-  }
-  static_assert(C % kPerChunk == 0 || kPerChunk % C == 0);
-}
-
-template <class E, int R, int C, bool Masked>
-FASTLLM_INLINE void value_columns(float* o, int64_t o_stride, const float* alpha,
-                                  const typename E::A* p, const typename E::Word* v,
-                                  int64_t v_stride, int64_t steps, const typename E::Word* last,
-                                  const char* ahead) {
-  constexpr int kPRow = kTile * E::kParts / E::kPerWord;
-  vf acc[R][C];
-#pragma GCC unroll 12
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) acc[r][c] = vset(0.f);
-  dot_tile<E::kParts, 1, kPRow, Masked>(E{}, acc, p, v, kChunk, v_stride, steps, ahead);
-  if (last)
-    dot_tile<E::kParts, 1, kPRow, Masked>(E{}, acc, p + steps * E::kParts, last, kChunk, v_stride,
-                                          1, ahead);
-#pragma GCC unroll 12
-  for (int r = 0; r < R; ++r) {
-    const vf scale = vbroadcast(alpha + r);
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) {
-      float* to = o + r * o_stride + c * VL;
-      vstore(to, vfma(vload(to), scale, acc[r][c]));
-    }
-  }
-}
-
-// o[r] = alpha[r] * o[r] + P V over `steps` words of positions, and one more word at `last` if
-// given; o_stride is dim rounded up to whole vectors, v_stride the words from one step of V to the
-// next. A tile is summed from zero: chains are as short as a tile.
-template <class E, int R>
-static void value_rows(float* o, int64_t o_stride, const float* alpha, const typename E::A* p,
-                       const typename E::Word* v, int64_t v_stride, int64_t dim, int64_t steps,
-                       const typename E::Word* last, const char* ahead) {
-  constexpr int C = vectors_at_once<R>();
-  int64_t d = 0;
-  const auto columns = [&](auto width, auto masked) {
-    value_columns<E, R, width.value, masked.value>(o + d, o_stride, alpha, p, v + d, v_stride,
-                                                   steps, last ? last + d : last,
-                                                   ahead + d * steps * 4);
-    d += width.value * VL;
-  };
-  while (d + C * VL <= dim) columns(Constant<C>{}, Constant<0>{});
-  if constexpr (C == 4)
-    if (d + 2 * VL <= dim) columns(Constant<2>{}, Constant<0>{});
-  if (d + VL <= dim) columns(Constant<1>{}, Constant<0>{});
-  if (d < dim) columns(Constant<1>{}, Constant<1>{});
-}
-
-// The kernels for each number of rows; other numbers take the next larger one, with padded rows.
-template <class E>
-struct RowKernels {
-  void (*scores)(float (*)[kTile], const typename E::A*, const typename E::Word*, int64_t, int64_t,
-                 float, const char*);
-  void (*values)(float*, int64_t, const float*, const typename E::A*, const typename E::Word*,
-                 int64_t, int64_t, int64_t, const typename E::Word*, const char*);
-};
-template <class E>
-FASTLLM_INLINE RowKernels<E> row_kernels(int64_t rows) {
-  switch (rows) {
-    case 1: return {score_rows<E, 1>, value_rows<E, 1>};
-    case 2: return {score_rows<E, 2>, value_rows<E, 2>};
-    case 3: return {score_rows<E, 3>, value_rows<E, 3>};
-    case 4: return {score_rows<E, 4>, value_rows<E, 4>};
-#if defined(__AVX512F__)
-    case 5:
-    case 6: return {score_rows<E, 6>, value_rows<E, 6>};
-    case 7:
-    case 8: return {score_rows<E, 8>, value_rows<E, 8>};
-#endif
-    default: return {score_rows<E, kMaxRows>, value_rows<E, kMaxRows>};
-  }
-}
-
 // P of one row for the second product, as its kernels read it.
 FASTLLM_INLINE void store_p(F32, float* p, int64_t vector, vf x) { vstore(p + vector * VL, x); }
+FASTLLM_INLINE void store_p(F16, float* p, int64_t vector, vf x) {
+  vstore(p + vector * VL, vround_f16(x));
+}
 #if defined(__AVX512BF16__)
 FASTLLM_INLINE void store_p(Bf16, uint32_t* p, int64_t vector, vf x) {
   const __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);
@@ -336,10 +266,11 @@ FASTLLM_INLINE void start(Softmax& s) {
 }
 
 // Advances `rows` rows by one tile: P = exp2(scores - m), and alpha, the factor of what was summed
-// so far. Scores of -inf (masked) add nothing; a row of nothing else is left as it is.
-template <class E>
-FASTLLM_INLINE void softmax_rows(Softmax& s, float* alpha, typename E::A* p,
-                                 const float (*scores)[kTile], int64_t rows) {
+// so far. Scores of -inf (masked) add nothing; a row of nothing else is left as it is. With Scaled,
+// what is stored is P * v_scale, not what is summed.
+template <class E, bool Scaled>
+static void softmax_rows(Softmax& s, float* alpha, typename E::A* p, const float (*scores)[kTile],
+                         int64_t rows, const float* v_scale) {
   constexpr int64_t kPRow = kTile * E::kParts / E::kPerWord;
   alignas(64) float tile_max[16], shift[16];
   for (int r = 0; r < 16; ++r) tile_max[r] = -__builtin_inff();
@@ -364,7 +295,7 @@ FASTLLM_INLINE void softmax_rows(Softmax& s, float* alpha, typename E::A* p,
     for (int c = 0; c < kTileVectors; ++c) {
       const vf e = vexp2<E::kExpDegree>(vload(scores[r] + c * VL) - m);
       sum = sum + e;
-      store_p(E{}, p + r * kPRow, c, e);
+      store_p(E{}, p + r * kPRow, c, Scaled ? e * vload(v_scale + c * VL) : e);
     }
     vstore(s.l[r], vfma(vload(s.l[r]), vbroadcast(alpha + r), sum));
   }

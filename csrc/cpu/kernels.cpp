@@ -9,6 +9,7 @@ Kernel<SwigluArgs> swiglu;
 Kernel<AppendKvArgs> append_kv;
 Kernel<AppendMlaArgs> append_mla;
 Kernel<RopeAppendKvArgs> rope_append_kv;
+Kernel<AttentionArgs> attention;
 Kernel<PagedAttentionArgs> paged_attention;
 Kernel<QuantMatmulArgs> quant_matmul;
 Kernel<LinearArgs> linear;
@@ -26,6 +27,7 @@ const Kernels kernels = {
     .append_kv = append_kv,
     .append_mla = append_mla,
     .rope_append_kv = rope_append_kv,
+    .attention = attention,
     .paged_attention = paged_attention,
     .quant_matmul = quant_matmul,
     .linear = linear,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .. import _C
 from .attention_checks import check_attention
 from .attention_ref import attention_backward_ref, attention_ref, lse_shape, wide_dtype
 from .registry import Op, batch_invariant
@@ -71,6 +72,37 @@ _attention = Op(
 )
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+_MAX_HEAD_DIM = 576  # kMaxHeadDim in csrc/ops.h
+
+
+def _native_attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> bool:
+    dims = (q.shape[-1], v.shape[-1])
+    starts = [t for t in rest[:2] if t is not None]
+    mask = rest[2]
+    return (
+        all(x.stride(-1) == 1 for x in (q, k, v))
+        and all(0 < d <= _MAX_HEAD_DIM and d % 8 == 0 for d in dims)
+        and all(t.is_contiguous() for t in starts)
+        and (mask is None or mask.stride(-1) == 1)
+        and k.shape[-2] > 0
+    )
+
+
+@_attention.impl("native", "cpu", dtypes=_FLOATS, when=_native_attention)
+def _attention_cpu(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
+    key_mask: Tensor | None, sinks: Tensor | None, *numbers: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    o = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype)
+    lse = torch.empty(lse_shape(q))
+    size = _C.attention_scratch(q, k, v, cu_seqlens_q)
+    scratch = torch.empty(size) if size else None
+    _C.attention(
+        o, lse, q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask, sinks, scratch, *numbers
+    )  # fmt: skip
+    return o, lse
 
 
 @_attention.impl("triton", "cuda", dtypes=_FLOATS)

@@ -119,22 +119,16 @@ _paged_attention = Op(
 _SPLIT = 512  # positions of a split, the unit that decode may run on another thread
 
 
-def _plain(
-    sinks: Tensor | None, softmax_scale: float, window_left: int = -1, softcap: float = 0.0
-) -> bool:
-    """Whether the scores are used as they are."""
-    return sinks is None and softcap == 0.0
-
-
 def _native_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, *rest: Any
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, *_: Any
 ) -> bool:
     dims_fit = k_cache.shape[3] % 8 == 0 and v_cache.shape[3] % 8 == 0
-    fits = q.stride(-1) == 1 and dims_fit and native_cache(k_cache, v_cache, block_table)
-    return fits and _plain(*rest[4:])
+    return q.stride(-1) == 1 and dims_fit and native_cache(k_cache, v_cache, block_table)
 
 
-@_paged_attention.impl("native", "cpu", variants=(FLOAT,), when=_native_attention)
+@_paged_attention.impl(
+    "native", "cpu", dtypes=FLOATS, variants=(FLOAT, INT8), when=_native_attention
+)
 def _paged_attention_cpu(
     q: Tensor,
     k_cache: Tensor,
@@ -167,9 +161,13 @@ def _paged_attention_cpu(
         block_table,
         cu_seqlens_q,
         cache_seqlens,
+        k_scales,
+        v_scales,
+        sinks,
         partials,
         softmax_scale,
         window_left,
+        softcap,
     )
     return o
 

@@ -324,7 +324,10 @@ def test_kernels_stay_inside_their_tensors_whatever_the_metadata_says(
             out = torch.full((3 * tokens, 4, 32), 7.0, dtype=dtype)
             partials = torch.empty(tokens * 4 * 48)
             for scratch in (None, partials):
-                _C.paged_attention(out[tokens : 2 * tokens], q, *cache, *places, scratch, 1.0, -1)
+                _C.paged_attention(
+                    out[tokens : 2 * tokens], q, *cache, *places, None, None, None, scratch,
+                    1.0, -1, 0.0,
+                )  # fmt: skip
             for g in guarded:
                 assert (g[:3] == 7).all() and (g[6:] == 7).all()
             assert (out[:tokens] == 7).all() and (out[2 * tokens :] == 7).all()

@@ -1,0 +1,460 @@
+// Attention of a block of query rows over the KV tiles of a document: an online softmax over tiles
+// of 64 positions, restarted every 512 positions (a split) and merged in ascending order. Where the
+// tiles come from is the business of a source; a task list shares the blocks out among threads.
+//
+// A task is a block of query rows of one KV head: row = token * group + head of the group, so that
+// a token reads each tile once for all heads of its group. A tile of K and V stays in L1 while the
+// block's rows pass over it, kMaxRows at a time, their state in L2.
+//
+// The order of operations on a row is fixed by its own document: tiles and splits are counted from
+// key position 0, a tile that a row does not see is skipped or adds exact zeros, and splits
+// computed in parallel go through the same merge as splits computed in one task.
+//
+// A source (of element type E) has
+//   int64_t documents();  Document document(int64_t s);
+//   Place place(document, s, kv_head, tile): where a tile lies; `given` is false if it has no keys
+//   Tile<E> words(tile scratch, place, next): the tile, and what to prefetch meanwhile
+#pragma once
+#include "common/scratch.h"
+#include "cpu/attention_variants.h"
+#include "cpu/attention_words.h"
+#include "cpu/lse.h"
+#include "ops.h"
+
+namespace fastllm::FASTLLM_ISA {
+namespace {
+
+constexpr int64_t kSplit = 512;
+constexpr int64_t kBlockGroups = 8;  // groups of kMaxRows in a block
+// A document with up to so many groups is one block: its tiles are then made only once.
+constexpr int64_t kOneBlockGroups = 12;
+
+FASTLLM_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+FASTLLM_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+FASTLLM_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+FASTLLM_INLINE int64_t between(int64_t low, int64_t x, int64_t high) {
+  return smaller(larger(low, x), high);
+}
+
+// The queries of one document: rows [begin, begin + count) of o.
+struct Document {
+  int64_t begin, count;
+  int64_t first;                    // position of the first query; may be negative
+  int64_t keys;                     // positions [0, keys) exist
+  int64_t q_at;                     // where row `begin` lies in q, in elements
+  int64_t lse_at, lse_head_stride;  // where its lse lies for head 0, and from head to head
+};
+
+// Rows [row, row + rows) of one document and KV head, at positions `first` to `last`.
+struct RowSpan {
+  int64_t row, rows, first, last;
+};
+
+// The words of K and V of one tile, and the bytes wanted after them.
+template <class E>
+struct Tile {
+  const typename E::Word *k, *v;
+  const char *next_k, *next_v;
+  const float *k_scale, *v_scale;  // of its 64 positions, or null
+  uint64_t visible;                // bit p: position p may be seen
+};
+
+struct Shape {
+  int64_t group, steps, value_stride;
+  float scale;       // of scores: base-2 logits, or the argument of tanh
+  float cap;         // softcap in base 2, or 0
+  int64_t max_rows;  // of a block
+};
+
+template <class E>
+FASTLLM_INLINE Shape shape_of(const AttentionRows& a) {
+  constexpr float kLog2e = 1.44269504088896341f;
+  return {.group = a.heads / a.kv_heads,
+          .steps = a.dim / E::kPerWord,
+          .value_stride = divide_up(a.value_dim, VL) * VL,
+          .scale = a.softcap > 0 ? a.scale / a.softcap : a.scale * kLog2e,
+          .cap = a.softcap > 0 ? a.softcap * kLog2e : 0.f,
+          .max_rows = kOneBlockGroups * kMaxRows};
+}
+
+// Keys that a query at position p sees: [first_key, end_key), apart from a mask of single keys.
+FASTLLM_INLINE int64_t first_key(const AttentionRows& a, int64_t p) {
+  return a.window_left < 0 ? 0 : larger(0, p - a.window_left);
+}
+FASTLLM_INLINE int64_t end_key(const AttentionRows& a, int64_t keys, int64_t p) {
+  return a.window_right < 0 ? keys : between(0, p + a.window_right + 1, keys);
+}
+
+// Everything a block needs while it runs, in thread scratch.
+template <class E>
+struct Workspace {
+  typename E::A* q;  // [groups][steps][parts][kMaxRows]
+  float *o, *done;   // [rows][value_stride]
+  Softmax* softmax;  // [groups]
+  float *m_done, *l_done;
+  float (*scores)[kTile];
+  typename E::A* p;
+  typename E::Word* edge_values[2];  // words of V of which one half is hidden
+  float* alpha;
+  TileScratch<E> tile;
+};
+
+FASTLLM_INLINE char* take(char*& at, int64_t bytes) {
+  char* p = at;
+  at += (bytes + 63) / 64 * 64;
+  return p;
+}
+
+template <class E>
+Workspace<E> workspace(const Shape& shape, const AttentionRows& a, bool local_tiles) {
+  using A = typename E::A;
+  using Word = typename E::Word;
+  const int64_t rows = shape.max_rows, groups = rows / kMaxRows;
+  const int64_t q_bytes = rows * shape.steps * E::kParts * sizeof(A);
+  const int64_t o_bytes = rows * shape.value_stride * sizeof(float);
+  const int64_t k_bytes = local_tiles ? kTile * shape.steps * sizeof(Word) : 0;
+  const int64_t v_bytes = local_tiles ? kTile / E::kPerWord * a.value_dim * sizeof(Word) : 0;
+  const int64_t fixed = groups * sizeof(Softmax) + 2 * rows * sizeof(float) +
+                        kMaxRows * kTile * (sizeof(float) + sizeof(A)) + 64 +
+                        2 * a.value_dim * sizeof(Word) + 2 * kTile * sizeof(float);
+  char* at = static_cast<char*>(
+      thread_scratch(Scratch::panels, q_bytes + 2 * o_bytes + k_bytes + v_bytes + fixed + 24 * 64));
+  Workspace<E> w;
+  w.q = reinterpret_cast<A*>(take(at, q_bytes));
+  w.o = reinterpret_cast<float*>(take(at, o_bytes));
+  w.done = reinterpret_cast<float*>(take(at, o_bytes));
+  w.softmax = reinterpret_cast<Softmax*>(take(at, groups * sizeof(Softmax)));
+  w.m_done = reinterpret_cast<float*>(take(at, rows * sizeof(float)));
+  w.l_done = reinterpret_cast<float*>(take(at, rows * sizeof(float)));
+  w.scores = reinterpret_cast<float (*)[kTile]>(take(at, kMaxRows * kTile * sizeof(float)));
+  w.p = reinterpret_cast<A*>(take(at, kMaxRows * kTile * sizeof(A)));
+  w.alpha = reinterpret_cast<float*>(take(at, 64));
+  for (auto& edge : w.edge_values)
+    edge = reinterpret_cast<Word*>(take(at, a.value_dim * sizeof(Word)));
+  w.tile.k = reinterpret_cast<Word*>(take(at, k_bytes));
+  w.tile.v = reinterpret_cast<Word*>(take(at, v_bytes));
+  for (auto& scale : w.tile.scale)
+    scale = reinterpret_cast<float*>(take(at, kTile * sizeof(float)));
+  return w;
+}
+
+// A later split (m2, l2, o2) joins the merged earlier ones; a split without visible keys (l2 = 0)
+// changes nothing and the first one with keys is taken as it is.
+FASTLLM_INLINE void merge_row(float* m, float* l, float* o, float m2, float l2, const float* o2,
+                              int64_t stride) {
+  if (l2 == 0.f) return;
+  if (*l == 0.f) {
+    *m = m2;
+    *l = l2;
+    for (int64_t d = 0; d < stride; d += VL) vstore(o + d, vload(o2 + d));
+    return;
+  }
+  const float top = *m > m2 ? *m : m2;
+  const vf keep = vexp2<6>(vset(*m - top)), add = vexp2<6>(vset(m2 - top));
+  *m = top;
+  *l = sfma(l2, add[0], *l * keep[0]);
+  for (int64_t d = 0; d < stride; d += VL)
+    vstore(o + d, vfma(vload(o2 + d), add, vload(o + d) * keep));
+}
+
+// The end of a row: the sink joins, o is divided and rounded, the log-sum-exp is stored (natural
+// logarithm; what the scores were is base 2). `token` counts from the document's first query.
+template <class T>
+FASTLLM_INLINE void finish_row(const AttentionRows& a, const Document& doc, int64_t token,
+                               int64_t head, const float* o, float m, float l) {
+  constexpr float kLn2 = 0.693147180559945309f, kLog2e = 1.44269504088896341f;
+  float factor = l == 0.f ? 0.f : 1.f / l, lse = -__builtin_inff();
+  if (a.sinks) {
+    lse = a.sinks[head];
+    if (l != 0.f) {
+      const float sink = lse * kLog2e;
+      const float top = m > sink ? m : sink;
+      const float keep = vexp2<6>(vset(m - top))[0];
+      l = sfma(l, keep, vexp2<6>(vset(sink - top))[0]);
+      m = top;
+      factor = keep / l;
+    }
+  }
+  if (a.lse) {
+    if (l != 0.f) lse = sfma(m, kLn2, log1(l));
+    a.lse[doc.lse_at + head * doc.lse_head_stride + token] = lse;
+  }
+  T* out = static_cast<T*>(a.o) + ((doc.begin + token) * a.heads + head) * a.value_dim;
+  int64_t d = 0;
+  for (; d + VL <= a.value_dim; d += VL) store(out + d, vload(o + d) * factor);
+  if (d < a.value_dim) store_n(out + d, vload(o + d) * factor, a.value_dim - d);
+}
+
+// Where the o, m and l of (split, token of o, head) lie; see attention_partials in ops.h.
+FASTLLM_INLINE int64_t partial_stride(const AttentionRows& a) {
+  return divide_up(a.value_dim, 16) * 16 + 16;
+}
+FASTLLM_INLINE float* partial_of(const AttentionRows& a, int64_t split, int64_t token,
+                                 int64_t head) {
+  return a.partials + ((split * a.tokens + token) * a.heads + head) * partial_stride(a);
+}
+
+template <class E>
+FASTLLM_INLINE void pack_query(E, typename E::A* to, const typename E::Elem* x, int64_t dim) {
+  for (int64_t i = 0; i < dim; ++i) to[i * kMaxRows] = load1(x + i);
+}
+#if defined(__AVX512BF16__)
+FASTLLM_INLINE void pack_query(Bf16, uint32_t* to, const uint16_t* x, int64_t dim) {
+  for (int64_t i = 0; i < dim; i += 2) __builtin_memcpy(to + i / 2 * kMaxRows, x + i, 4);
+}
+#endif
+
+// One task: the rows of a block against the tiles that they see.
+template <class E, class Source>
+struct Block {
+  using Elem = typename E::Elem;
+  using Word = typename E::Word;
+  const AttentionRows& a;
+  const Source& source;
+  const Shape& shape;
+  const Workspace<E>& w;
+  int64_t s, kv_head;
+  Document doc;
+  RowSpan all;
+
+  int64_t groups() const { return divide_up(all.rows, kMaxRows); }
+  RowSpan rows_of_group(int64_t g) const {
+    const int64_t row = all.row + g * kMaxRows, rows = smaller(kMaxRows, all.rows - g * kMaxRows);
+    return {row, rows, doc.first + row / shape.group, doc.first + (row + rows - 1) / shape.group};
+  }
+  int64_t token(int64_t row) const { return row / shape.group; }
+  int64_t head(int64_t row) const { return kv_head * shape.group + row % shape.group; }
+
+  // Tiles [first_tile, end_tile) hold every position that some row sees.
+  int64_t first_tile() const { return first_key(a, all.first) / kTile; }
+  int64_t end_tile() const { return divide_up(end_key(a, doc.keys, all.last), kTile); }
+
+  void pack() const {
+    const int64_t group_size = shape.steps * E::kParts * kMaxRows;
+    if (all.rows % kMaxRows)
+      __builtin_memset(w.q + (groups() - 1) * group_size, 0, group_size * sizeof(*w.q));
+    for (int64_t r = 0; r < all.rows; ++r) {
+      const Elem* x = static_cast<const Elem*>(a.q.data) + doc.q_at +
+                      token(all.row + r) * a.q.token_stride + head(all.row + r) * a.q.head_stride;
+      pack_query(E{}, w.q + r / kMaxRows * group_size + r % kMaxRows, x, a.dim);
+    }
+  }
+
+  void mask(const RowSpan& rows, int64_t tile, uint64_t visible) const {
+    for (int64_t r = 0; r < rows.rows; ++r) {
+      const int64_t position = doc.first + (rows.row + r) / shape.group;
+      mask_row(w.scores[r], first_key(a, position) - tile * kTile,
+               end_key(a, doc.keys, position) - tile * kTile, visible);
+    }
+  }
+
+  // o += P V over positions [begin, end) of a tile. A word of bf16 pairs two positions: where one
+  // of them is hidden from all rows it may hold anything and is cleared in a copy.
+  void add_values(float* o, const Tile<E>& tile, const char* next, int64_t rows, int64_t begin,
+                  int64_t end) const {
+    constexpr int64_t kPair = E::kPerWord;
+    const int64_t dim = a.value_dim;
+    int64_t from = begin / kPair, to = divide_up(end, kPair);
+    const typename E::A* p = w.p + from * E::kParts;
+    Run<Word> runs[3];
+    int count = 0;
+    if constexpr (kPair == 2) {
+      if (begin % 2) {
+        for (int64_t d = 0; d < dim; ++d)
+          w.edge_values[0][d] = tile.v[from * dim + d] & 0xffff0000u;
+        runs[count++] = {w.edge_values[0], 1};
+        ++from;
+      }
+      if (end % 2) {
+        --to;
+        for (int64_t d = 0; d < dim; ++d) w.edge_values[1][d] = tile.v[to * dim + d] & 0xffffu;
+      }
+    }
+    if (from < to) runs[count++] = {tile.v + from * dim, to - from};
+    if (kPair == 2 && end % 2) runs[count++] = {w.edge_values[1], 1};
+    row_kernels(E{}, rows).values(o, shape.value_stride, w.alpha, p, runs, count, dim, dim, next);
+  }
+
+  void tile_step(int64_t g, int64_t index, const Tile<E>& tile) const {
+    const RowSpan rows = rows_of_group(g);
+    const int64_t first = index * kTile;
+    const int64_t begin = larger(0, first_key(a, rows.first) - first);
+    const int64_t end = smaller(kTile, end_key(a, doc.keys, rows.last) - first);
+    if (begin >= end) return;
+    const bool all_visible = tile.visible == ~uint64_t{0} && first_key(a, rows.last) <= first &&
+                             end_key(a, doc.keys, rows.first) >= first + kTile;
+    row_kernels(E{}, rows.rows)
+        .scores(w.scores, w.q + g * shape.steps * E::kParts * kMaxRows, tile.k, shape.steps, end,
+                shape.scale, g ? reinterpret_cast<const char*>(tile.k) : tile.next_k);
+    if (tile.k_scale) scale_columns(w.scores, rows.rows, tile.k_scale);
+    if (shape.cap > 0) cap_scores(w.scores, rows.rows, shape.cap);
+    if (!all_visible) mask(rows, index, tile.visible);
+    if (tile.v_scale)
+      softmax_rows<E, true>(w.softmax[g], w.alpha, w.p, w.scores, rows.rows, tile.v_scale);
+    else
+      softmax_rows<E, false>(w.softmax[g], w.alpha, w.p, w.scores, rows.rows, nullptr);
+    add_values(w.o + g * kMaxRows * shape.value_stride, tile,
+               g ? reinterpret_cast<const char*>(tile.v) : tile.next_v, rows.rows, begin, end);
+  }
+
+  void run_split(int64_t split) const {
+    for (int64_t g = 0; g < groups(); ++g) start(w.softmax[g]);
+    for (int64_t i = 0; i < groups() * kMaxRows * shape.value_stride; i += VL)
+      vstore(w.o + i, vset(0.f));
+    const int64_t begin = larger(first_tile(), split * (kSplit / kTile));
+    const int64_t end = smaller(end_tile(), (split + 1) * (kSplit / kTile));
+    if (begin >= end) return;
+    auto next = source.place(doc, s, kv_head, begin);
+    for (int64_t index = begin; index < end; ++index) {
+      const auto now = next;
+      if (index + 1 < end) next = source.place(doc, s, kv_head, index + 1);
+      if (!now.given) continue;
+      const Tile<E> tile = source.words(w.tile, now, next.given ? next : now);
+      for (int64_t g = 0; g < groups(); ++g) tile_step(g, index, tile);
+    }
+  }
+
+  float sum(int64_t r) const { return vsum(vload(w.softmax[r / kMaxRows].l[r % kMaxRows])); }
+  float top(int64_t r) const { return w.softmax[r / kMaxRows].m[r % kMaxRows]; }
+
+  void run() const {
+    pack();
+    for (int64_t r = 0; r < all.rows; ++r) w.l_done[r] = 0.f;
+    const int64_t begin = first_tile() * kTile / kSplit;
+    const int64_t end = divide_up(end_tile() * kTile, kSplit);
+    for (int64_t split = begin; split < end; ++split) {
+      run_split(split);
+      for (int64_t r = 0; r < all.rows; ++r)
+        merge_row(w.m_done + r, w.l_done + r, w.done + r * shape.value_stride, top(r), sum(r),
+                  w.o + r * shape.value_stride, shape.value_stride);
+    }
+    for (int64_t r = 0; r < all.rows; ++r) {
+      float* o = w.done + r * shape.value_stride;
+      if (w.l_done[r] == 0.f) __builtin_memset(o, 0, shape.value_stride * sizeof(float));
+      finish_row<Elem>(a, doc, token(all.row + r), head(all.row + r), o, w.m_done[r], w.l_done[r]);
+    }
+  }
+
+  void run_partial(int64_t split) const {
+    pack();
+    run_split(split);
+    for (int64_t r = 0; r < all.rows; ++r) {
+      float* to = partial_of(a, split, doc.begin + token(all.row + r), head(all.row + r));
+      const float* o = w.o + r * shape.value_stride;
+      for (int64_t d = 0; d < shape.value_stride; d += VL) vstore(to + d, vload(o + d));
+      to[partial_stride(a) - 2] = top(r);
+      to[partial_stride(a) - 1] = sum(r);
+    }
+  }
+};
+
+// Rows of a document and KV head that make one block.
+FASTLLM_INLINE int64_t block_rows(int64_t rows) {
+  return rows <= kOneBlockGroups * kMaxRows ? larger(1, rows) : kBlockGroups * kMaxRows;
+}
+
+// Tasks in the order in which they are handed out: the last block of every document (the longest
+// rows), all KV heads of it, then the next to last; a split of a block is a task if splits run in
+// parallel.
+template <class E, class Source>
+struct TaskList {
+  const AttentionRows& a;
+  const Source& source;
+  const Shape& shape;
+  const Workspace<E>& w;
+  bool parallel_splits;
+  // Where the walk stands; `first` is the index of its first task.
+  int64_t s = 0, round = 0, first = 0;
+  bool found_in_round = false;
+
+  Block<E, Source> block() const {
+    const Document doc = source.document(s);
+    const int64_t rows = doc.count * shape.group, in_block = block_rows(rows);
+    const int64_t index = divide_up(rows, in_block) - 1 - round;
+    RowSpan all{index * in_block, 0, 0, 0};
+    if (index >= 0) {
+      all.rows = smaller(in_block, rows - all.row);
+      all.first = doc.first + all.row / shape.group;
+      all.last = doc.first + (all.row + all.rows - 1) / shape.group;
+    }
+    return {a, source, shape, w, s, 0, doc, all};
+  }
+
+  // Runs task number `index`; indices of successive calls ascend. False past the end.
+  bool run(int64_t index) {
+    for (;; ++s) {
+      if (s == source.documents()) {
+        if (!found_in_round) return false;
+        s = 0, ++round, found_in_round = false;
+      }
+      Block<E, Source> task = block();
+      if (task.all.rows == 0) continue;
+      found_in_round = true;
+      const int64_t first_split = task.first_tile() * kTile / kSplit;
+      const int64_t splits =
+          parallel_splits ? divide_up(task.end_tile() * kTile, kSplit) - first_split : 1;
+      const int64_t count = larger(0, splits) * a.kv_heads;
+      if (index >= first + count) {
+        first += count;
+        continue;
+      }
+      task.kv_head = (index - first) % a.kv_heads;
+      if (parallel_splits)
+        task.run_partial(first_split + (index - first) / a.kv_heads);
+      else
+        task.run();
+      return true;
+    }
+  }
+};
+
+// Rows [begin, end) of o that belong to no document.
+FASTLLM_INLINE void clear_rows(const AttentionRows& a, int64_t begin, int64_t end) {
+  if (begin >= end) return;
+  const int64_t row_bytes = a.heads * a.value_dim * (a.dtype == DType::f32 ? 4 : 2);
+  __builtin_memset(static_cast<char*>(a.o) + begin * row_bytes, 0, (end - begin) * row_bytes);
+}
+
+template <class E, class Source>
+void merge_partials(const AttentionRows& a, const Source& source, const Shape& shape,
+                    const Team& team) {
+  int64_t begin, end;
+  my_share(team, a.tokens * a.heads, 1, &begin, &end);
+  float* o = static_cast<float*>(thread_scratch(Scratch::rows, shape.value_stride * sizeof(float)));
+  for (int64_t s = 0; s < source.documents(); ++s) {
+    const Document doc = source.document(s);
+    const int64_t high = smaller(end, (doc.begin + doc.count) * a.heads);
+    for (int64_t i = larger(begin, doc.begin * a.heads); i < high; ++i) {
+      const int64_t token = i / a.heads - doc.begin, position = doc.first + token;
+      const int64_t last = end_key(a, doc.keys, position);
+      int64_t split = first_key(a, position) / kSplit;
+      float m = 0.f, l = 0.f;
+      __builtin_memset(o, 0, shape.value_stride * sizeof(float));
+      for (; split * kSplit < last; ++split) {
+        const float* part = partial_of(a, split, doc.begin + token, i % a.heads);
+        merge_row(&m, &l, o, part[partial_stride(a) - 2], part[partial_stride(a) - 1], part,
+                  shape.value_stride);
+      }
+      finish_row<typename E::Elem>(a, doc, token, i % a.heads, o, m, l);
+    }
+  }
+}
+
+// All documents of a source. `parallel_splits` may be true only if a.partials is given; all threads
+// pass the same.
+template <class E, class Source>
+void attend(const AttentionRows& a, const Source& source, bool parallel_splits, bool local_tiles,
+            const Team& team) {
+  const Shape shape = shape_of<E>(a);
+  const Workspace<E> w = workspace<E>(shape, a, local_tiles);
+  TaskList<E, Source> tasks{a, source, shape, w, parallel_splits};
+  while (tasks.run(next_task(team))) {
+  }
+  if (parallel_splits) {
+    team_sync(team);
+    merge_partials<E>(a, source, shape, team);
+  }
+}
+
+}  // namespace
+}  // namespace fastllm::FASTLLM_ISA

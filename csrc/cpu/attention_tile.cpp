@@ -1,0 +1,110 @@
+// The two products of attention for every number of rows (see attention_tile.h).
+#include "cpu/attention_tile.h"
+
+namespace fastllm::FASTLLM_ISA {
+namespace {
+
+// How many vectors of B a group of R rows takes at once: enough chains to hide the latency of an
+// fma.
+template <int R>
+constexpr int vectors_at_once() {
+  return (VL == 16 ? R <= 6 : R <= 3) ? 4 : 2;
+}
+
+template <class E, int R>
+static void score_rows(float (*scores)[kTile], const typename E::A* q, const typename E::Word* k,
+                       int64_t steps, int64_t positions, float scale, const char* ahead) {
+  constexpr int C = vectors_at_once<R>();
+  constexpr int kPerChunk = kChunk / VL;
+  for (int64_t first = 0; first < positions; first += C * VL) {
+    const typename E::Word* b = k + first / kChunk * kChunk * steps + first % kChunk;
+    for (int64_t begin = 0; begin < steps; begin += E::kChain) {
+      const int64_t n = steps - begin < E::kChain ? steps - begin : E::kChain;
+      vf acc[R][C];
+#pragma GCC unroll 12
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) acc[r][c] = vset(0.f);
+      dot_tile<E::kParts * kMaxRows, kMaxRows, 1, false>(
+          E{}, acc, q + begin * E::kParts * kMaxRows, b + begin * kChunk, kChunk * steps, kChunk, n,
+          ahead + (first * steps + begin * C * VL) * 4);
+#pragma GCC unroll 12
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) {
+          float* to = scores[r] + first + c * VL;
+          const vf sum = begin ? vload(to) + acc[r][c] : acc[r][c];
+          vstore(to, begin + n == steps ? sum * scale : sum);
+        }
+    }
+  }
+  static_assert(C % kPerChunk == 0 || kPerChunk % C == 0);
+}
+
+template <class E, int R, int C, bool Masked>
+FASTLLM_INLINE void value_columns(float* o, int64_t o_stride, const float* alpha,
+                                  const typename E::A* p, const Run<typename E::Word>* runs,
+                                  int count, int64_t column, int64_t v_stride, const char* ahead) {
+  constexpr int kPRow = kTile * E::kParts / E::kPerWord;
+  vf acc[R][C];
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) acc[r][c] = vset(0.f);
+  for (int i = 0; i < count; ++i) {
+    dot_tile<E::kParts, 1, kPRow, Masked>(E{}, acc, p, runs[i].words + column, kChunk, v_stride,
+                                          runs[i].steps, ahead);
+    p += runs[i].steps * E::kParts;
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) {
+    const vf scale = vbroadcast(alpha + r);
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+      float* to = o + r * o_stride + c * VL;
+      vstore(to, vfma(vload(to), scale, acc[r][c]));
+    }
+  }
+}
+
+template <class E, int R>
+static void value_rows(float* o, int64_t o_stride, const float* alpha, const typename E::A* p,
+                       const Run<typename E::Word>* runs, int count, int64_t v_stride, int64_t dim,
+                       const char* ahead) {
+  constexpr int C = vectors_at_once<R>();
+  int64_t d = 0;
+  const auto columns = [&](auto width, auto masked) {
+    value_columns<E, R, width.value, masked.value>(o + d, o_stride, alpha, p, runs, count, d,
+                                                   v_stride, ahead + d * runs[0].steps * 4);
+    d += width.value * VL;
+  };
+  while (d + C * VL <= dim) columns(Constant<C>{}, Constant<0>{});
+  if constexpr (C == 4)
+    if (d + 2 * VL <= dim) columns(Constant<2>{}, Constant<0>{});
+  if (d + VL <= dim) columns(Constant<1>{}, Constant<0>{});
+  if (d < dim) columns(Constant<1>{}, Constant<1>{});
+}
+
+template <class E>
+FASTLLM_INLINE RowKernels<typename E::A, typename E::Word> kernels_for(int64_t rows) {
+  switch (rows) {
+    case 1: return {score_rows<E, 1>, value_rows<E, 1>};
+    case 2: return {score_rows<E, 2>, value_rows<E, 2>};
+    case 3: return {score_rows<E, 3>, value_rows<E, 3>};
+    case 4: return {score_rows<E, 4>, value_rows<E, 4>};
+#if defined(__AVX512F__)
+    case 5:
+    case 6: return {score_rows<E, 6>, value_rows<E, 6>};
+    case 7:
+    case 8: return {score_rows<E, 8>, value_rows<E, 8>};
+#endif
+    default: return {score_rows<E, kMaxRows>, value_rows<E, kMaxRows>};
+  }
+}
+
+}  // namespace
+
+RowKernels<F32::A, F32::Word> row_kernels(F32, int64_t rows) { return kernels_for<F32>(rows); }
+RowKernels<Bf16::A, Bf16::Word> row_kernels(Bf16, int64_t rows) { return kernels_for<Bf16>(rows); }
+
+}  // namespace fastllm::FASTLLM_ISA

@@ -1,0 +1,65 @@
+// What some calls do to a group's scores between the two products: hide keys, cap logits, apply the
+// scales of int8 keys. Each is one pass over at most kMaxRows x 64 scores.
+#pragma once
+#include "cpu/attention_tile.h"
+
+namespace fastllm::FASTLLM_ISA {
+namespace {
+
+FASTLLM_INLINE vi lane_index() {
+  vi at;
+  for (int i = 0; i < VL; ++i) at[i] = i;
+  return at;
+}
+
+// Hides all positions of a tile outside [begin, end) and those whose bit of `visible` is 0.
+FASTLLM_INLINE void mask_row(float* scores, int64_t begin, int64_t end, uint64_t visible) {
+  const int low = static_cast<int>(begin < 0 ? 0 : begin > kTile ? kTile : begin);
+  const int high = static_cast<int>(end < 0 ? 0 : end > kTile ? kTile : end);
+  const vf hidden = vset(-__builtin_inff());
+  for (int c = 0; c < kTile; c += VL) {
+    const vi at = lane_index() + c;
+    const vf x = vload(scores + c);
+    vi seen = (at >= low) & (at < high);
+    if (visible != ~uint64_t{0}) {
+      const vi bits = vseti(static_cast<int32_t>(visible >> c));
+      seen &= (bits & (vseti(1) << lane_index())) != 0;
+    }
+    vstore(scores + c, seen ? x : hidden);
+  }
+}
+
+// scores *= scale[position].
+FASTLLM_INLINE void scale_columns(float (*scores)[kTile], int64_t rows, const float* scale) {
+  for (int64_t r = 0; r < rows; ++r)
+#pragma GCC unroll 16
+    for (int c = 0; c < kTile; c += VL)
+      vstore(scores[r] + c, vload(scores[r] + c) * vload(scale + c));
+}
+
+// Hyperbolic tangent within 2 ulp; NaN stays NaN. Up to 0.625 x + x^3 P(x^2) (P: minimax, relative
+// error 3e-9), above (1 - e) / (1 + e) with e = exp(-2|x|).
+FASTLLM_INLINE vf vtanh(vf x) {
+  const vf magnitude = vabs(x), square = x * x;
+  vf p = vset(2.1429588e-3f);
+  p = vfma(p, square, vset(-8.1773950e-3f));
+  p = vfma(p, square, vset(2.1700701e-2f));
+  p = vfma(p, square, vset(-5.3946763e-2f));
+  p = vfma(p, square, vset(1.3333206e-1f));
+  p = vfma(p, square, vset(-3.3333331e-1f));
+  const vf small = vfma(p * square, x, x);
+  const vf e = vexp2<6>(magnitude * vset(-2.88539008177792681f));
+  const vf large = (vset(1.f) - e) / (vset(1.f) + e);
+  const vi sign = vbits(x) & vseti(static_cast<int32_t>(0x80000000u));
+  return magnitude < vset(0.625f) ? small : vbits(vbits(large) | sign);
+}
+
+// Base-2 logits cap * tanh(x).
+FASTLLM_INLINE void cap_scores(float (*scores)[kTile], int64_t rows, float cap) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int c = 0; c < kTile; c += VL)
+      vstore(scores[r] + c, vtanh(vload(scores[r] + c)) * vset(cap));
+}
+
+}  // namespace
+}  // namespace fastllm::FASTLLM_ISA
