@@ -64,6 +64,7 @@ struct Owned {
   operator Tensor() const { return view; }
   float get(int64_t i) const {
     if (view.dtype == DType::f32) return view.as<float>()[i];
+    if (view.dtype == DType::f16) return static_cast<float>(view.as<_Float16>()[i]);
     CHECK(view.dtype == DType::bf16);
     const uint32_t bits = static_cast<uint32_t>(view.as<uint16_t>()[i]) << 16;
     float value;
@@ -75,6 +76,10 @@ struct Owned {
     std::memcpy(&bits, &value, sizeof bits);
     if (view.dtype == DType::f32)
       view.as<float>()[i] = value;
+    else if (view.dtype == DType::f16)
+      view.as<_Float16>()[i] = static_cast<_Float16>(value);
+    else if (view.dtype == DType::i8)
+      view.as<int8_t>()[i] = static_cast<int8_t>(127 * value);
     else if (view.dtype == DType::bf16)
       view.as<uint16_t>()[i] = static_cast<uint16_t>(bits >> 16);
     else
@@ -121,7 +126,7 @@ inline std::vector<std::string>& seen_kernels() {
 
 // Runs the call at every ISA level and with 1, 2, 3 and 5 threads. Thread counts must not change
 // one bit of `outputs` (which start from their present contents each time); levels may differ by
-// `tolerance` (relative to 1 + |value|), in f32 and bf16 outputs; a negative one skips that
+// `tolerance` (relative to 1 + |value|), in float outputs; a negative one skips that
 // comparison. `judge`, if given, sees the outputs of every run.
 template <class Args>
 void run_everywhere(const char* name, Kernel<Args>* Kernels::* kernel, const Args& args,
@@ -153,7 +158,9 @@ void run_everywhere(const char* name, Kernel<Args>* Kernels::* kernel, const Arg
     }
     for (size_t i = 0; i < outputs.size(); ++i) {
       const Tensor& t = outputs[i]->view;
-      if (tolerance < 0 || (t.dtype != DType::f32 && t.dtype != DType::bf16)) continue;
+      const bool is_float =
+          t.dtype == DType::f32 || t.dtype == DType::bf16 || t.dtype == DType::f16;
+      if (tolerance < 0 || !is_float) continue;
       std::vector<float> values;
       for (int64_t j = 0; j < t.numel(); ++j) values.push_back(outputs[i]->get(j));
       if (first_level[i].empty()) first_level[i] = values;
