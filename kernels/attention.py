@@ -280,8 +280,14 @@ def attention_kernel(
             s = tanh(s * softcap_scale)
         if key_mask_ptr is not None:
             s = hide(s, position, stored, q_position, left, right, LEFT, RIGHT)
-        elif (start < inner) | (start >= outer):
-            s = hide(s, position, stored, q_position, left, right, LEFT, RIGHT)
+        else:
+            # Selected outside the branch too: else the compiler does not see that both products
+            # work on the same rows, and on sm_80 lays them out so that P crosses shared memory.
+            edge = (start < inner) | (start >= outer)
+            s_seen = s
+            if edge:
+                s_seen = hide(s, position, stored, q_position, left, right, LEFT, RIGHT)
+            s = tl.where(edge, s_seen, s)
         p, alpha, m, total = update(s, m, total, factor)
         if v_scales_ptr is not None:
             p *= tl.load(v_scales_ptr + first + row, mask=stored, other=0.0)[None, :]

@@ -152,9 +152,9 @@ def k_splits(n_programs: int, m: int, k: int, step: int) -> int:
     return max(1, min(PROGRAMS_WANTED // n_programs, MAX_SPLITS, k // (4 * step)))
 
 
-# Tiles of attention: columns of q.k or of o -> m query rows, n keys a step, warps, stages. A warp
-# owns 16 whole rows, so that P stays in its registers between the products, where m is 16 times
-# the warps; above 192 columns two warps or more share their rows and exchange P.
+# Tiles of attention: columns of q.k or of o -> m query rows, n keys a step, warps, stages. Best is
+# m = 16 times the warps: a warp then owns whole rows, and P stays in its registers between the
+# products; elsewhere warps share rows and exchange P through shared memory.
 #
 # The arithmetic, D = 128 in bf16 on an H100 (990 TFLOP/s of wgmma, 4,096 FLOP a clock an SM; 16
 # exp2 and 128 fp32 operations a clock an SM): a score costs 4 * 128 FLOP = 0.125 clocks of tensor
@@ -188,14 +188,14 @@ _ATTENTION_INVARIANT = {
         64: (128, 64, 8, 3),
         128: (128, 64, 8, 3),
         192: (128, 64, 8, 2),
-        256: (64, 64, 8, 2),
+        256: (64, 32, 8, 2),
         512: (16, 32, 8, 2),
     },
     80: {
         64: (128, 64, 8, 2),
         128: (64, 64, 8, 2),
         192: (64, 64, 8, 2),
-        256: (64, 64, 8, 2),
+        256: (32, 64, 8, 2),
         512: (16, 32, 8, 2),
     },
 }
