@@ -63,6 +63,15 @@ def load_columns(
 
 
 @triton.jit
+def dot_columns(a1, a2, b1, b2, acc, TWO: tl.constexpr):
+    """acc + a @ b.T, of one block of columns or two."""
+    acc = dot(a1, tl.trans(b1), acc)
+    if TWO:
+        acc = dot(a2, tl.trans(b2), acc)
+    return acc
+
+
+@triton.jit
 def store_columns(
     ptr, x, rows, stride, live, FIRST: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr
 ):
@@ -269,7 +278,12 @@ def add_queries(
     WITH_DV: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """dK, dV of keys n, with one tile of one head's queries added; rows in [lo, hi) count."""
+    """dK, dV of keys n, with one tile of one head's queries added; rows in [lo, hi) count.
+
+    dP is under way while P is computed. FMA units want their operands in registers: there only one
+    product at a time has room.
+    """
+    ON_FMA_UNITS: tl.constexpr = k1.dtype == tl.float32
     rows = tile * BLOCK_M + m
     live = (rows >= lo) & (rows < hi)
     zero = tl.full((), 0, tl.int64)
@@ -279,14 +293,26 @@ def add_queries(
     lse2_ptr += head * T
     delta_ptr += head * T
     q1 = load_columns(q_ptr, m, stride_qt, live, 0, D1, D, MASKED)
-    s = dot(k1, tl.trans(q1), tl.zeros((BLOCK_N, BLOCK_M), tl.float32))
+    q2 = q1
     if D2 > 0:
         q2 = load_columns(q_ptr, m, stride_qt, live, D1, D2, D, MASKED)
-        s = dot(k2, tl.trans(q2), s)
+    s = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    s = dot_columns(k1, k2, q1, q2, s, D2 > 0)
     if MASKED:
         lse2 = tl.load(lse2_ptr + rows, mask=live, other=0.0)
     else:
         lse2 = tl.load(lse2_ptr + rows)
+    g1 = load_columns(grad_o_ptr, m, stride_gt, live, 0, DV1, DV, MASKED)
+    g2 = g1
+    if DV2 > 0:
+        g2 = load_columns(grad_o_ptr, m, stride_gt, live, DV1, DV2, DV, MASKED)
+    if MASKED:
+        delta = tl.load(delta_ptr + rows, mask=live, other=0.0)
+    else:
+        delta = tl.load(delta_ptr + rows)
+    dp = tl.broadcast_to(-delta[None, :], (BLOCK_N, BLOCK_M))
+    if WITH_DK and not ON_FMA_UNITS:
+        dp = dot_columns(v1, v2, g1, g2, dp, DV2 > 0)
     x, slope = exponent(s, lse2[None, :], to_tanh, to_exponent, SOFTCAP)
     if MASKED:
         ahead = (rows + shift)[None, :] - n[:, None]
@@ -296,22 +322,14 @@ def add_queries(
     p_rounded = cast(p, k1.dtype)
     if SOFTCAP:
         p *= slope
-    g1 = load_columns(grad_o_ptr, m, stride_gt, live, 0, DV1, DV, MASKED)
-    if DV2 > 0:
-        g2 = load_columns(grad_o_ptr, m, stride_gt, live, DV1, DV2, DV, MASKED)
     if WITH_DV:
         dv1 = dot(p_rounded, g1, dv1)
         if DV2 > 0:
             dv2 = dot(p_rounded, g2, dv2)
     if WITH_DK:
-        if MASKED:
-            delta = tl.load(delta_ptr + rows, mask=live, other=0.0)
-        else:
-            delta = tl.load(delta_ptr + rows)
-        dp = dot(v1, tl.trans(g1), tl.broadcast_to(-delta[None, :], (BLOCK_N, BLOCK_M)))
-        if DV2 > 0:
-            dp = dot(v2, tl.trans(g2), dp)
-        ds_rounded = cast(p * dp, q1.dtype)
+        if ON_FMA_UNITS:
+            dp = dot_columns(v1, v2, g1, g2, dp, DV2 > 0)
+        ds_rounded = cast(p * dp, k1.dtype)
         dk1 = dot(ds_rounded, q1, dk1)
         if D2 > 0:
             dk2 = dot(ds_rounded, q2, dk2)
@@ -448,7 +466,8 @@ def key_gradients_kernel(
             WITH_DK, WITH_DV, False,
         )  # fmt: skip
 
-    j = recomputed(j)
+    j, tile, first_k = recomputed(j), recomputed(tile), recomputed(first_k)
+    first_key = (first_k + tile * BLOCK_N).to(tl.int64)
     stored = tile * BLOCK_N + j < len_k
     kept = stored
     if HAS_KEY_MASK:
@@ -521,17 +540,24 @@ def add_keys(
     k_ptr += first * stride_kt
     v_ptr += first * stride_vt
     k1 = load_columns(k_ptr, j, stride_kt, live, 0, D1, D, MASKED)
-    s = dot(q1, tl.trans(k1), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
+    v1 = load_columns(v_ptr, j, stride_vt, live, 0, DV1, DV, MASKED)
+    k2, v2 = k1, v1
     if D2 > 0:
         k2 = load_columns(k_ptr, j, stride_kt, live, D1, D2, D, MASKED)
-        s = dot(q2, tl.trans(k2), s)
-    v1 = load_columns(v_ptr, j, stride_vt, live, 0, DV1, DV, MASKED)
-    dp = dot(g1, tl.trans(v1), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
     if DV2 > 0:
         v2 = load_columns(v_ptr, j, stride_vt, live, DV1, DV2, DV, MASKED)
-        dp = dot(g2, tl.trans(v2), dp)
+    ON_FMA_UNITS: tl.constexpr = k1.dtype == tl.float32
+    dp = tl.broadcast_to(-delta[:, None], (BLOCK_M, BLOCK_N))
+
+    s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    s = dot_columns(q1, q2, k1, k2, s, D2 > 0)
+    if not ON_FMA_UNITS:
+        dp = dot_columns(g1, g2, v1, v2, dp, DV2 > 0)
     x, slope = exponent(s, lse2[:, None], to_tanh, to_exponent, SOFTCAP)
-    ds = exp2(x) * slope * (dp - delta[:, None])
+    p = exp2(x) * slope
+    if ON_FMA_UNITS:
+        dp = dot_columns(g1, g2, v1, v2, dp, DV2 > 0)
+    ds = p * dp
     if MASKED:
         ahead = position[:, None] - n[None, :]
         visible = in_window(ahead, window_left, window_right, HAS_LEFT, HAS_RIGHT)
