@@ -27,14 +27,11 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from . import (
-    append_kv,
-    attention,
     embedding,
     head_linear,
     linear,
     log_probs,
     mla_attention,
-    paged_attention,
     quant_matmul,
     rms_norm,
     rope,
@@ -42,6 +39,7 @@ from . import (
     swiglu,
     tuning,
 )
+from .attention_launches import attention_launches
 
 KERNEL_MODULES = (
     "append_kv",
@@ -117,7 +115,7 @@ def shipped_launches() -> dict[str, Callable[[], Any]]:
     """
     bf16, f32 = torch.bfloat16, torch.float32
     x8 = {m: _meta(m, 4096) for m in (1, 32, 64, 2048)}
-    calls: dict[str, Callable[[], Any]] = {
+    calls: dict[str, Callable[[], Any]] = attention_launches() | {
         "rms_norm": lambda: rms_norm.rms_norm(_meta(8, 576, dtype=f32), _meta(576), 1e-5, bf16),
         "rms_norm heads": lambda: rms_norm.rms_norm(_meta(8, 32, 128), _meta(128), 1e-5),
         "rms_norm wide": lambda: rms_norm.rms_norm(_meta(8, 16384), _meta(16384), 1e-5),
@@ -130,7 +128,6 @@ def shipped_launches() -> dict[str, Callable[[], Any]]:
         "embedding": lambda: embedding.embedding(_ids(8), _meta(128256, 4096), f32),
         "quant_embedding q4_1": lambda: _quant_embedding("q4_1"),
         "quant_embedding q8_0": lambda: _quant_embedding("q8_0"),
-        "append_kv": lambda: _append_kv(),
         "sampling": lambda: _sampling(8, 128256),
         "top_log_probs": lambda: log_probs.top_log_probs(_meta(8, 128256, dtype=f32), 5),
         "log_probs": lambda: log_probs.log_probs(_meta(8, 128256, dtype=f32), _ids(8, 1)),
@@ -145,17 +142,9 @@ def shipped_launches() -> dict[str, Callable[[], Any]]:
         x = _meta(m, 576, dtype=f32)
         calls[f"linear f32 m={m}"] = lambda x=x: linear.linear(x, _meta(576, 576, dtype=f32))
         calls[f"quant_matmul q4_1 fp32 m={m}"] = lambda x=x: _quant_matmul(x, "q4_1", "fp32")
-    fast = {"batch_invariant": False}
-    calls["linear bf16 m=1 fast"] = lambda: linear.linear(x8[1], _meta(4096, 4096), **fast)
-    for heads, kv_heads, dim, dtype in ((32, 8, 128, bf16), (9, 3, 64, bf16), (9, 3, 64, f32)):
-        model = f"{heads}/{kv_heads}x{dim} {'bf16' if dtype == bf16 else 'f32'}"
-        for phase, n_tokens in (("prefill", 4096), ("decode", 8)):
-            shape = (n_tokens, heads, kv_heads, dim, dtype)
-            calls[f"attention {phase} {model}"] = lambda s=shape: _attention(*s)
-    calls["attention dense"] = lambda: _dense_attention(4096, 32, 8, 128)
-    for phase, n_tokens in (("prefill", 4096), ("decode", 8)):
-        shape = (n_tokens, 32, 8, 128, bf16, False)
-        calls[f"attention {phase} fast"] = lambda s=shape: _attention(*s)
+    calls["linear bf16 m=1 fast"] = lambda: linear.linear(
+        x8[1], _meta(4096, 4096), batch_invariant=False
+    )
     for m in (8, 2048):
         calls[f"head_linear absorb m={m}"] = lambda m=m: _head_linear(m, 128, 512, 64)
         calls[f"head_linear values m={m}"] = lambda m=m: _head_linear(m, 512, 128, 0)
@@ -282,28 +271,6 @@ def _quant_embedding(format: str) -> Tensor:
 def _quant_matmul(x: Tensor, format: str, activation: str) -> Tensor:
     data, scales = _packed(format, 4096, x.shape[-1])
     return quant_matmul.quant_matmul(x, data, scales, format, 4096, None, activation)
-
-
-def _append_kv() -> None:
-    cache, rows = _meta(64, 8, 64, 128), _meta(8, 8, 128)
-    append_kv.append_kv(rows, rows, cache, cache, _ids(8, 64), _ids(9), _ids(8))
-
-
-def _attention(
-    n_tokens: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, invariant: bool = True
-) -> Tensor:
-    cache = _meta(64, kv_heads, 64, dim, dtype=dtype)
-    tables = _ids(8, 64), _ids(9), _ids(8)
-    q = _meta(n_tokens, heads, dim, dtype=dtype)
-    mode = {"batch_invariant": invariant}
-    plain = (None, None, None)  # scales of keys and of values, sinks
-    return paged_attention.paged_attention(q, cache, cache, *tables, *plain, dim**-0.5, **mode)
-
-
-def _dense_attention(n_tokens: int, heads: int, kv_heads: int, dim: int) -> None:
-    q, k = _meta(n_tokens, heads, dim), _meta(n_tokens, kv_heads, dim)
-    plain = (None, None, dim**-0.5, -1, 0, 0.0)  # no mask, no sinks, causal, no softcap
-    attention.attention(q, k, k, _ids(9), _ids(9), *plain)
 
 
 def _head_linear(n_tokens: int, k: int, n: int, tail_dim: int) -> Tensor:

@@ -6,6 +6,8 @@ tile is compiled as it would run. Needs no GPU: Triton carries ptxas.
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 
 pytest.importorskip("triton")
@@ -20,8 +22,11 @@ QUICK = {
         "linear bf16 m=2048",
         "quant_matmul q4_1 int8 m=1",
         "quant_matmul q4_1 bf16 m=2048",
-        "attention prefill 32/8x128 bf16",
-        "attention decode 9/3x64 bf16",
+        "attention 128 bf16 causal fast",
+        "attention 192/128 bf16 all fast",
+        "attention 128 bf16 window",
+        "paged_attention prefill 64 bf16 int8 all",
+        "paged_attention decode 128 bf16 int8 fast",
         "mla prefill 16 bf16",
         "rms_norm",
         "sampling",
@@ -30,6 +35,8 @@ QUICK = {
         "linear bf16 m=2048",
         "quant_matmul q4_1 int8 m=2048",
         "mla decode 128 bf16 fast",
+        "attention 128 bf16 window fast",
+        "paged_attention decode 256 bf16 plain",
         "rope",
     ],
 }
@@ -50,7 +57,8 @@ def check(found: list[Resources]) -> None:
 
 def test_every_kernel_has_a_shipped_launch() -> None:
     """The table of launches names every `*_kernel` of the folder: none goes uncompiled."""
-    modules = [vars(ahead_of_time)[name] for name in ahead_of_time.KERNEL_MODULES]
+    names = ahead_of_time.KERNEL_MODULES
+    modules = [importlib.import_module(f"fastllm.kernels.{name}") for name in names]
     written = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     with ahead_of_time.recorded() as launches:
         for call in ahead_of_time.shipped_launches().values():
@@ -68,7 +76,8 @@ def test_one_token_and_many_run_the_same_instruction(arch: int, instruction: str
     """Row bits may depend on the matrix instruction, so few and many tokens must share it."""
     names = ["linear bf16 m=1", "linear bf16 m=2048"]
     names += ["quant_matmul q4_1 bf16 m=1", "quant_matmul q4_1 bf16 m=2048"]
-    names += ["attention decode 32/8x128 bf16", "attention prefill 32/8x128 bf16"]
+    names += [f"paged_attention {phase} 128 bf16 plain" for phase in ("decode", "prefill")]
+    names += ["attention 128 bf16 causal"]
     found = ahead_of_time.compile_all(names, (arch,))
     products = {r.name: r.products for r in found if r.products}
     assert len(products) == len(names)
