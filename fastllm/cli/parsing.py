@@ -65,6 +65,12 @@ def add_model_options(parser: Parser) -> None:
         default=None,
         help="what quantized weights are multiplied with (default: int8)",
     )
+    group.add_argument(
+        "--kv-cache-dtype",
+        choices=["auto", "bf16", "fp16", "fp32", "int8"],
+        default="auto",
+        help="of cached keys and values: auto is the compute dtype, int8 halves their memory",
+    )
     group.add_argument("--device", default=None, help="cpu or cuda (default: cpu)")
     group.add_argument(
         "--max-model-len",

@@ -6,6 +6,8 @@ content is final once it is full, so sequences that share a prefix share its ful
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 from torch import Tensor
 
@@ -15,27 +17,30 @@ from fastllm.ops.pages import lazy_zeros
 
 
 class PagedCache:
-    """`layers[i]` is (k, v), each `[num_pages, kv_heads, page_size, head_dim]`; with latent
-    attention it is one tensor, `[num_pages, page_size, width]`.
+    """`layers[i]` holds layer i's K and V, each `[num_pages, kv_heads, page_size, head_dim]`; with
+    latent attention it is one tensor, `[num_pages, page_size, width]`.
 
-    On the CPU memory is reserved, not touched: a page costs nothing until it is written.
+    An int8 cache has scales beside them. On the CPU memory is reserved, not touched: a page costs
+    nothing until it is written.
     """
 
     def __init__(
         self, config: ModelConfig, num_pages: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         layers = config.num_hidden_layers
-        shape: tuple[int, ...]
-        if config.mla is not None:
-            shape = (layers, 1, num_pages, PAGE_SIZE, config.mla.cache_width)
-        else:
-            shape = (layers, 2, num_pages, config.num_key_value_heads, PAGE_SIZE, config.head_dim)
-        self._block = lazy_zeros(shape, dtype, device)
         self.layers: list[KvCache | Tensor]
         if config.mla is not None:
-            self.layers = [layer[0] for layer in self._block]
+            pages = lazy_zeros((layers, 1, num_pages, PAGE_SIZE, config.mla.cache_width), dtype, device)
+            self._blocks = [pages]
+            self.layers = [layer[0] for layer in pages]
         else:
-            self.layers = [KvCache(layer[0], layer[1]) for layer in self._block]
+            rows = (layers, 2, num_pages, config.num_key_value_heads, PAGE_SIZE)
+            pages = lazy_zeros((*rows, config.head_dim), dtype, device)
+            self._blocks = [pages]
+            if dtype == torch.int8:
+                self._blocks.append(lazy_zeros(rows, torch.float32, device))
+            # [k, v] of each block, side by side
+            self.layers = [KvCache(*chain(*of)) for of in zip(*self._blocks, strict=True)]
         self.num_pages = num_pages
         self._free = list(range(num_pages - 1, -1, -1))  # a stack: last used, warmest
         self._users = [0] * num_pages
@@ -75,12 +80,16 @@ class PagedCache:
 
     def copy_page(self, target: int, source: int) -> None:
         """Copy a page in every layer."""
-        self._block[:, :, target].copy_(self._block[:, :, source])
+        for block in self._blocks:
+            block[:, :, target].copy_(block[:, :, source])
 
 
 def page_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes of one page in all layers."""
-    return config.num_hidden_layers * config.cache_values * PAGE_SIZE * dtype.itemsize
+    """Bytes of one page in all layers, scales included."""
+    per_token = config.cache_values * dtype.itemsize
+    if dtype == torch.int8:
+        per_token += 2 * config.num_key_value_heads * torch.float32.itemsize
+    return config.num_hidden_layers * PAGE_SIZE * per_token
 
 
 def pages_for(tokens: int) -> int:

@@ -27,6 +27,12 @@ from fastllm.models.weights import GGUFWeights, open_weights
 Prompt = str | Sequence[int]
 Params = SamplingParams | Sequence[SamplingParams] | None
 
+_CACHE_DTYPES = DTYPES | {
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "f16": torch.float16,
+    "int8": torch.int8,
+}
 _BATCHED_TOKENS = {"cpu": 512, "cuda": 8192}  # in one forward: enough to be compute-bound
 
 
@@ -40,7 +46,10 @@ class LLM:
         activation: "int8", "bf16" or "fp32": how inputs meet quantized weights.
         max_model_len: longest prompt and answer together; default the model's, or what fits in
             memory.
-        kv_cache_dtype: None or "auto": the compute dtype, the only one there is so far.
+        kv_cache_dtype: "auto": the compute dtype; "int8": codes with a scale per token and head, in
+            about half of bfloat16's memory. Names of the compute dtype ("bf16", "fp32") work too.
+            Scores and sums are not rounded further, but log-probabilities over int8 keys are not
+            those of training.
         max_num_seqs: how many samples decode together; more wait.
         max_num_batched_tokens: prompt tokens in one forward pass.
         enforce_eager: run decode steps op by op, without captured graphs (same bits, slower).
@@ -55,7 +64,7 @@ class LLM:
         device: str | torch.device | None = None,
         activation: str | None = None,
         max_model_len: int | None = None,
-        kv_cache_dtype: str | None = None,
+        kv_cache_dtype: str = "auto",
         *,
         max_num_seqs: int = 32,
         max_num_batched_tokens: int | None = None,
@@ -71,18 +80,18 @@ class LLM:
         if where.type == "cpu" and not enforce_eager:
             _check_head_dims(source.config, source.path)
         compute, mode = choose_compute(source, dtype, where, activation)
-        _check_cache_dtype(kv_cache_dtype, compute)
+        stored = _cache_dtype(kv_cache_dtype, compute)
         self.config: ModelConfig = source.config
         self._source = source
         budget = _cache_budget(where, source.path)
-        self.max_model_len = _context(self.config, max_model_len, compute, budget)
+        self.max_model_len = _context(self.config, max_model_len, stored, budget)
         max_pages = pages_for(self.max_model_len)
-        affordable = int(budget // page_bytes(self.config, compute))
+        affordable = int(budget // page_bytes(self.config, stored))
         pages = min(max_num_seqs * max_pages, max(affordable, max_pages)) + 1
         self.model = load_model(source, compute, where, mode, self.max_model_len)
         self._engine = Engine(
             self.model,
-            PagedCache(self.config, pages, compute, where),
+            PagedCache(self.config, pages, stored, where),
             max_seqs=max_num_seqs,
             max_pages=max_pages,
             max_batched_tokens=batched,
@@ -347,13 +356,21 @@ def _check_count(name: str, value: Any, most: int) -> None:
         raise ValueError(f"{name} must be from 1 to {most}, got {value}")
 
 
-def _check_cache_dtype(name: str | None, compute: torch.dtype) -> None:
-    if name in (None, "auto") or DTYPES.get(str(name)) == compute:
-        return
-    raise ValueError(
-        f"kv_cache_dtype {name!r} is not supported with dtype {compute}: the cache has the compute "
-        "dtype; use None"
-    )
+def _cache_dtype(name: str, compute: torch.dtype) -> torch.dtype:
+    """The dtype of the KV cache of a model that computes in `compute`."""
+    if name == "auto":
+        return compute
+    dtype = _CACHE_DTYPES.get(str(name).removeprefix("torch."))
+    if dtype is None:
+        raise ValueError(
+            f"kv_cache_dtype must be 'auto', 'bf16', 'fp16', 'fp32' or 'int8', got {name!r:.80}"
+        )
+    if dtype not in (compute, torch.int8):
+        raise ValueError(
+            f"kv_cache_dtype {name!r} does not fit dtype {compute}: queries and keys have one "
+            "dtype. Use 'auto' or 'int8', or load with another dtype"
+        )
+    return dtype
 
 
 def _cache_budget(device: torch.device, path: str | os.PathLike[str]) -> float:

@@ -281,7 +281,7 @@ def test_chat_renders_the_template_and_refuses_bad_messages(llm: LLM) -> None:
         ("activation", "int8", "quantized"),
         ("max_model_len", 1, "max_model_len"),
         ("max_model_len", 10**9, "max_model_len"),
-        ("kv_cache_dtype", "int8", "kv_cache_dtype"),
+        ("kv_cache_dtype", "int4", "kv_cache_dtype"),
         ("max_num_seqs", 0, "max_num_seqs"),
         ("max_num_seqs", 2.5, "max_num_seqs"),
         ("max_num_batched_tokens", 0, "max_num_batched_tokens"),
