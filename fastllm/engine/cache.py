@@ -30,7 +30,9 @@ class PagedCache:
         layers = config.num_hidden_layers
         self.layers: list[KvCache | Tensor]
         if config.mla is not None:
-            pages = lazy_zeros((layers, 1, num_pages, PAGE_SIZE, config.mla.cache_width), dtype, device)
+            pages = lazy_zeros(
+                (layers, 1, num_pages, PAGE_SIZE, config.mla.cache_width), dtype, device
+            )
             self._blocks = [pages]
             self.layers = [layer[0] for layer in pages]
         else:

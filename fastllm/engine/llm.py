@@ -80,7 +80,7 @@ class LLM:
         if where.type == "cpu" and not enforce_eager:
             _check_head_dims(source.config, source.path)
         compute, mode = choose_compute(source, dtype, where, activation)
-        stored = _cache_dtype(kv_cache_dtype, compute)
+        stored = _cache_dtype(kv_cache_dtype, compute, source.config)
         self.config: ModelConfig = source.config
         self._source = source
         budget = _cache_budget(where, source.path)
@@ -356,7 +356,7 @@ def _check_count(name: str, value: Any, most: int) -> None:
         raise ValueError(f"{name} must be from 1 to {most}, got {value}")
 
 
-def _cache_dtype(name: str, compute: torch.dtype) -> torch.dtype:
+def _cache_dtype(name: str, compute: torch.dtype, config: ModelConfig) -> torch.dtype:
     """The dtype of the KV cache of a model that computes in `compute`."""
     if name == "auto":
         return compute
@@ -364,6 +364,11 @@ def _cache_dtype(name: str, compute: torch.dtype) -> torch.dtype:
     if dtype is None:
         raise ValueError(
             f"kv_cache_dtype must be 'auto', 'bf16', 'fp16', 'fp32' or 'int8', got {name!r:.80}"
+        )
+    if dtype == torch.int8 and config.mla is not None:
+        raise ValueError(
+            "kv_cache_dtype 'int8' is for keys and values; the latents of this model are small as "
+            "they are: use 'auto'"
         )
     if dtype not in (compute, torch.int8):
         raise ValueError(
