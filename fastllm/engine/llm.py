@@ -339,12 +339,14 @@ def _params_of(params: Params, count: int) -> list[SamplingParams]:
 
 def _check_head_dims(config: ModelConfig, path: str | os.PathLike[str]) -> None:
     sizes = {"head_dim": config.head_dim}
+    most = 512
     if config.mla is not None:
-        sizes = {"kv_lora_rank": config.mla.kv_lora_rank, "qk_rope_head_dim": config.rotary_dim}
+        rank, width = config.mla.kv_lora_rank, config.mla.cache_width
+        sizes, most = {"kv_lora_rank": rank, "kv_lora_rank + qk_rope_head_dim": width}, 576
     for name, size in sizes.items():
-        if size % 8 or size > 512:
+        if size % 8 or size > most:
             raise ModelFileError(
-                path, name, f"{size} has no attention kernel: multiples of 8 up to 512 do",
+                path, name, f"{size} has no attention kernel: multiples of 8 up to {most} do",
                 "Pass enforce_eager=True to run plain PyTorch attention, which is slow"
             )  # fmt: skip
 
