@@ -20,7 +20,8 @@ from fastllm.models.rope_scaling import RopeConfig, yarn_scale
 if TYPE_CHECKING:
     from fastllm.models.gguf import GGUFTensor
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "deepseek_v2", "deepseek_v3")
+LATENT_TYPES = ("deepseek_v2", "deepseek_v3")  # with latent attention
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", *LATENT_TYPES)
 
 # Far above every published model, and low enough that a hostile file cannot ask for much memory.
 _BOUNDS = {
@@ -111,6 +112,12 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd and cannot be rotated in pairs")
+        if (self.mla is None) == (self.model_type in LATENT_TYPES):
+            raise ValueError(
+                f"{self.model_type} {'needs' if self.mla is None else 'has no'} latent attention"
+            )
+        if self.mla is not None and any(window is not None for window in self.sliding_window):
+            raise ValueError("sliding_window and latent attention do not go together")
         if self.mla is not None and (
             self.head_dim != self.mla.qk_head_dim
             or self.num_key_value_heads != self.num_attention_heads

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,16 @@ def test_mixtures_of_experts_are_refused_by_name(tmp_path: Path, model_directory
 def test_sizes_that_cannot_be_are_named(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ModelFileError, match=words):
         ModelConfig.from_hf(values_of("V3", **changes))
+
+
+def test_latent_attention_and_the_model_type_belong_together() -> None:
+    latent = ModelConfig.from_hf(values_of("V3"))
+    with pytest.raises(ValueError, match="deepseek_v3 needs latent attention"):
+        replace(latent, mla=None)
+    with pytest.raises(ValueError, match="llama has no latent attention"):
+        replace(latent, model_type="llama")
+    with pytest.raises(ValueError, match="sliding_window"):
+        replace(latent, sliding_window=(8, None))
 
 
 def test_layers_that_predict_further_tokens_are_left_out(
