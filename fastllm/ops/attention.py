@@ -112,6 +112,13 @@ def _attention_triton(*args: Any) -> tuple[Tensor, Tensor]:
     return kernel.attention(*args, batch_invariant=batch_invariant())
 
 
+@_attention_backward.impl("triton", "cuda", dtypes=_FLOATS)
+def _attention_backward_triton(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from ..kernels import attention_backward as kernel
+
+    return kernel.attention_backward(*args)
+
+
 def attention(
     q: Tensor,
     k: Tensor,
