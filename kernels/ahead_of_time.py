@@ -44,6 +44,9 @@ from .attention_launches import attention_launches
 KERNEL_MODULES = (
     "append_kv",
     "attention",
+    "attention_backward",
+    "attention_key_gradients",
+    "attention_query_gradients",
     "embedding",
     "head_linear",
     "linear",

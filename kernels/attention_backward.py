@@ -133,7 +133,7 @@ def attention_backward(
     if q.numel() == 0 or k.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_(), dsinks
     tiles = tiles or tuning.attention_backward_tiles(
-        q.dtype, dim, value_dim, tuning.architecture(q.device)
+        q.dtype, dim, value_dim, softcap > 0, tuning.architecture(q.device)
     )
     varlen = cu_seqlens_q is not None
     n_docs = cu_seqlens_q.shape[0] - 1 if varlen else q.shape[0]
@@ -141,8 +141,8 @@ def attention_backward(
     # A window that reaches every key is none.
     window_left = -1 if window_left >= T_k else window_left
     window_right = -1 if window_right >= T else window_right
-    d1, d2 = tuning.column_blocks(dim)
-    dv1, dv2 = tuning.column_blocks(value_dim)
+    d1, d2 = tuning.backward_column_blocks(q.dtype, dim)
+    dv1, dv2 = tuning.backward_column_blocks(q.dtype, value_dim)
     inputs = (
         grad_o,
         q,

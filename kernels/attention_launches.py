@@ -6,12 +6,13 @@ Meta tensors in the shapes of a layer of 32 heads over 8: 4,096 tokens, or 8 seq
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import append_kv, attention, paged_attention
+from . import append_kv, attention, attention_backward, paged_attention
 
 HEADS, KV_HEADS, PAGE = 32, 8, 64
 DIMS = ((64, 64), (128, 128), (192, 128), (256, 256), (512, 512))
@@ -33,7 +34,7 @@ DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
 
 
 def attention_launches() -> dict[str, Callable[[], Any]]:
-    """`attention DIM DTYPE VARIANT [fast]`, `paged_attention PHASE DIM ...`, `append_kv ...`."""
+    """`attention DIM DTYPE VARIANT [fast]`, `attention_backward ...`, `paged_attention ...`, ..."""
     calls: dict[str, Callable[[], Any]] = {}
 
     def add(name: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
@@ -56,6 +57,13 @@ def attention_launches() -> dict[str, Callable[[], Any]]:
                             continue
                         name = f"paged_attention {phase} {dim} {dtype} {variant}{mode}"
                         add(name, _paged, dims, DTYPES[dtype], invariant, n_tokens, **options)
+    for dims, dtype, (variant, options) in product(
+        (*DIMS, (96, 96), (160, 160)), DTYPES, DENSE_VARIANTS.items()
+    ):
+        if dtype == "bf16" or variant in ("causal", "all"):
+            name = f"attention_backward {dims[0]}/{dims[1]} {dtype} {variant}"
+            add(name, _backward, dims, DTYPES[dtype], **options)
+    add("attention_backward batch", _backward, (128, 128), torch.float16, packed=False)
     add("attention 96 bf16 causal fast", _dense, (96, 96), torch.bfloat16, False)
     add("attention 128 f16 batch", _dense, (128, 128), torch.float16, True, packed=False)
     for group in (1, 7, 16):
@@ -98,6 +106,39 @@ def _dense(
         window_right,
         softcap,
         batch_invariant=invariant,
+    )
+
+
+def _backward(
+    dims: tuple[int, int],
+    dtype: torch.dtype,
+    window_left: int = -1,
+    window_right: int = 0,
+    softcap: float = 0.0,
+    masked: bool = False,
+    sinks: bool = False,
+    packed: bool = True,
+) -> None:
+    lead = (4096,) if packed else (2, 2048)
+    q, o = (_meta(*lead, HEADS, dim, dtype=dtype) for dim in dims)
+    k, v = (_meta(*lead, KV_HEADS, dim, dtype=dtype) for dim in dims)
+    lse = _meta(*lead[:-1], HEADS, lead[-1], dtype=torch.float32)
+    attention_backward.attention_backward(
+        o,
+        lse,
+        q,
+        k,
+        v,
+        o,
+        lse,
+        _meta(9) if packed else None,
+        _meta(9) if packed else None,
+        _meta(*lead, dtype=torch.bool) if masked else None,
+        _meta(HEADS, dtype=torch.float32) if sinks else None,
+        dims[0] ** -0.5,
+        window_left,
+        window_right,
+        softcap,
     )
 
 

@@ -11,7 +11,7 @@ warp group each 4 warps), K is walked in the instruction's own steps, and attent
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -189,14 +189,14 @@ _ATTENTION_INVARIANT = {
         128: (128, 64, 8, 3),
         192: (128, 64, 8, 2),
         256: (64, 32, 8, 2),
-        512: (16, 32, 8, 2),
+        512: (16, 32, 8, 3),
     },
     80: {
         64: (128, 64, 8, 2),
         128: (64, 64, 8, 2),
         192: (64, 64, 8, 2),
         256: (32, 64, 8, 2),
-        512: (16, 32, 8, 2),
+        512: (16, 32, 8, 3),
     },
 }
 # Few query rows: bandwidth. 64 keys of 128 + 128 columns are 32 KB a step; 4 programs an SM keep
@@ -210,8 +210,8 @@ _ATTENTION_FEW = {
 }
 # fp32 runs on FMA units, whose operands pass through registers: 128 FLOP a clock an SM at best.
 _ATTENTION_FP32 = {
-    64: (64, 64, 8, 2),
-    128: (16, 32, 8, 2),
+    64: (32, 64, 8, 2),
+    128: (32, 32, 8, 2),
     192: (16, 32, 8, 2),
     256: (32, 32, 8, 2),
     512: (16, 16, 8, 2),
@@ -236,7 +236,8 @@ def attention_tile(shape: AttentionShape, arch: int, batch_invariant: bool) -> A
     else:
         merge = "registers" if batch_invariant else "none"
     if shape.dtype == torch.float32:
-        return AttentionTile(*_for_columns(_ATTENTION_FP32, columns), merge)
+        m, n, warps, stages = _for_columns(_ATTENTION_FP32, columns)
+        return AttentionTile(m, n if shape.plain else min(n, 32), warps, stages, merge)
     if batch_invariant:
         m, n, warps, stages = _for_columns(_ATTENTION_INVARIANT[arch], columns)
         if few and m == 128:
@@ -251,14 +252,12 @@ def attention_tile(shape: AttentionShape, arch: int, batch_invariant: bool) -> A
         n = min(n, 64)  # a page
     if not shape.plain:
         n = max(32, n // 2)
-        if batch_invariant and columns > 192:
-            m = min(m, 32)
+        if columns > 192:
+            m = min(m, 32 if batch_invariant else 64)
     return AttentionTile(m, n, warps, stages, merge)
 
 
-def _for_columns(
-    table: dict[int, tuple[int, int, int, int]], columns: int
-) -> tuple[int, int, int, int]:
+def _for_columns(table: dict[int, tuple[int, ...]], columns: int) -> tuple[int, ...]:
     return next((tile for size, tile in table.items() if columns <= size), table[max(table)])
 
 
@@ -321,12 +320,81 @@ def row_statistics_tile(dim: int) -> RowTile:
     return RowTile(rows=max(1, 4096 // columns), columns=columns, num_warps=4)
 
 
+# Keys, queries, edge, warps, stages, by the columns of K and V together.
+#
+# The pass of dK and dV has N x (D + Dv) fp32 accumulators. 128 keys over 8 warps are two wgmma of
+# 64 rows, and at D = 128 those take 128 of a thread's 255 registers; S, dP and P of 128 x 64 take
+# 80 more, and there is room for one row address of each operand. The step is 4 products of
+# 128 x 64 x 128, 2,048 clocks of an SM's tensor cores, against 1,180 issue slots of each
+# scheduler and 4 x 32 KB read from shared memory, 1,024 clocks, so the tensor cores bound it. The
+# edge steps hold masks as well and take 32 queries, 16 with softcap, which keeps a derivative.
+# The pass of dQ has half the accumulators: 128 queries x 64 keys take 200 registers.
+# Bytes a step: 2 x 16 KB of Q and dO for each 8.4 MFLOP at D = 128, 256 FLOP a byte of L2.
+# 7 products where 5 are counted: 230 TFLOP/s of an H100 are 322 of its 989 (33%).
+#
+# Above 320 columns the accumulators alone would fill the registers (256 x 128 x 4 bytes twice), so
+# dK and dV go apart: 8 products. At D = 512, 128 keys of one take them all: 32 keys by mma.sync.
+# sm_80's mma.sync reads its operands through registers: half the keys of a step, or queries.
+_BACKWARD_BY_KEYS = {
+    90: {
+        128: (128, 64, 32, 8, 3),
+        256: (128, 64, 32, 8, 2),
+        320: (128, 32, 16, 8, 2),
+        512: (128, 32, 16, 8, 2),
+        1024: (32, 32, 16, 8, 1),
+    },
+    80: {
+        128: (128, 64, 32, 8, 2),
+        192: (64, 16, 16, 4, 2),
+        256: (64, 32, 16, 4, 2),
+        320: (64, 16, 16, 8, 2),
+        512: (64, 16, 16, 8, 2),
+        1024: (32, 32, 16, 8, 1),
+    },
+}
+_BACKWARD_APART = 320  # columns above which dK and dV are apart
+# The same by the columns of the wider of K and V.
+_BACKWARD_BY_QUERIES = {
+    90: {
+        64: (128, 128, 64, 8, 2),
+        192: (64, 128, 32, 8, 2),
+        256: (32, 128, 32, 8, 2),
+        512: (16, 32, 16, 8, 1),
+    },
+    80: {
+        64: (64, 128, 32, 8, 2),
+        96: (32, 128, 16, 8, 2),
+        128: (64, 128, 32, 8, 2),
+        192: (16, 64, 16, 4, 2),
+        256: (32, 64, 16, 8, 2),
+        512: (16, 32, 16, 8, 1),
+    },
+}
+# fp32 runs on FMA units: 128 FLOP a clock an SM, whatever the tile; its operands are registers.
+_BACKWARD_FP32_BY_KEYS = {128: (32, 32, 16, 8, 1), 1024: (16, 16, 16, 8, 1)}
+_BACKWARD_FP32_BY_QUERIES = {64: (32, 16, 16, 8, 1), 512: (16, 16, 16, 8, 1)}
+
+
+def backward_column_blocks(dtype: torch.dtype, dim: int) -> tuple[int, int]:
+    """`column_blocks` for tensor cores; FMA units take one block, of which part may be idle."""
+    if dtype == torch.float32:
+        return max(16, triton.next_power_of_2(dim)), 0
+    return column_blocks(dim)
+
+
 def attention_backward_tiles(
-    dtype: torch.dtype, dim: int, value_dim: int, arch: int
+    dtype: torch.dtype, dim: int, value_dim: int, softcap: bool, arch: int
 ) -> AttentionBackwardTiles:
-    """Tiles of both passes."""
+    """Tiles of both passes, by the head dims alone: no row's order of sums depends on lengths."""
+    columns = [sum(backward_column_blocks(dtype, d)) for d in (dim, value_dim)]
+    by_keys, by_queries = _BACKWARD_BY_KEYS[arch], _BACKWARD_BY_QUERIES[arch]
+    if dtype == torch.float32:
+        by_keys, by_queries = _BACKWARD_FP32_BY_KEYS, _BACKWARD_FP32_BY_QUERIES
+    keys = AttentionBackwardTile(*_for_columns(by_keys, sum(columns)))
     return AttentionBackwardTiles(
-        AttentionBackwardTile(128, 64, 32, 8, 2), AttentionBackwardTile(64, 128, 64, 8, 2)
+        replace(keys, edge=min(keys.edge, 16)) if softcap else keys,
+        AttentionBackwardTile(*_for_columns(by_queries, max(columns))),
+        apart=dtype != torch.float32 and sum(columns) > _BACKWARD_APART,
     )
 
 
