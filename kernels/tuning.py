@@ -325,11 +325,12 @@ def row_statistics_tile(dim: int) -> RowTile:
 # The pass of dK and dV has N x (D + Dv) fp32 accumulators. 128 keys over 8 warps are two wgmma of
 # 64 rows, and at D = 128 those take 128 of a thread's 255 registers; S, dP and P of 128 x 64 take
 # 80 more, and there is room for one row address of each operand. The step is 4 products of
-# 128 x 64 x 128, 2,048 clocks of an SM's tensor cores, against 1,180 issue slots of each
-# scheduler and 4 x 32 KB read from shared memory, 1,024 clocks, so the tensor cores bound it. The
-# edge steps hold masks as well and take 32 queries, 16 with softcap, which keeps a derivative.
-# The pass of dQ has half the accumulators: 128 queries x 64 keys take 200 registers.
-# Bytes a step: 2 x 16 KB of Q and dO for each 8.4 MFLOP at D = 128, 256 FLOP a byte of L2.
+# 128 x 64 x 128: 2,048 clocks of an SM's tensor cores (4,096 FLOP a clock), against 1,180 issue
+# slots of each scheduler and 224 KB of shared memory traffic, 1,792 clocks (S and dP read both
+# operands there, dK and dV one); with 32 queries the last would be 1.1 times the first. L2 gives
+# 32 KB a step, 256 FLOP a byte. The edge steps hold masks as well and take 32 queries, 16 with
+# softcap, which keeps a derivative. The pass of dQ has half the accumulators: 128 queries x 64
+# keys take 200 registers, 1,536 clocks of products and as many of shared memory.
 # 7 products where 5 are counted: 230 TFLOP/s of an H100 are 322 of its 989 (33%).
 #
 # Above 320 columns the accumulators alone would fill the registers (256 x 128 x 4 bytes twice), so
