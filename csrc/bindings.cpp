@@ -169,6 +169,7 @@ PYBIND11_MODULE(_C, m) {
   op(m, "append_mla", &Kernels::append_mla, append_mla_args);
   op(m, "rope_append_kv", &Kernels::rope_append_kv, rope_append_kv_args);
   op(m, "attention", &Kernels::attention, attention_args);
+  op(m, "mla_attention", &Kernels::mla_attention, mla_attention_args);
   op(m, "paged_attention", &Kernels::paged_attention, paged_attention_args);
   op(m, "quant_matmul", &Kernels::quant_matmul, quant_matmul_args);
   op(m, "linear", &Kernels::linear, linear_args);

@@ -228,6 +228,17 @@ PagedAttentionArgs paged_attention_args(Tensor o, Tensor q, Tensor k_cache, Tens
                                         Tensor partials, double scale, int64_t window_left,
                                         double softcap);
 
+// The same over the compressed cache [num_pages, page_size, columns] in natural order: one KV head,
+// whose values are the first columns of its keys.
+struct MlaAttentionArgs {
+  AttentionRows rows;
+  const void* cache;
+  Paging paging;
+};
+MlaAttentionArgs mla_attention_args(Tensor o, Tensor q, Tensor cache, Tensor block_table,
+                                    Tensor cu_seqlens, Tensor cache_seqlens, Tensor partials,
+                                    int64_t value_dim, double scale);
+
 // Log-softmax of logits rows at chosen ids; NaN at ids outside [0, columns).
 struct LogProbsArgs {
   float* out;           // [rows, picks]
@@ -281,6 +292,7 @@ struct Kernels {
   Kernel<AppendMlaArgs>* append_mla;
   Kernel<RopeAppendKvArgs>* rope_append_kv;
   Kernel<AttentionArgs>* attention;
+  Kernel<MlaAttentionArgs>* mla_attention;
   Kernel<PagedAttentionArgs>* paged_attention;
   Kernel<QuantMatmulArgs>* quant_matmul;
   Kernel<LinearArgs>* linear;

@@ -26,11 +26,17 @@ int64_t partial_floats(const AttentionRows& a, int64_t positions) {
   return (positions + 511) / 512 * a.tokens * a.heads * ((a.value_dim + 15) / 16 * 16 + 16);
 }
 
+void check_partials(const char* op, const Tensor& partials, const AttentionRows& a,
+                    const Paging& paging) {
+  check(!partials.given() ||
+            (partials.ndim == 1 && partials.dtype == DType::f32 && partials.contiguous() &&
+             partials.shape[0] >= partial_floats(a, paging.table_width * paging.page_size)),
+        op, "partials must be f32 [splits * T * H * (Dv rounded up to 16, plus 16)]");
+}
+
 namespace {
 
 const char* const op = "attention";
-
-bool is_element(const Tensor& t) { return is_float(t) || t.dtype == DType::f16; }
 
 int64_t tokens_of(const Tensor& q) { return q.ndim == 4 ? q.shape[0] * q.shape[1] : q.shape[0]; }
 int64_t documents_of(const Tensor& q, const Tensor& cu_seqlens) {
@@ -76,7 +82,7 @@ AttentionArgs attention_args(Tensor o, Tensor lse, Tensor q, Tensor k, Tensor v,
   const int rank = varlen ? 3 : 4;
   check(varlen == cu_seqlens_k.given(), op, "give both cu_seqlens or none");
   for (const Tensor& t : {q, k, v})
-    check(t.ndim == rank && is_element(t) && t.dtype == q.dtype && rows_contiguous(t), op,
+    check(t.ndim == rank && is_stored_float(t) && t.dtype == q.dtype && rows_contiguous(t), op,
           "q, k and v must be [B, T, H, D], or [T, H, D] with cu_seqlens, of one float dtype with "
           "contiguous D");
   check(k.inner(3) == v.inner(3) && k.inner(2) == v.inner(2) && q.inner(1) == k.inner(1), op,

@@ -17,5 +17,7 @@ inline int64_t near_window(int64_t window) {
 
 // How many f32 the partials of rows over so many key positions are.
 int64_t partial_floats(const AttentionRows& a, int64_t positions);
+void check_partials(const char* op, const Tensor& partials, const AttentionRows& a,
+                    const Paging& paging);
 
 }  // namespace fastllm

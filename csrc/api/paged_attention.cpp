@@ -12,7 +12,7 @@ PagedAttentionArgs paged_attention_args(Tensor o, Tensor q, Tensor k_cache, Tens
                                         double softcap) {
   const char* op = "paged_attention";
   const bool coded = k_cache.dtype == DType::i8;
-  check(q.ndim == 3 && rows_contiguous(q) && (is_float(q) || q.dtype == DType::f16) &&
+  check(q.ndim == 3 && rows_contiguous(q) && is_stored_float(q) &&
             (coded || q.dtype == k_cache.dtype),
         op, "q must be [T, H, D] of the cache's dtype with contiguous D");
   const int64_t tokens = q.shape[0], heads = q.shape[1];
@@ -54,10 +54,7 @@ PagedAttentionArgs paged_attention_args(Tensor o, Tensor q, Tensor k_cache, Tens
                        .paging = paging,
                        .cache_dtype = k_cache.dtype};
   check_attention_rows(op, a.rows, softcap);
-  if (partials.given())
-    check(partials.ndim == 1 && partials.dtype == DType::f32 && partials.contiguous() &&
-              partials.shape[0] >= partial_floats(a.rows, paging.table_width * paging.page_size),
-          op, "partials must be f32 [splits * T * H * (Dv rounded up to 16, plus 16)]");
+  check_partials(op, partials, a.rows, paging);
   return a;
 }
 

@@ -81,7 +81,7 @@ struct NaturalSource {
     if (n <= 0) return {};
     const int64_t batch = a.cu_seqlens_k ? 0 : s;
     const int64_t key = (a.cu_seqlens_k ? keys_of(s).begin : 0) + tile * kTile;
-    uint64_t visible = n == kTile ? ~uint64_t{0} : (uint64_t{1} << n) - 1;
+    uint64_t visible = first_bits(n);
     if (a.key_mask) visible &= mask_bits(a.key_mask + batch * a.mask_batch_stride + key, n);
     if (!visible) return {};
     return {true,
@@ -94,8 +94,8 @@ struct NaturalSource {
             packs_first(doc) ? packed_tile(s, kv_head, tile) : nullptr};
   }
 
-  void pack(const Place& place, Word* k, Word* v) const {
-    pack_tile<E>(k, v, place.rows, place.visible, a.rows.dim, a.rows.value_dim);
+  void pack(const Place& place, const Place& next, Word* k, Word* v) const {
+    pack_tile<E>(k, v, place.rows, next.rows, place.visible, a.rows.dim, a.rows.value_dim);
   }
   int64_t key_words() const { return kTile * a.rows.dim / E::kPerWord; }
 
@@ -104,7 +104,7 @@ struct NaturalSource {
     const Word *next_k = next.packed, *next_v = next_k + key_words();
     if (!now.packed) {
       next_k = k = scratch.k, next_v = v = scratch.v;
-      pack(now, k, v);
+      pack(now, next, k, v);
     }
     return {k,
             v,
@@ -130,8 +130,8 @@ struct NaturalSource {
         for (int64_t tile = first; tile < end; tile += kSplit / kTile, ++index) {
           if (index != mine) continue;
           for (int64_t t = tile; t < smaller(end, tile + kSplit / kTile); ++t) {
-            const Place at = place(doc, s, head, t);
-            if (at.given) pack(at, at.packed, at.packed + key_words());
+            const Place at = place(doc, s, head, t), next = place(doc, s, head, t + 1);
+            if (at.given) pack(at, next.given ? next : at, at.packed, at.packed + key_words());
           }
           mine = next_task(team, 1);
         }

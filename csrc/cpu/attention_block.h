@@ -61,19 +61,25 @@ struct Tile {
 
 struct Shape {
   int64_t group, steps, value_stride;
-  float scale;       // of scores: base-2 logits, or the argument of tanh
-  float cap;         // softcap in base 2, or 0
+  float scale;       // > 0: what makes base-2 logits of scores
+  bool negate;       // the caller's scale is negative: q is negated instead
+  float cap_scale;   // with a softcap: what makes the argument of tanh, and scale is that of tanh
   int64_t max_rows;  // of a block
 };
 
 template <class E>
 FASTLLM_INLINE Shape shape_of(const AttentionRows& a) {
   constexpr float kLog2e = 1.44269504088896341f;
+  const bool capped = a.softcap > 0;
+  const float magnitude = __builtin_fabsf(a.scale);
   return {.group = a.heads / a.kv_heads,
           .steps = a.dim / E::kPerWord,
           .value_stride = divide_up(a.value_dim, VL) * VL,
-          .scale = a.softcap > 0 ? a.scale / a.softcap : a.scale * kLog2e,
-          .cap = a.softcap > 0 ? a.softcap * kLog2e : 0.f,
+          .scale = capped             ? a.softcap * kLog2e
+                   : magnitude == 0.f ? 1e-30f
+                                      : magnitude * kLog2e,
+          .negate = !capped && a.scale < 0,
+          .cap_scale = capped ? a.scale / a.softcap : 0.f,
           .max_rows = kOneBlockGroups * kMaxRows};
 }
 
@@ -195,12 +201,19 @@ FASTLLM_INLINE float* partial_of(const AttentionRows& a, int64_t split, int64_t 
 }
 
 template <class E>
-FASTLLM_INLINE void pack_query(E, typename E::A* to, const typename E::Elem* x, int64_t dim) {
-  for (int64_t i = 0; i < dim; ++i) to[i * kMaxRows] = load1(x + i);
+FASTLLM_INLINE void pack_query(E, typename E::A* to, const typename E::Elem* x, int64_t dim,
+                               bool negate) {
+  const float sign = negate ? -1.f : 1.f;
+  for (int64_t i = 0; i < dim; ++i) to[i * kMaxRows] = sign * load1(x + i);
 }
 #if defined(__AVX512BF16__)
-FASTLLM_INLINE void pack_query(Bf16, uint32_t* to, const uint16_t* x, int64_t dim) {
-  for (int64_t i = 0; i < dim; i += 2) __builtin_memcpy(to + i / 2 * kMaxRows, x + i, 4);
+FASTLLM_INLINE void pack_query(Bf16, uint32_t* to, const uint16_t* x, int64_t dim, bool negate) {
+  const uint32_t signs = negate ? 0x80008000u : 0u;
+  for (int64_t i = 0; i < dim; i += 2) {
+    uint32_t pair;
+    __builtin_memcpy(&pair, x + i, 4);
+    to[i / 2 * kMaxRows] = pair ^ signs;
+  }
 }
 #endif
 
@@ -236,7 +249,7 @@ struct Block {
     for (int64_t r = 0; r < all.rows; ++r) {
       const Elem* x = static_cast<const Elem*>(a.q.data) + doc.q_at +
                       token(all.row + r) * a.q.token_stride + head(all.row + r) * a.q.head_stride;
-      pack_query(E{}, w.q + r / kMaxRows * group_size + r % kMaxRows, x, a.dim);
+      pack_query(E{}, w.q + r / kMaxRows * group_size + r % kMaxRows, x, a.dim, shape.negate);
     }
   }
 
@@ -285,14 +298,15 @@ struct Block {
                              end_key(a, doc.keys, rows.first) >= first + kTile;
     row_kernels(E{}, rows.rows)
         .scores(w.scores, w.q + g * shape.steps * E::kParts * kMaxRows, tile.k, shape.steps, end,
-                shape.scale, g ? reinterpret_cast<const char*>(tile.k) : tile.next_k);
+                g ? reinterpret_cast<const char*>(tile.k) : tile.next_k);
     if (tile.k_scale) scale_columns(w.scores, rows.rows, tile.k_scale);
-    if (shape.cap > 0) cap_scores(w.scores, rows.rows, shape.cap);
+    if (a.softcap > 0) cap_scores(w.scores, rows.rows, shape.cap_scale);
     if (!all_visible) mask(rows, index, tile.visible);
     if (tile.v_scale)
-      softmax_rows<E, true>(w.softmax[g], w.alpha, w.p, w.scores, rows.rows, tile.v_scale);
+      softmax_rows<E, true>(w.softmax[g], w.alpha, w.p, w.scores, rows.rows, shape.scale,
+                            tile.v_scale);
     else
-      softmax_rows<E, false>(w.softmax[g], w.alpha, w.p, w.scores, rows.rows, nullptr);
+      softmax_rows<E, false>(w.softmax[g], w.alpha, w.p, w.scores, rows.rows, shape.scale, nullptr);
     add_values(w.o + g * kMaxRows * shape.value_stride, tile,
                g ? reinterpret_cast<const char*>(tile.v) : tile.next_v, rows.rows, begin, end);
   }

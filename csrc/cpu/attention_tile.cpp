@@ -13,7 +13,7 @@ constexpr int vectors_at_once() {
 
 template <class E, int R>
 static void score_rows(float (*scores)[kTile], const typename E::A* q, const typename E::Word* k,
-                       int64_t steps, int64_t positions, float scale, const char* ahead) {
+                       int64_t steps, int64_t positions, const char* ahead) {
   constexpr int C = vectors_at_once<R>();
   constexpr int kPerChunk = kChunk / VL;
   for (int64_t first = 0; first < positions; first += C * VL) {
@@ -33,8 +33,7 @@ static void score_rows(float (*scores)[kTile], const typename E::A* q, const typ
 #pragma GCC unroll 4
         for (int c = 0; c < C; ++c) {
           float* to = scores[r] + first + c * VL;
-          const vf sum = begin ? vload(to) + acc[r][c] : acc[r][c];
-          vstore(to, begin + n == steps ? sum * scale : sum);
+          vstore(to, begin ? vload(to) + acc[r][c] : acc[r][c]);
         }
     }
   }

@@ -65,8 +65,8 @@ struct Run {
 // The two products for up to kMaxRows rows of A (other numbers than the kernels have take the next
 // larger one, with padded rows). attention_tile.cpp compiles them, once for all ops.
 //
-// scores(scores, q, k, steps, positions, scale, ahead): scores[r][0 .. positions) = scale * Q K^T,
-// rounded up to whole vectors; q is packed [step][part][kMaxRows].
+// scores(scores, q, k, steps, positions, ahead): scores[r][0 .. positions) = Q K^T, rounded up to
+// whole vectors; q is packed [step][part][kMaxRows].
 //
 // values(o, o_stride, alpha, p, runs, count, v_stride, dim, ahead): o[r] = alpha[r] * o[r] + P V
 // over the words of `runs`; o_stride is dim rounded up to whole vectors, v_stride the words from
@@ -75,7 +75,7 @@ struct Run {
 // Both prefetch as many bytes from `ahead` on as they read of B.
 template <class A, class Word>
 struct RowKernels {
-  void (*scores)(float (*)[kTile], const A*, const Word*, int64_t, int64_t, float, const char*);
+  void (*scores)(float (*)[kTile], const A*, const Word*, int64_t, int64_t, const char*);
   void (*values)(float*, int64_t, const float*, const A*, const Run<Word>*, int, int64_t, int64_t,
                  const char*);
 };
@@ -254,7 +254,7 @@ FASTLLM_INLINE void store_p(Bf16, float* p, int64_t vector, vf x) {
 }
 #endif
 
-// The running softmax of kMaxRows rows: maxima (of base-2 scores) and, per lane, sums of P.
+// The running softmax of kMaxRows rows: maxima (of scaled, base-2 scores) and, per lane, sums of P.
 struct Softmax {
   alignas(64) float m[16];
   alignas(64) float l[kMaxRows][VL];
@@ -265,12 +265,12 @@ FASTLLM_INLINE void start(Softmax& s) {
   for (int r = 0; r < kMaxRows; ++r) vstore(s.l[r], vset(0.f));
 }
 
-// Advances `rows` rows by one tile: P = exp2(scores - m), and alpha, the factor of what was summed
-// so far. Scores of -inf (masked) add nothing; a row of nothing else is left as it is. With Scaled,
-// what is stored is P * v_scale, not what is summed.
+// Advances `rows` rows by one tile: P = exp2(scale * scores - m) in one rounding of the argument, and
+// alpha, the factor of what was summed so far; scale > 0. Scores of -inf (masked) add nothing; a row
+// of nothing else is left as it is. With Scaled, what is stored is P * v_scale, not what is summed.
 template <class E, bool Scaled>
 static void softmax_rows(Softmax& s, float* alpha, typename E::A* p, const float (*scores)[kTile],
-                         int64_t rows, const float* v_scale) {
+                         int64_t rows, float scale, const float* v_scale) {
   constexpr int64_t kPRow = kTile * E::kParts / E::kPerWord;
   alignas(64) float tile_max[16], shift[16];
   for (int r = 0; r < 16; ++r) tile_max[r] = -__builtin_inff();
@@ -281,7 +281,7 @@ static void softmax_rows(Softmax& s, float* alpha, typename E::A* p, const float
     tile_max[r] = max_lane(top);
   }
   for (int r = 0; r < 16; r += VL) {
-    const vf before = vload(s.m + r), now = vmax(before, vload(tile_max + r));
+    const vf before = vload(s.m + r), now = vmax(before, vload(tile_max + r) * scale);
     const vf zero_if_none = now == vset(-__builtin_inff()) ? vset(0.f) : now;
     vstore(s.m + r, now);
     vstore(shift + r, zero_if_none);
@@ -289,11 +289,11 @@ static void softmax_rows(Softmax& s, float* alpha, typename E::A* p, const float
   }
   for (int64_t r = 0; r < rows; ++r) {
     alpha[r] = tile_max[r];
-    const vf m = vbroadcast(shift + r);
+    const vf minus_m = vset(0.f) - vbroadcast(shift + r);
     vf sum = vset(0.f);
 #pragma GCC unroll 16
     for (int c = 0; c < kTileVectors; ++c) {
-      const vf e = vexp2<E::kExpDegree>(vload(scores[r] + c * VL) - m);
+      const vf e = vexp2<E::kExpDegree>(vfma(vload(scores[r] + c * VL), vset(scale), minus_m));
       sum = sum + e;
       store_p(E{}, p + r * kPRow, c, Scaled ? e * vload(v_scale + c * VL) : e);
     }

@@ -54,11 +54,10 @@ FASTLLM_INLINE vf vtanh(vf x) {
   return magnitude < vset(0.625f) ? small : vbits(vbits(large) | sign);
 }
 
-// Base-2 logits cap * tanh(x).
-FASTLLM_INLINE void cap_scores(float (*scores)[kTile], int64_t rows, float cap) {
+// scores = tanh(scale * scores).
+FASTLLM_INLINE void cap_scores(float (*scores)[kTile], int64_t rows, float scale) {
   for (int64_t r = 0; r < rows; ++r)
-    for (int c = 0; c < kTile; c += VL)
-      vstore(scores[r] + c, vtanh(vload(scores[r] + c)) * vset(cap));
+    for (int c = 0; c < kTile; c += VL) vstore(scores[r] + c, vtanh(vload(scores[r] + c) * scale));
 }
 
 }  // namespace

@@ -142,20 +142,20 @@ FASTLLM_INLINE void pack_chunk(typename E::Word* to, const typename E::Elem* con
 #endif
 }
 
-// Rows of V as words [64/w][Dv]; Dv is a multiple of 8.
+// Sixteen rows of V as words [16/w][Dv]; Dv is a multiple of 8.
 FASTLLM_INLINE void pack_values(F32, float* to, const float* const* rows, int64_t dim) {
-  for (int r = 0; r < kTile; ++r)
+  for (int r = 0; r < kChunk; ++r)
     for (int64_t d = 0; d < dim; d += 8) __builtin_memcpy(to + r * dim + d, rows[r] + d, 32);
 }
 FASTLLM_INLINE void pack_values(F16, float* to, const Half* const* rows, int64_t dim) {
-  for (int r = 0; r < kTile; ++r)
+  for (int r = 0; r < kChunk; ++r)
     for (int64_t d = 0; d < dim; d += 4) {
       const __m128i four = four_words(rows[r] + d);
       __builtin_memcpy(to + r * dim + d, &four, sizeof four);
     }
 }
 FASTLLM_INLINE void pack_values(Bf16, uint32_t* to, const uint16_t* const* rows, int64_t dim) {
-  for (int r = 0; r < kTile; r += 2, to += dim) {
+  for (int r = 0; r < kChunk; r += 2, to += dim) {
     const uint16_t *even = rows[r], *odd = rows[r + 1];
     int64_t d = 0;
 #if defined(__AVX512F__)
@@ -180,11 +180,26 @@ struct NaturalRows {
   int64_t k_stride, v_stride;
 };
 
+// Bits 0 to n - 1.
+FASTLLM_INLINE uint64_t first_bits(int64_t n) {
+  return n >= kTile ? ~uint64_t{0} : (uint64_t{1} << n) - 1;
+}
+
+// Asks for 16 rows of a later tile while 16 rows of this one are packed: strides of a fused
+// projection are beyond what the hardware's prefetcher follows.
+template <class Elem>
+FASTLLM_INLINE void prefetch_rows(const Elem* rows, int64_t stride, int64_t dim) {
+  for (int r = 0; r < kChunk; ++r)
+    for (int64_t line = 0; line < dim; line += 64 / static_cast<int64_t>(sizeof(Elem)))
+      _mm_prefetch(reinterpret_cast<const char*>(rows + r * stride + line), _MM_HINT_T0);
+}
+
 // The words of one tile. A position whose bit of `visible` is 0 becomes zeros: what lies there is
-// not read.
+// not read. `next` are the rows wanted after these.
 template <class E>
 static void pack_tile(typename E::Word* k_words, typename E::Word* v_words,
-                      const NaturalRows<typename E::Elem>& from, uint64_t visible, int64_t dim,
+                      const NaturalRows<typename E::Elem>& from,
+                      const NaturalRows<typename E::Elem>& next, uint64_t visible, int64_t dim,
                       int64_t value_dim) {
   using Elem = typename E::Elem;
   const Elem* zeros = reinterpret_cast<const Elem*>(kZeroRow);
@@ -195,8 +210,14 @@ static void pack_tile(typename E::Word* k_words, typename E::Word* v_words,
     v[r] = seen ? from.v + r * from.v_stride : zeros;
   }
   const int64_t steps = dim / E::kPerWord;
-  for (int r = 0; r < kTile; r += kChunk) pack_chunk<E>(k_words + r * steps, k + r, steps);
-  pack_values(E{}, v_words, v, value_dim);
+  for (int r = 0; r < kTile; r += kChunk) {
+    prefetch_rows(next.k + r * next.k_stride, next.k_stride, dim);
+    pack_chunk<E>(k_words + r * steps, k + r, steps);
+  }
+  for (int r = 0; r < kTile; r += kChunk) {
+    if (next.v != next.k) prefetch_rows(next.v + r * next.v_stride, next.v_stride, value_dim);
+    pack_values(E{}, v_words + r / E::kPerWord * value_dim, v + r, value_dim);
+  }
 }
 
 }  // namespace

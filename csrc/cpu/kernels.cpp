@@ -10,6 +10,7 @@ Kernel<AppendKvArgs> append_kv;
 Kernel<AppendMlaArgs> append_mla;
 Kernel<RopeAppendKvArgs> rope_append_kv;
 Kernel<AttentionArgs> attention;
+Kernel<MlaAttentionArgs> mla_attention;
 Kernel<PagedAttentionArgs> paged_attention;
 Kernel<QuantMatmulArgs> quant_matmul;
 Kernel<LinearArgs> linear;
@@ -28,6 +29,7 @@ const Kernels kernels = {
     .append_mla = append_mla,
     .rope_append_kv = rope_append_kv,
     .attention = attention,
+    .mla_attention = mla_attention,
     .paged_attention = paged_attention,
     .quant_matmul = quant_matmul,
     .linear = linear,

@@ -1,8 +1,7 @@
 // Causal attention over the paged cache (attention_block.h). Pages of q's own type are used where
 // they lie; int8 and half-precision pages are widened tile by tile. Bound by arithmetic for prompts
 // (both products at the rate of the dot instruction) and by reading the cache for decode.
-#include "cpu/attention_block.h"
-#include "cpu/paging.h"
+#include "cpu/attention_paged.h"
 
 namespace fastllm::FASTLLM_ISA {
 namespace {
@@ -19,17 +18,7 @@ struct PagedSource {
   };
 
   int64_t documents() const { return a.paging.sequences; }
-  Document document(int64_t s) const {
-    const Sequence seq = sequence_at(a.paging, s);
-    const int64_t limit = a.paging.table_width * a.paging.page_size;
-    return {.begin = seq.begin,
-            .count = seq.end - seq.begin,
-            .first = seq.first,
-            .keys = smaller(seq.length, limit),
-            .q_at = seq.begin * a.rows.q.token_stride,
-            .lse_at = 0,
-            .lse_head_stride = 0};
-  }
+  Document document(int64_t s) const { return paged_document(a.paging, a.rows, s); }
 
   Place place(const Document& doc, int64_t s, int64_t kv_head, int64_t tile) const {
     const int64_t page = page_at(a.paging, s, tile * kTile);
@@ -84,16 +73,8 @@ struct PagedSource {
 
 template <class E>
 void run(const PagedAttentionArgs& a, const Team& team) {
-  const int64_t limit = a.paging.table_width * a.paging.page_size;
-  int64_t longest = 0, covered = 0;
-  for (int64_t s = 0; s < a.paging.sequences; ++s) {
-    longest = larger(longest, a.paging.cache_seqlens[s]);
-    covered = larger(covered, sequence_at(a.paging, s).end);
-  }
-  if (team.thread == 0) clear_rows(a.rows, covered, a.paging.tokens);
-  const bool parallel_splits = a.rows.partials && smaller(longest, limit) > kSplit;
   const bool local_tiles = a.cache_dtype != a.rows.dtype || a.cache_dtype == DType::f16;
-  attend<E>(a.rows, PagedSource<E>{a}, parallel_splits, local_tiles, team);
+  attend_paged<E>(a.paging, a.rows, PagedSource<E>{a}, local_tiles, team);
 }
 
 }  // namespace

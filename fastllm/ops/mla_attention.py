@@ -153,6 +153,41 @@ def _triton_supports(q: Tensor, cache: Tensor, block_table: Tensor, *args: Any) 
     return inner and page_size & (page_size - 1) == 0 and value_dim < width
 
 
+_SPLIT = 512  # positions of a split, the unit that decode may run on another thread
+_TILE = 64  # positions the native kernel takes at once; a page holds a whole number of them
+_MAX_WIDTH = 576  # kMaxHeadDim in csrc/ops.h
+
+
+def _native_mla(q: Tensor, cache: Tensor, block_table: Tensor, *args: Any) -> bool:
+    _, page_size, width = cache.shape
+    dims_fit = width % 8 == 0 and args[2] % 8 == 0 and width <= _MAX_WIDTH
+    inner = q.stride(-1) == 1 and block_table.stride(-1) == 1
+    return dims_fit and inner and page_size % _TILE == 0
+
+
+@_mla_attention.impl("native", "cpu", dtypes=_DTYPES, when=_native_mla)
+def _mla_attention_cpu(
+    q: Tensor,
+    cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens_q: Tensor,
+    cache_seqlens: Tensor,
+    value_dim: int,
+    softmax_scale: float,
+) -> Tensor:
+    tokens, heads, _ = q.shape
+    o = torch.empty(tokens, heads, value_dim, dtype=q.dtype)
+    # With few tokens a sequence there are few tasks: let its splits run on several threads.
+    partials = None
+    positions = block_table.shape[1] * cache.shape[1]
+    if tokens <= 4 * block_table.shape[0] and positions > _SPLIT:
+        row = -(-value_dim // 16) * 16 + 16
+        partials = torch.empty(-(-positions // _SPLIT) * tokens * heads * row)
+    paging = (block_table, cu_seqlens_q, cache_seqlens)
+    _C.mla_attention(o, q, cache, *paging, partials, value_dim, softmax_scale)
+    return o
+
+
 @_mla_attention.impl("triton", "cuda", dtypes=_DTYPES, when=_triton_supports)
 def _mla_attention_triton(*args: Any) -> Tensor:
     from ..kernels import mla_attention as kernel
