@@ -82,7 +82,7 @@ def check_arch(arch: str, tmp_path: Path, shared: dict[tuple[str, int, int], int
         if aliased and arch == "sm_80":
             assert size > of_block  # the launch reports it
             continue
-        groups = 8 if aliased else {64: 1, 128: 2, 256: 4}[value_dim]
+        groups = 8 if aliased else {64: 1, 128: 2}.get(max(dim, value_dim), 4)
         kernel = kernels[f"split Bf16 {'alias' if aliased else cache} groups {groups}"]
         registers = -(-kernel.registers // 8) * 8 * THREADS
         blocks = min(REGISTERS // registers, of_multiprocessor // (size + 1024))

@@ -94,7 +94,7 @@ PagedAttentionCall paged_attention_call(Tensor o, Tensor q, Tensor k_cache, Tens
   check(softcap >= 0, kOp, "softcap must be at least 0");
   constexpr int64_t kLimit = (int64_t{1} << 31) - 2 * kSplit;
   check(cache_seqlens.shape[0] <= 65535 && kv_heads <= 65535 && tokens * heads <= kLimit &&
-            k_cache.shape[0] <= kLimit,
+            k_cache.shape[0] * kv_heads * k_cache.shape[2] <= kLimit,
         kOp, "too many sequences, heads, tokens or pages for one launch");
 
   PagedAttentionCall call{};

@@ -79,27 +79,51 @@ template <class T>
 __device__ __forceinline__ uint32_t codes_to_pair(uint32_t codes, uint32_t selector);
 template <>
 __device__ __forceinline__ uint32_t codes_to_pair<Fp16>(uint32_t codes, uint32_t selector) {
-  // 0x6400 | u is 1024 + u; u = code + 128.
-  return add_pairs<Fp16>(select_bytes(codes ^ 0x80808080u, 0x64646464u, selector), 0xe480e480u);
+  // 0x6400 | u is 1024 + u; u = code + 128; 0x6480 is 1152.
+  return subtract_pairs<Fp16>(select_bytes(codes ^ 0x80808080u, 0x64646464u, selector),
+                              0x64806480u);
 }
 template <>
 __device__ __forceinline__ uint32_t codes_to_pair<Bf16>(uint32_t codes, uint32_t selector) {
-  // 0x4300 | low 7 bits is 128 + low; minus 128, or minus 256 (0x4380) where the sign bit is set.
+  // 0x4300 | low 7 bits is 128 + low; minus 128 (0x4300), or 256 (0x4380) where the sign is set.
   const uint32_t x = select_bytes(codes, 0x43434343u, selector);
-  return add_pairs<Bf16>(x & 0x437f437fu, (x & 0x00800080u) | 0xc300c300u);
+  return subtract_pairs<Bf16>(x & 0xff7fff7fu, x & 0xff80ff80u);
 }
 
-// Everything of one block. kCodes: int8 caches. kGroups: groups of 16 value columns of a warp.
-// kAlias: values are the first columns of the keys' rows, and a slot is freed by both products.
+// Everything of one block. kCodes: int8 caches. kGroups: groups of 16 value columns of a warp, and of
+// 64 dimensions of a key. kAlias: values are the first columns of the keys' rows, and a slot is
+// freed by both products.
 template <class T, bool kCodes, int kGroups, bool kAlias, int kSlots>
 struct SplitBlock {
   static constexpr int kElementBytes = kCodes ? 1 : 2;
-  static constexpr int kItems = kAlias ? 1 : 2;  // ring items of a tile: K, V
+  static constexpr int kPending = kAlias ? kSlots - 2 : 2 * kSlots - 2;  // copies under way
+  static constexpr int kKeyGroups = kAlias ? kGroups + 1 : kGroups;
+  // Pairs of chunks of a key's row at most, and chunks that one of 8 threads copies of it.
+  static constexpr int kPairs = kKeyGroups * 2 * kElementBytes;
+  static constexpr int kCopies = (kKeyGroups * kElementBytes + 1) / 2;
+
+  // A row that a lane addresses. `x` exchanges the places of its chunks, in bytes: those of chunk c
+  // (even; the lane's odd bit is in x) start at c / 8 * 128 + (c % 8 * 16 ^ x).
+  struct LaneRow {
+    uint32_t base, x;
+    __device__ __forceinline__ LaneRow(const RowLayout& layout, int row, int chunk)
+        : base(row * layout.chunks * kChunk),
+          x((chunk ^ (row >> layout.shift & layout.mask)) * kChunk) {}
+    __device__ __forceinline__ uint32_t at(int c) const {
+      return base + c / 8 * (8 * kChunk) + ((c % 8 * kChunk) ^ x);
+    }
+  };
 
   const PagedAttentionParams& p;
   const int kv_head, thread, warp, lane;
+  // ldmatrix: lane l addresses row l % 8 of matrix l / 8. Matrices of Q and P: rows 0, 8, 0, 8 of
+  // chunks 0, 0, 1, 1; of K: rows 0, 0, 8, 8 of chunks 0, 1, 0, 1; of V: rows 0, 8, 0, 8 of chunks
+  // 0, 0, 1, 1, or for codes, a chunk being 16 columns: rows 0, 8, 16, 24 of one chunk.
+  const LaneRow q_lane, p_lane, k_lane, v_lane;
   // Of the present split and row tile; positions of the tile's first and last token.
-  int split_begin = 0, first_tile = 0, tiles = 0, first_position = 0, last_position = 0;
+  int row_tile = -1, split_begin = 0, first_tile = 0, tiles = 0;
+  int first_position = 0, last_position = 0;
+  bool high_rows = false;  // rows 8 to 15 of the tile exist: where not, nothing is done for them
   Range range{};
   float m[2], l[2];          // of rows lane / 4 and lane / 4 + 8
   float acc[kGroups][2][4];  // [group][half][fragment]
@@ -109,10 +133,19 @@ struct SplitBlock {
         kv_head(head),
         thread(static_cast<int>(threadIdx.x)),
         warp(thread / 32),
-        lane(thread % 32) {}
+        lane(thread % 32),
+        q_lane(params.shared.q, lane % 16, lane / 16),
+        p_lane(p_layout(), lane % 16, lane / 16),
+        k_lane(params.shared.k, 16 * warp + lane / 16 * 8 + lane % 8, lane / 8 % 2),
+        v_lane(params.shared.v, kCodes ? lane : lane % 16, kCodes ? warp : 2 * warp + lane / 16) {}
 
-  __device__ __forceinline__ int64_t& page_row(int i) const {
-    return shared_at<int64_t>(p.shared.pages_at + i * 8);
+  __device__ __forceinline__ static RowLayout p_layout() { return {kTile * 2 / kChunk, 0, 7}; }
+  // Where each 16 positions of the split lie: a row of [num_pages * kv_heads * page_size], or -1.
+  __device__ __forceinline__ int32_t& page_row(int i) const {
+    return shared_at<int32_t>(p.shared.pages_at + i * 4);
+  }
+  __device__ __forceinline__ int page_index(int position) const {
+    return static_cast<unsigned>(position - split_begin) / 16;
   }
   __device__ __forceinline__ RowInfo& row_info(int i) const {
     return shared_at<RowInfo>(p.shared.rows_at + i * 16);
@@ -121,37 +154,37 @@ struct SplitBlock {
     return (row * layout.chunks + (chunk ^ (row >> layout.shift & layout.mask))) * kChunk;
   }
 
-  // Rows of q and of the output, and where each 16 positions of the split lie in the cache: a row of
-  // [num_pages * kv_heads * page_size], or -1.
-  __device__ __forceinline__ void find_rows(const SequenceOfBlock& seq, int s, int first_row) {
-    if (thread < kRows) {
-      const int row = first_row + thread, token = row / p.group;
-      const bool live = token < seq.tokens;
-      const int head = kv_head * p.group + row % p.group;
-      const int64_t t = seq.begin + token;
-      row_info(thread) = {live ? t * p.q_token_stride + head * p.q_head_stride : 0,
-                          live ? static_cast<int32_t>(t * p.heads + head) : -1,
-                          live ? seq.first() + token : kNever};
+  // Rows of q and of the output.
+  __device__ __forceinline__ void find_rows(const SequenceOfBlock& seq) const {
+    if (thread >= kRows) return;
+    const int row = row_tile + thread, token = row / p.group;
+    const bool live = token < seq.tokens;
+    const int head = kv_head * p.group + row % p.group;
+    const int64_t t = seq.begin + token;
+    row_info(thread) = {live ? t * p.q_token_stride + head * p.q_head_stride : 0,
+                        live ? static_cast<int32_t>(t * p.heads + head) : -1,
+                        live ? seq.first() + token : kNever};
+  }
+  __device__ __forceinline__ void find_pages(int s) const {
+    const int i = thread - 32;  // another warp than find_rows
+    if (i < 0 || i >= kPagesOfSplit) return;
+    const int position = split_begin + 16 * i;
+    int at = -1;
+    if (position < range.end && position + 16 > range.begin) {
+      const int column = position / p.page_size;
+      const int page = load(p.block_table + s * p.table_stride + column);
+      if (page >= 0 && page < p.num_pages)
+        at = (page * p.kv_heads + kv_head) * p.page_size + position % p.page_size;
     }
-    if (thread >= 32 && thread < 32 + kPagesOfSplit) {
-      const int i = thread - 32, position = split_begin + 16 * i;
-      int64_t at = -1;
-      if (position < range.end && position + 16 > range.begin) {
-        const int column = position / p.page_size;
-        const int page = load(p.block_table + s * p.table_stride + column);
-        if (page >= 0 && page < p.num_pages)
-          at = (static_cast<int64_t>(page) * p.kv_heads + kv_head) * p.page_size +
-               position % p.page_size;
-      }
-      page_row(i) = at;
-    }
+    page_row(i) = at;
   }
 
   // Q into shared memory, zeros in rows that do not exist and past its last dimension.
   __device__ __forceinline__ void load_queries() const {
     const auto* q = static_cast<const uint16_t*>(p.q);
     for (int row = warp; row < kRows; row += kWarps) {
-      const RowInfo& info = row_info(row);
+      const RowInfo info = row_info(row);
+#pragma unroll 4
       for (int d = lane; d < 16 * p.k_steps; d += 32) {
         uint16_t x = 0;
         if (info.out >= 0 && d < p.dim) x = load(q + info.q + d);
@@ -178,20 +211,26 @@ struct SplitBlock {
   __device__ __forceinline__ void copy_tile(int tile, const void* cache, const float* scales,
                                             uint32_t slot, const RowLayout& layout,
                                             int chunks) const {
-    const int in_split = (first_tile + tile) * kTile - split_begin;
-    const auto* bytes = static_cast<const char*>(cache);
+    const int begin = (first_tile + tile) * kTile, row = thread / 8, chunk = thread % 8;
+    const int4 pages = shared_at<int4>(p.shared.pages_at + page_index(begin) * 4);
+    const int32_t page_of[4] = {pages.x, pages.y, pages.z, pages.w};
+    const auto* bytes = static_cast<const char*>(cache) + chunk * kChunk;
+    const uint32_t row_bytes = chunks * kChunk;
+    const uint32_t to = slot + LaneRow(layout, row, chunk).at(0);
 #pragma unroll
     for (int pass = 0; pass < kTile / 16; ++pass) {
-      const int64_t page = page_row(in_split / 16 + pass);
-      const int row = pass * 16 + thread / 8, position = split_begin + in_split + row;
+      const int position = begin + pass * 16 + row, page = page_of[pass];
       const bool keep = page >= 0 && position >= range.begin && position < range.end;
-      const char* from = bytes + (keep ? (page + thread / 8) * chunks * kChunk : 0);
-      for (int c = thread % 8; c < chunks; c += 8)
-        copy_16(slot + place(layout, row, c), from + c * kChunk, keep);
+      const char* from = bytes + static_cast<uint64_t>(keep ? page + row : 0) * row_bytes;
+#pragma unroll
+      for (int i = 0; i < kCopies; ++i)
+        if (chunk + 8 * i < chunks)
+          copy_16(to + pass * 16 * layout.chunks * kChunk + i * 8 * kChunk, from + i * 8 * kChunk,
+                  keep);
     }
     if (kCodes && thread < kTile) {
-      const int64_t page = page_row(in_split / 16 + thread / 16);
-      const int position = split_begin + in_split + thread;
+      const int page = page_row(page_index(begin) + thread / 16);
+      const int position = begin + thread;
       const bool keep = page >= 0 && position >= range.begin && position < range.end;
       copy_4(slot + kTile * kChunk * layout.chunks + thread * 4,
              scales + (keep ? page + thread % 16 : 0), keep);
@@ -202,6 +241,11 @@ struct SplitBlock {
   }
   __device__ __forceinline__ uint32_t v_slot(int tile) const {
     return kAlias ? k_slot(tile) : p.shared.v_at + tile % kSlots * p.shared.v_slot;
+  }
+  // Scales of this lane's positions 8 n + 2 (lane % 4) of its warp's 16, and of the next one.
+  __device__ __forceinline__ float2 scales_of(uint32_t slot, const RowLayout& layout, int n) const {
+    return shared_at<float2>(slot + kTile * kChunk * layout.chunks +
+                             (16 * warp + 8 * n + lane % 4 * 2) * 4);
   }
   // Each commits, also past the last tile: waits count commits.
   __device__ __forceinline__ void copy_keys(int tile) const {
@@ -219,25 +263,23 @@ struct SplitBlock {
 
   // s = Q K^T for this warp's 16 positions: s[n] is the fragment of positions 8 n to 8 n + 7.
   __device__ __forceinline__ void score(float (&s)[2][4], int tile) const {
-    const int matrix = lane / 8, in_matrix = lane % 8;
     const uint32_t keys = k_slot(tile);
-    const int q_row = matrix % 2 * 8 + in_matrix, k_row = 16 * warp + matrix / 2 * 8 + in_matrix;
-#pragma unroll 4
-    for (int pair = 0; pair < p.shared.k.chunks / 2; ++pair) {
+#pragma unroll
+    for (int pair = 0; pair < kPairs; ++pair) {
+      if (2 * pair >= p.shared.k.chunks) break;
       uint32_t k[4], q[4];
-      load_matrices(k, keys + place(p.shared.k, k_row, 2 * pair + matrix % 2));
+      load_matrices(k, keys + k_lane.at(2 * pair));
       if constexpr (kCodes) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int chunk = (2 * pair + half) * 2 + matrix / 2;
-          load_matrices(q, p.shared.q_at + place(p.shared.q, q_row, chunk));
+          load_matrices(q, p.shared.q_at + q_lane.at(4 * pair + 2 * half));
 #pragma unroll
           for (int n = 0; n < 2; ++n)
             multiply_add<T>(s[n], q, codes_to_pair<T>(k[2 * n + half], 0x4140u),
                             codes_to_pair<T>(k[2 * n + half], 0x4342u));
         }
       } else {
-        load_matrices(q, p.shared.q_at + place(p.shared.q, q_row, 2 * pair + matrix / 2));
+        load_matrices(q, p.shared.q_at + q_lane.at(2 * pair));
         multiply_add<T>(s[0], q, k[0], k[1]);
         multiply_add<T>(s[1], q, k[2], k[3]);
       }
@@ -246,24 +288,27 @@ struct SplitBlock {
 
   // Scores to base-2 logits, -inf where the row does not see the position.
   __device__ __forceinline__ void logits(float (&s)[2][4], int tile) const {
-    const int in_tile = 16 * warp + lane % 4 * 2;
-    const int tile_begin = (first_tile + tile) * kTile;
+    const bool capped = p.cap_out != 0.f;
 #pragma unroll
-    for (int n = 0; n < 2; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float& x = s[n][i];
-        if constexpr (kCodes)
-          x *= shared_at<float>(k_slot(tile) + kTile * kChunk * p.shared.k.chunks +
-                                (in_tile + 8 * n + i % 2) * 4);
-        if (p.cap_out == 0.f)
-          x *= p.scale_log2;
-        else  // tanh(y) = 1 - 2 / (exp(2 y) + 1)
-          x = p.cap_out * fmaf(-2.f, reciprocal(exp2_fast(x * p.cap_in) + 1.f), 1.f);
+    for (int n = 0; n < 2; ++n) {
+      const float by = capped ? 1.f : p.scale_log2;
+      float2 scale{by, by};
+      if constexpr (kCodes) {
+        scale = scales_of(k_slot(tile), p.shared.k, n);
+        scale.x *= by;
+        scale.y *= by;
       }
-    const bool stored = page_row((tile_begin - split_begin) / 16 + warp) >= 0;
-    const bool whole = stored && tile_begin + kTile - 1 <= first_position &&
-                       (p.window_left < 0 || tile_begin >= last_position - p.window_left);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[n][i] *= i % 2 ? scale.y : scale.x;
+      if (capped)  // tanh(y) = 1 - 2 / (exp(2 y) + 1)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          s[n][i] = p.cap_out * fmaf(-2.f, reciprocal(exp2_fast(s[n][i] * p.cap_in) + 1.f), 1.f);
+    }
+    const int begin = (first_tile + tile) * kTile;
+    const bool stored = page_row(page_index(begin) + warp) >= 0;
+    const bool whole = stored && begin + kTile - 1 <= first_position &&
+                       (p.window_left < 0 || begin >= last_position - p.window_left);
     if (whole) return;
     const int rows[2] = {row_info(lane / 4).position, row_info(lane / 4 + 8).position};
 #pragma unroll
@@ -271,7 +316,7 @@ struct SplitBlock {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         // The comparison with `kNever` comes first: its difference would overflow.
-        const int position = tile_begin + in_tile + 8 * n + i % 2, row = rows[i / 2];
+        const int position = begin + 16 * warp + 8 * n + lane % 4 * 2 + i % 2, row = rows[i / 2];
         const bool visible =
             stored && position <= row && (p.window_left < 0 || position >= row - p.window_left);
         if (!visible) s[n][i] = -kInfinity;
@@ -282,28 +327,32 @@ struct SplitBlock {
   __device__ __forceinline__ void write_maxima(const float (&s)[2][4]) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
+      if (half == 1 && !high_rows) break;
       float top = fmaxf(fmaxf(s[0][2 * half], s[0][2 * half + 1]),
                         fmaxf(s[1][2 * half], s[1][2 * half + 1]));
       top = fmaxf(top, from_lane_xor(top, 1));
       top = fmaxf(top, from_lane_xor(top, 2));
-      if (lane % 4 == 0) per_warp(p.shared.maxima_at, warp, lane / 4 + 8 * half) = top;
+      if (lane % 4 == 0) of_warp(p.shared.maxima_at, lane / 4 + 8 * half) = top;
     }
   }
-  __device__ __forceinline__ static float& per_warp(int at, int w, int row) {
-    return shared_at<float>(at + (w * kRows + row) * 4);
+  // [row][warp], so that a lane reads those of all warps at once.
+  __device__ __forceinline__ float& of_warp(int at, int row) const {
+    return shared_at<float>(at + (row * kWarps + warp) * 4);
+  }
+  __device__ __forceinline__ float4 of_warps(int at, int row) const {
+    return shared_at<float4>(at + row * kWarps * 4);
   }
 
   // P = exp2(s - m) into shared memory, rounded; m, l and the accumulators to the new maximum.
   __device__ __forceinline__ void softmax(float (&s)[2][4], int tile) {
-    float alpha[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
+      if (half == 1 && !high_rows) break;
       const int row = lane / 4 + 8 * half;
-      float top = m[half];
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) top = fmaxf(top, per_warp(p.shared.maxima_at, w, row));
+      const float4 tops = of_warps(p.shared.maxima_at, row);
+      const float top = fmaxf(m[half], fmaxf(fmaxf(tops.x, tops.y), fmaxf(tops.z, tops.w)));
       const float shift = finite_or_zero(top);
-      alpha[half] = exp2_fast(m[half] - shift);
+      const float alpha = exp2_fast(m[half] - shift);
       m[half] = top;
       float sum = 0.f;
 #pragma unroll
@@ -311,47 +360,39 @@ struct SplitBlock {
         float low = exp2_fast(s[n][2 * half] - shift), high = exp2_fast(s[n][2 * half + 1] - shift);
         sum += low + high;
         if constexpr (kCodes) {
-          const int column = 16 * warp + 8 * n + lane % 4 * 2;
-          const float* scale =
-              &shared_at<float>(v_slot(tile) + kTile * kChunk * p.shared.v.chunks + column * 4);
-          low *= scale[0];
-          high *= scale[1];
+          const float2 scale = scales_of(v_slot(tile), p.shared.v, n);
+          low *= scale.x;
+          high *= scale.y;
         }
-        const RowLayout layout{kTile * 2 / kChunk, 0, 7};
-        shared_at<uint32_t>(p.shared.p_at + place(layout, row, 2 * warp + n) + lane % 4 * 4) =
+        shared_at<uint32_t>(p.shared.p_at + place(p_layout(), row, 2 * warp + n) + lane % 4 * 4) =
             pack<T>(low, high);
       }
-      l[half] = fmaf(l[half], alpha[half], sum);
+      l[half] = fmaf(l[half], alpha, sum);
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          acc[g][h][2 * half] *= alpha;
+          acc[g][h][2 * half + 1] *= alpha;
+        }
     }
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g)
-#pragma unroll
-      for (int h = 0; h < 2; ++h)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) acc[g][h][i] *= alpha[i / 2];
   }
 
   // acc += P V for this warp's columns: groups warp, warp + 4, ... of 16.
   __device__ __forceinline__ void add_values(int tile) {
-    const RowLayout p_layout{kTile * 2 / kChunk, 0, 7};
-    const int matrix = lane / 8, in_matrix = lane % 8;
-    const int p_row = matrix % 2 * 8 + in_matrix;
-    const uint32_t values = v_slot(tile);
+    const uint32_t values = v_slot(tile), rows_16 = 16 * p.shared.v.chunks * kChunk;
 #pragma unroll
     for (int pair = 0; pair < kTile / 32; ++pair) {  // 32 positions
       uint32_t probability[2][4];
 #pragma unroll
       for (int h = 0; h < 2; ++h)
-        load_matrices(probability[h],
-                      p.shared.p_at + place(p_layout, p_row, 4 * pair + 2 * h + matrix / 2));
+        load_matrices(probability[h], p.shared.p_at + p_lane.at(4 * pair + 2 * h));
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) {
-        const int group = warp + kWarps * g;
-        if (group * 16 >= p.value_dim) continue;
+        if ((warp + kWarps * g) * 16 >= p.value_dim) continue;
         uint32_t v[4];
         if constexpr (kCodes) {
-          load_matrices_transposed(
-              v, values + place(p.shared.v, 32 * pair + 8 * matrix + in_matrix, group));
+          load_matrices_transposed(v, values + 2 * pair * rows_16 + v_lane.at(4 * g));
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
             multiply_add<T>(acc[g][0], probability[h], codes_to_pair<T>(v[2 * h], 0x4240u),
@@ -362,9 +403,7 @@ struct SplitBlock {
         } else {
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
-            load_matrices_transposed(
-                v, values + place(p.shared.v, 32 * pair + 16 * h + matrix % 2 * 8 + in_matrix,
-                                  2 * group + matrix / 2));
+            load_matrices_transposed(v, values + (2 * pair + h) * rows_16 + v_lane.at(8 * g));
             multiply_add<T>(acc[g][0], probability[h], v[0], v[1]);
             multiply_add<T>(acc[g][1], probability[h], v[2], v[3]);
           }
@@ -379,6 +418,7 @@ struct SplitBlock {
     const int split_end = split_begin + kSplit;
     const int last_row = first_row + kRows - 1;
     const int last_token = last_row / p.group < seq.tokens ? last_row / p.group : seq.tokens - 1;
+    high_rows = first_row + 8 < seq.tokens * p.group;
     first_position = seq.first() + first_row / p.group;
     last_position = seq.first() + last_token;
     range = seen_by(p, seq, first_row / p.group, last_token);
@@ -397,15 +437,17 @@ struct SplitBlock {
         for (int i = 0; i < 4; ++i) acc[g][h][i] = 0.f;
 
     block_barrier();  // the previous run is over
-    find_rows(seq, s, first_row);
-    clear_padding();
+    const bool new_rows = row_tile != first_row;
+    row_tile = first_row;
+    if (new_rows) find_rows(seq);
+    find_pages(s);
     block_barrier();
 #pragma unroll
     for (int tile = 0; tile < kSlots; ++tile) {
       if (!kAlias || tile < kSlots - 1) copy_keys(tile);
       if (!kAlias && tile < kSlots - 1) copy_values(tile);
     }
-    load_queries();
+    if (new_rows) load_queries();
     for (int tile = 0; tile < tiles; ++tile) {
       copies_wait<kPending>();
       block_barrier();  // keys of the tile are there; values of the one before are done with
@@ -434,16 +476,15 @@ struct SplitBlock {
     for (int half = 0; half < 2; ++half) {
       l[half] += from_lane_xor(l[half], 1);
       l[half] += from_lane_xor(l[half], 2);
-      if (lane % 4 == 0) per_warp(p.shared.sums_at, warp, lane / 4 + 8 * half) = l[half];
+      if (lane % 4 == 0) of_warp(p.shared.sums_at, lane / 4 + 8 * half) = l[half];
     }
     block_barrier();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = lane / 4 + 8 * half, out = row_info(row).out;
       if (out < 0) continue;
-      float sum = 0.f;
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) sum += per_warp(p.shared.sums_at, w, row);
+      const float4 sums = of_warps(p.shared.sums_at, row);
+      const float sum = sums.x + sums.y + sums.z + sums.w;
       float factor = 1.f;
       const int64_t at = static_cast<int64_t>(split) * p.tokens * p.heads + out;
       if (!p.partials) {
@@ -476,12 +517,15 @@ struct SplitBlock {
     else
       store(reinterpret_cast<uint32_t*>(p.o) + at / 2, pack<T>(a, b));
   }
-
-  static constexpr int kPending = kAlias ? kSlots - 2 : 2 * kSlots - 2;
 };
 
+// Blocks of a multiprocessor that shared memory and registers are to allow.
+constexpr int blocks_of(bool codes, int groups) {
+  return groups == 1 ? 4 : groups == 2 ? (codes ? 4 : 3) : groups == 4 && codes ? 2 : 1;
+}
+
 template <class T, bool kCodes, int kGroups, bool kAlias, int kSlots>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, blocks_of(kCodes, kGroups))
     split_kernel(const __grid_constant__ PagedAttentionParams p) {
   const int s = static_cast<int>(blockIdx.z), kv_head = static_cast<int>(blockIdx.y);
   const int row_slot = static_cast<int>(blockIdx.x) % p.row_slots;
@@ -489,6 +533,7 @@ __global__ void __launch_bounds__(kThreads)
   const int split_slots = static_cast<int>(gridDim.x) / p.row_slots;
   const SequenceOfBlock seq = sequence_at(p, s);
   SplitBlock<T, kCodes, kGroups, kAlias, kSlots> block(p, kv_head);
+  block.clear_padding();
   const int rows = seq.tokens * p.group;
   for (int row = row_slot * kRows; row < rows; row += p.row_slots * kRows)
     for (int split = split_slot; split < p.splits; split += split_slots) {
@@ -565,7 +610,8 @@ struct Instance {
 };
 template <class T, bool kCodes, class Visit>
 void visit_dims(const PagedAttentionCall& call, Visit visit) {
-  const int groups = (call.p.value_dim + 63) / 64;  // of 16 columns, for each of the four warps
+  const int widest = call.p.dim > call.p.value_dim ? call.p.dim : call.p.value_dim;
+  const int groups = (widest + 63) / 64;
   if (groups <= 1) return visit(Instance<T, kCodes, 1, false>{});
   if (groups <= 2) return visit(Instance<T, kCodes, 2, false>{});
   visit(Instance<T, kCodes, 4, false>{});

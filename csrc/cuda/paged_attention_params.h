@@ -73,7 +73,7 @@ inline SharedLayout shared_layout(const PagedAttentionParams& p, int64_t element
   s.maxima_at = s.p_at + kRows * kTile * 2;
   s.sums_at = s.maxima_at + kWarps * kRows * 4;
   s.pages_at = s.sums_at + kWarps * kRows * 4;
-  s.rows_at = s.pages_at + kPagesOfSplit * 8;
+  s.rows_at = s.pages_at + kPagesOfSplit * 4;
   s.bytes = s.rows_at + kRows * 16;
   return s;
 }

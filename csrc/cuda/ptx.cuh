@@ -42,13 +42,11 @@ __device__ __forceinline__ void block_barrier() { __syncthreads(); }
 // Both addresses are multiples of the size. Copies of a block land in the order of their commits.
 __device__ __forceinline__ void copy_16(uint32_t to, const void* from, bool keep) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(shared_address(to)),
-               "l"(from), "r"(keep ? 16 : 0)
-               : "memory");
+               "l"(from), "r"(keep ? 16 : 0));
 }
 __device__ __forceinline__ void copy_4(uint32_t to, const void* from, bool keep) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(shared_address(to)),
-               "l"(from), "r"(keep ? 4 : 0)
-               : "memory");
+               "l"(from), "r"(keep ? 4 : 0));
 }
 __device__ __forceinline__ void copies_commit() {
   asm volatile("cp.async.commit_group;\n" ::: "memory");
@@ -59,20 +57,21 @@ __device__ __forceinline__ void copies_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
 }
 
+// Nothing here but barriers and waits orders plain accesses to shared memory: what a lane writes,
+// others read after a barrier.
+//
 // Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
 // r[i] of lane l: elements 2 * (l % 4) and the next of row l / 4 of matrix i; transposed: of column
 // l / 4.
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t offset) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(offset))
-               : "memory");
+               : "r"(shared_address(offset)));
 }
 __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], uint32_t offset) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(offset))
-               : "memory");
+               : "r"(shared_address(offset)));
 }
 
 // d[16 x 8] += a[16 x 16] b[16 x 8] in fp32.
@@ -112,19 +111,19 @@ __device__ __forceinline__ uint32_t pack<Fp16>(float low, float high) {
   return r;
 }
 
-// Sums of two pairs.
+// a - b of two pairs.
 template <class T>
-__device__ __forceinline__ uint32_t add_pairs(uint32_t a, uint32_t b);
+__device__ __forceinline__ uint32_t subtract_pairs(uint32_t a, uint32_t b);
 template <>
-__device__ __forceinline__ uint32_t add_pairs<Bf16>(uint32_t a, uint32_t b) {
-  uint32_t r;  // sm_80 adds bf16 pairs as a * 1 + b only
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;\n" : "=r"(r) : "r"(a), "r"(0x3f803f80u), "r"(b));
+__device__ __forceinline__ uint32_t subtract_pairs<Bf16>(uint32_t a, uint32_t b) {
+  uint32_t r;  // sm_80 has no bf16 subtraction: b * -1 + a
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;\n" : "=r"(r) : "r"(b), "r"(0xbf80bf80u), "r"(a));
   return r;
 }
 template <>
-__device__ __forceinline__ uint32_t add_pairs<Fp16>(uint32_t a, uint32_t b) {
+__device__ __forceinline__ uint32_t subtract_pairs<Fp16>(uint32_t a, uint32_t b) {
   uint32_t r;
-  asm("add.f16x2 %0, %1, %2;\n" : "=r"(r) : "r"(a), "r"(b));
+  asm("sub.f16x2 %0, %1, %2;\n" : "=r"(r) : "r"(a), "r"(b));
   return r;
 }
 // Bytes of {b, a}, 4 bits of the selector for each.

@@ -254,6 +254,12 @@ inline void launch(Index grid, int threads, size_t shared_bytes, std::function<v
 struct uint4 {
   uint32_t x, y, z, w;
 };
+struct int4 {
+  int32_t x, y, z, w;
+};
 struct float2 {
   float x, y;
+};
+struct float4 {
+  float x, y, z, w;
 };

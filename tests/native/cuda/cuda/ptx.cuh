@@ -144,13 +144,13 @@ uint32_t pack(float low, float high) {
   return to_half<T>(low) | static_cast<uint32_t>(to_half<T>(high)) << 16;
 }
 template <class T>
-uint32_t add_pairs(uint32_t a, uint32_t b) {
-  uint32_t sum = 0;
+uint32_t subtract_pairs(uint32_t a, uint32_t b) {
+  uint32_t difference = 0;
   for (int i = 0; i < 32; i += 16)
-    sum |= static_cast<uint32_t>(to_half<T>(from_half<T>(static_cast<uint16_t>(a >> i)) +
-                                            from_half<T>(static_cast<uint16_t>(b >> i))))
-           << i;
-  return sum;
+    difference |= static_cast<uint32_t>(to_half<T>(from_half<T>(static_cast<uint16_t>(a >> i)) -
+                                                   from_half<T>(static_cast<uint16_t>(b >> i))))
+                  << i;
+  return difference;
 }
 inline uint32_t select_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t all = static_cast<uint64_t>(b) << 32 | a;
