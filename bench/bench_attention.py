@@ -23,6 +23,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from fastllm import ops
 from fastllm.ops.append_kv import append_kv
 from fastllm.ops.paged_cache import PAGE_SIZE, new_cache
+from fastllm.ops.registry import OPS, Impl
 from fastllm.testing.opinfo import generator
 from fastllm.testing.suite import OURS, BenchCase, Settings, Work, benchmark_case
 from fastllm.testing.timing import rotation
@@ -277,13 +278,21 @@ def _decode(decode: Decode, settings: Settings) -> Work:
             q, cache.k, cache.v, *places, k_scales=cache.k_scales, v_scales=cache.v_scales
         )
 
+    def opt_in(row: Impl) -> Tensor:
+        cache, places = next(ours)
+        scales, scale = (cache.k_scales, cache.v_scales), decode.dim**-0.5
+        return row.fn(q, cache.k, cache.v, *places, *scales, None, scale, -1, 0.0)
+
+    functions: dict[str, Callable[[], Any]] = {OURS: paged}
+    functions["sdpa"] = lambda: F.scaled_dot_product_attention(
+        q[:, :, None], *next(theirs), enable_gqa=True
+    )
+    # Kernels that wait for a result of this device to be chosen.
+    for row in OPS["paged_attention"].tables[device]:
+        if row.opt_in:
+            functions[f"{row.name} row"] = partial(opt_in, row)
     return Work(
-        functions={
-            OURS: paged,
-            "sdpa": lambda: F.scaled_dot_product_attention(
-                q[:, :, None], *next(theirs), enable_gqa=True
-            ),
-        },
+        functions=functions,
         unit="GB/s",
         amount=decode.nbytes / 1e9,
         nbytes=decode.nbytes,

@@ -1,9 +1,9 @@
-// Launches of paged attention: see paged_attention_kernel.cuh.
+// Launches of paged attention: the kernels are in paged_attention_split.cuh and _combine.cuh.
 //
 // What bounds it. A cached (position, KV head) is (D + Dv) elements: 512 bytes at D = 128 in bf16,
 // 264 in int8 with its scales, read once for all heads of the group. Its products are 16 rows x 2 x
-// (D + Dv) = 8,192 operations, padding rows included: 16 or 31 a byte, where the mma.sync of an H100
-// (about 600 TFLOP/s) could do 180 a byte of its 3.35 TB/s. So: bytes.
+// (D + Dv) = 8,192 operations, padding rows included: 16 or 31 a byte, where the mma.sync of an
+// H100 (about 600 TFLOP/s) could do 180 a byte of its 3.35 TB/s. So: bytes.
 //
 // Occupancy (registers as tests/test_cuda_build.py prints them for sm_90a; shared memory is the two
 // slots of K, two of V, 16 rows of Q and 3.3 KiB), and bytes under way, three of the four slots:
@@ -21,22 +21,23 @@
 // of one SM's share of the bandwidth, and about 500 ns of dependent work (8 products in a row, two
 // exchanges through shared memory, 4 products): one block would do. Instructions of a warp and tile
 // on the common path, counted in the machine code: about 430 at D = 128 in bf16 against the 2,200
-// cycles of that share, 750 against 1,150 in int8; but 520 against 580 at D = 64 in int8, which will
-// be bound by issue before it is bound by memory.
+// cycles of that share, 750 against 1,150 in int8; but 520 against 580 at D = 64 in int8, which
+// will be bound by issue before it is bound by memory.
 //
 // What is lost. The first bytes of a block wait for three dependent reads (length, block table, the
 // tile): about 2 us, hidden where other blocks of the SM are copying, paid once by the first wave.
-// Partial results are 2 x 4 (Dv + 2) bytes a row and split of 512: 1.6% of the traffic for a group of
-// 4 at D = 128. The combination is a second launch of about 3 us. With 92% of the peak as what any
-// kernel gets out of HBM, 5.5 us fixed, 32/8 heads x 128 in bf16 (4 KiB a position), an H100 should
-// show, until it has been measured: batch 1 with 4k positions 45% of its peak, 16k 73%, 64k 87%;
-// batch 8 with 16k 89%. int8 halves the bytes, so it reaches the same share at twice the length.
+// Partial results are 2 x 4 (Dv + 2) bytes a row and split of 512: 1.6% of the traffic for a group
+// of 4 at D = 128. The combination is a second launch of about 3 us. With 92% of the peak as what
+// any kernel gets out of HBM, 5.5 us fixed, 32/8 heads x 128 in bf16 (4 KiB a position), an H100
+// should show, until it has been measured: batch 1 with 4k positions 45% of its peak, 16k 73%, 64k
+// 87%; batch 8 with 16k 89%. int8 halves the bytes, so it reaches the same share at twice the
+// length.
 #include <cuda_runtime.h>
 
 #include <stdexcept>
 #include <string>
 
-#include "cuda/paged_attention_kernel.cuh"
+#include "cuda/paged_attention_instances.cuh"
 
 namespace fastllm::cuda {
 namespace {

@@ -1,5 +1,5 @@
-// Checks of paged_attention's arguments on the GPU. Lengths, starts and pages stay in device memory:
-// the kernels clamp them.
+// Checks of paged_attention's arguments on the GPU. Lengths, starts and pages stay in device
+// memory: the kernels clamp them.
 #include <initializer_list>
 
 #include "common/check.h"

@@ -26,8 +26,8 @@ inline RowLayout row_layout(int64_t chunks) {
   return {static_cast<int32_t>(chunks), 3 - power, (1 << power) - 1};
 }
 
-// Byte offsets in shared memory. The ring of K slots comes first, then that of V slots; a slot holds
-// a tile and, of int8 caches, its scales behind it.
+// Byte offsets in shared memory. The ring of K slots comes first, then that of V slots; a slot
+// holds a tile and, of int8 caches, its scales behind it.
 struct SharedLayout {
   RowLayout q, k, v;
   int32_t k_slot, v_slot;  // bytes
@@ -78,16 +78,17 @@ inline SharedLayout shared_layout(const PagedAttentionParams& p, int64_t element
   return s;
 }
 
-// Blocks of the first kernel are (row slots * split slots, kv heads, sequences). Row tiles beyond the
-// slots are taken in turn.
+// Blocks of the first kernel are (row slots * split slots, kv heads, sequences). Row tiles beyond
+// the slots are taken in turn.
 inline int64_t row_slots_of(int64_t sequences, int64_t tokens, int64_t group) {
-  const int64_t tiles = divide_up(divide_up(tokens, sequences) * group, kRows);
+  const int64_t of_each = divide_up(tokens, sequences > 0 ? sequences : 1);
+  const int64_t tiles = divide_up(of_each * group, kRows);
   return tiles < 1 ? 1 : tiles > 64 ? 64 : tiles;
 }
 // A block takes every `split slots`-th split of its sequence. About 4,096 blocks: ten waves of a
-// large GPU, so that the last, partial one is a small part; and a table made for long sequences does
-// not launch a block for each of its empty splits (an empty block holds its place for about 1 us:
-// the 131,072 of 64 sequences x 8 heads x 131,072 positions would take 300 us).
+// large GPU, so that the last, partial one is a small part; and a table made for long sequences
+// does not launch a block for each of its empty splits (an empty block holds its place for about 1
+// us: the 131,072 of 64 sequences x 8 heads x 131,072 positions would take 300 us).
 inline int64_t split_slots_of(const PagedAttentionParams& p, int64_t sequences) {
   const int64_t wanted = divide_up(4096, sequences * p.kv_heads * p.row_slots);
   return wanted < p.splits ? wanted : p.splits;

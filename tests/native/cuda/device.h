@@ -1,8 +1,8 @@
-// A CUDA block on one CPU thread: every CUDA thread is a fiber that runs until it meets a barrier or
-// an operation of its whole warp. Shared memory starts as NaNs; every access to it and to device
+// A CUDA block on one CPU thread: every CUDA thread is a fiber that runs until it meets a barrier
+// or an operation of its whole warp. Shared memory starts as NaNs; every access to it and to device
 // memory is checked against what was given. Asynchronous copies land either at once or only when
-// they are waited for, and warps run in ascending or descending order: a kernel that lacks a wait or
-// a barrier is wrong in one of the four.
+// they are waited for, and warps run in ascending or descending order: a kernel that lacks a wait
+// or a barrier is wrong in one of the four.
 #pragma once
 #include <cstdint>
 #include <cstdio>

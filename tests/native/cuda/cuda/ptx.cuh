@@ -74,10 +74,10 @@ void copies_wait() {
   emulated::wait(kPending);
 }
 
-// "ldmatrix": rows of 8 16-bit elements; thread l gives the address of row l % 8 of matrix l / 8 and
-// receives, of each matrix, elements (l / 4, 2 (l % 4)) and (l / 4, 2 (l % 4) + 1), row and column
-// exchanged with .trans. The 8 rows of a matrix must lie in 8 different groups of 4 banks: the
-// hardware would otherwise read them one after another.
+// "ldmatrix": rows of 8 16-bit elements; thread l gives the address of row l % 8 of matrix l / 8
+// and receives, of each matrix, elements (l / 4, 2 (l % 4)) and (l / 4, 2 (l % 4) + 1), row and
+// column exchanged with .trans. The 8 rows of a matrix must lie in 8 different groups of 4 banks:
+// the hardware would otherwise read them one after another.
 template <bool kTransposed>
 void load_four(uint32_t (&r)[4], uint32_t offset) {
   const uint32_t* out = emulated::with_warp(&offset, 1, [](emulated::Warp& warp) {

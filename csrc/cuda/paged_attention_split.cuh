@@ -1,13 +1,13 @@
 // Causal attention of a few new tokens over a paged cache: the positions of a sequence are cut into
-// splits of 512 that run in parallel (split_kernel) and are merged in ascending order
-// (combine_kernel). Online softmax of FlashAttention (arXiv 2205.14135) over tiles of 64 positions,
-// base-2 logits; P is rounded to the dtype of q, everything else is fp32.
+// splits of 512 that run in parallel, here, and are merged in ascending order
+// (paged_attention_combine.cuh). Online softmax of FlashAttention (arXiv 2205.14135) over tiles of
+// 64 positions, base-2 logits; P is rounded to the dtype of q, everything else is fp32.
 //
-// A block takes 16 query rows of one KV head: the heads of a GQA group times the new tokens, so that
-// each page is read once for all of them. Its four warps split the tile's positions for Q K^T (16
-// each) and the columns of V for P V (a quarter each); P and the maxima of rows go through shared
-// memory. Tiles of K and V come in turn through a ring of slots, filled by asynchronous copies
-// through the block table.
+// A block takes 16 query rows of one KV head: the heads of a GQA group times the new tokens, so
+// that each page is read once for all of them. Its four warps split the tile's positions for Q K^T
+// (16 each) and the columns of V for P V (a quarter each); P and the maxima of rows go through
+// shared memory. Tiles of K and V come in turn through a ring of slots, filled by asynchronous
+// copies through the block table.
 //
 // A row's bits depend on its own keys alone: positions count from the sequence's first, a tile that
 // a row does not see changes nothing exactly (alpha = 1, P = 0), the size of a split is fixed.
@@ -17,42 +17,10 @@
 // dimensions permuted alike, and the columns of the output come out permuted, 4 of one lane in a
 // row. The key's scale multiplies the score, the value's scale P before its rounding.
 #pragma once
-#include "cuda/paged_attention_params.h"
-#include "cuda/ptx.cuh"
+#include "cuda/codes.cuh"
+#include "cuda/paged_attention_common.cuh"
 
 namespace fastllm::cuda {
-
-constexpr float kInfinity = __builtin_huge_valf();
-constexpr int32_t kNever = -2147483647 - 1;  // the position of a row that sees nothing
-
-__device__ __forceinline__ int clamp_to(int i, int low, int high) {
-  return i < low ? low : i > high ? high : i;
-}
-// exp2(x - m) needs a finite m where nothing was seen yet.
-__device__ __forceinline__ float finite_or_zero(float m) { return m == -kInfinity ? 0.f : m; }
-
-// The new tokens of a sequence are rows [begin, begin + tokens) of q, the last of `length`
-// positions. Metadata is not trusted: rows and pages lie inside their tensors whatever it says.
-struct SequenceOfBlock {
-  int32_t begin, tokens, length;
-  __device__ __forceinline__ int first() const { return length - tokens; }
-};
-__device__ __forceinline__ SequenceOfBlock sequence_at(const PagedAttentionParams& p, int s) {
-  const int begin = clamp_to(load(p.cu_seqlens + s), 0, p.tokens);
-  const int end = clamp_to(load(p.cu_seqlens + s + 1), begin, p.tokens);
-  return {begin, end - begin, clamp_to(load(p.cache_seqlens + s), 0, p.capacity)};
-}
-
-struct Range {
-  int32_t begin, end;
-};
-// The positions that some of the tokens [first, last] of a sequence see.
-__device__ __forceinline__ Range seen_by(const PagedAttentionParams& p, const SequenceOfBlock& s,
-                                         int first, int last) {
-  const int end = s.first() + last + 1;
-  const int begin = p.window_left < 0 ? 0 : s.first() + first - p.window_left;
-  return {begin < 0 ? 0 : begin, s.length > 0 && end > 0 ? end : 0};
-}
 
 // What shared memory keeps of a query row.
 struct alignas(16) RowInfo {
@@ -61,37 +29,8 @@ struct alignas(16) RowInfo {
   int32_t position;  // of its token
 };
 
-// Factor and sum of a finished row: o = accumulated * factor.
-__device__ __forceinline__ float finish_factor(const PagedAttentionParams& p, float m, float l,
-                                               int head) {
-  float keep = 1.f;
-  if (p.sinks) {  // one more logit, without a value
-    const float sink = load(p.sinks + head) * 1.4426950408889634f;
-    const float top = finite_or_zero(fmaxf(m, sink));
-    keep = exp2_fast(m - top);
-    l = fmaf(l, keep, exp2_fast(sink - top));
-  }
-  return keep / (l == 0.f ? 1.f : l);  // the sum is 0 for a row that sees nothing
-}
-
-// Codes of the bytes that the selector names (0x4j4i: i in the low half) as a pair of floats.
-template <class T>
-__device__ __forceinline__ uint32_t codes_to_pair(uint32_t codes, uint32_t selector);
-template <>
-__device__ __forceinline__ uint32_t codes_to_pair<Fp16>(uint32_t codes, uint32_t selector) {
-  // 0x6400 | u is 1024 + u; u = code + 128; 0x6480 is 1152.
-  return subtract_pairs<Fp16>(select_bytes(codes ^ 0x80808080u, 0x64646464u, selector),
-                              0x64806480u);
-}
-template <>
-__device__ __forceinline__ uint32_t codes_to_pair<Bf16>(uint32_t codes, uint32_t selector) {
-  // 0x4300 | low 7 bits is 128 + low; minus 128 (0x4300), or 256 (0x4380) where the sign is set.
-  const uint32_t x = select_bytes(codes, 0x43434343u, selector);
-  return subtract_pairs<Bf16>(x & 0xff7fff7fu, x & 0xff80ff80u);
-}
-
-// Everything of one block. kCodes: int8 caches. kGroups: groups of 16 value columns of a warp, and of
-// 64 dimensions of a key. kAlias: values are the first columns of the keys' rows, and a slot is
+// Everything of one block. kCodes: int8 caches. kGroups: groups of 16 value columns of a warp, and
+// of 64 dimensions of a key. kAlias: values are the first columns of the keys' rows, and a slot is
 // freed by both products.
 template <class T, bool kCodes, int kGroups, bool kAlias, int kSlots>
 struct SplitBlock {
@@ -540,90 +479,6 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kCodes, kGroups))
       if (p.partials && split * kSplit >= seq.length) break;
       block.run(seq, s, row, split);
     }
-}
-
-// The splits that a row sees, merged in ascending order; grid (heads, sequences, token slots). A
-// thread owns a column of the output; 32 splits at a time, a lane finds the factors of one of them.
-//
-//   m' = max(m, m2);  keep = exp2(m - m');  add = exp2(m2 - m');  o = o2 * add + o * keep
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    combine_kernel(const __grid_constant__ PagedAttentionParams p) {
-  const int head = static_cast<int>(blockIdx.x), lane = static_cast<int>(threadIdx.x) % 32;
-  const SequenceOfBlock seq = sequence_at(p, static_cast<int>(blockIdx.y));
-  const int64_t split_stride = static_cast<int64_t>(p.tokens) * p.heads;
-  for (int token = static_cast<int>(blockIdx.z); token < seq.tokens;
-       token += static_cast<int>(gridDim.z)) {
-    const Range range = seen_by(p, seq, token, token);
-    const int end = (range.end + kSplit - 1) / kSplit;
-    const int64_t row = static_cast<int64_t>(seq.begin + token) * p.heads + head;
-    for (int first = 0; first < p.value_dim; first += kThreads) {
-      const int column = first + static_cast<int>(threadIdx.x);
-      float m = -kInfinity, l = 0.f, o = 0.f;
-      for (int split = range.begin / kSplit; split < end; split += 32) {
-        const int count = end - split < 32 ? end - split : 32;
-        float top = -kInfinity, sum = 0.f;
-        if (lane < count) {
-          const int64_t at = (split + lane) * split_stride + row;
-          top = load_coherent(p.stats + 2 * at);
-          sum = load_coherent(p.stats + 2 * at + 1);
-        }
-        const float own = top;
-        top = fmaxf(top, m);
-#pragma unroll
-        for (int distance = 1; distance < 32; distance *= 2) {
-          const float below = from_lane_below(top, distance);
-          if (lane >= distance) top = fmaxf(top, below);
-        }
-        float before = from_lane_below(top, 1);
-        if (lane == 0) before = m;
-        const float shift = finite_or_zero(top);
-        const float keep = exp2_fast(before - shift), add = exp2_fast(own - shift);
-#pragma unroll 8
-        for (int i = 0; i < count; ++i) {
-          float part = 0.f;
-          if (column < p.value_dim)
-            part = load_coherent(p.partials + ((split + i) * split_stride + row) * p.value_dim +
-                                 column);
-          const float k = from_lane(keep, i), a = from_lane(add, i);
-          l = fmaf(from_lane(sum, i), a, l * k);
-          o = fmaf(part, a, o * k);
-        }
-        m = from_lane(top, count - 1);
-      }
-      o *= finish_factor(p, m, l, head);
-      // Columns come in pairs of neighbouring lanes.
-      const float next = from_lane_xor(o, 1);
-      if (column < p.value_dim && lane % 2 == 0)
-        store(reinterpret_cast<uint32_t*>(p.o) + (row * p.value_dim + column) / 2,
-              pack<T>(o, next));
-    }
-  }
-}
-
-// Calls visit(Instance<...>{}) with the instance of the kernels that serves a call.
-template <class Element, bool codes, int groups, bool aliased>
-struct Instance {
-  using T = Element;
-  static constexpr bool kCodes = codes, kAlias = aliased;
-  static constexpr int kGroups = groups;
-};
-template <class T, bool kCodes, class Visit>
-void visit_dims(const PagedAttentionCall& call, Visit visit) {
-  const int widest = call.p.dim > call.p.value_dim ? call.p.dim : call.p.value_dim;
-  const int groups = (widest + 63) / 64;
-  if (groups <= 1) return visit(Instance<T, kCodes, 1, false>{});
-  if (groups <= 2) return visit(Instance<T, kCodes, 2, false>{});
-  visit(Instance<T, kCodes, 4, false>{});
-}
-template <class T, class Visit>
-void visit_cache(const PagedAttentionCall& call, Visit visit) {
-  if (call.alias) return visit(Instance<T, false, 8, true>{});
-  call.codes ? visit_dims<T, true>(call, visit) : visit_dims<T, false>(call, visit);
-}
-template <class Visit>
-void visit_instance(const PagedAttentionCall& call, Visit visit) {
-  call.dtype == DType::bf16 ? visit_cache<Bf16>(call, visit) : visit_cache<Fp16>(call, visit);
 }
 
 }  // namespace fastllm::cuda
