@@ -18,9 +18,10 @@ the same instruction order inside a tile is a property of the compiler, to be he
 GPU. Without it the tile fits the GPU, dtype and head dims, and only few rows split.
 
 Numerics: q.k, sums and statistics in fp32; P = 2^(s - m) is rounded to q's dtype for P V. int8 keys
-and values enter the products as their codes, which fp16 and bf16 hold exactly; a key's scale
-multiplies its score, a value's scale multiplies its P before that rounding. A key that the rows of
-a program cannot see, whatever it holds, changes nothing. Not yet run on a GPU.
+and values enter the products as their codes, which fp16 and bf16 hold exactly (an fp32 factor is
+then three of bf16); a key's scale multiplies its score, a value's its P before that rounding. A
+key that no row of a program sees, whatever it holds, changes nothing; within a tile, NaN in a value
+reaches the rows before its position too. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -123,6 +124,19 @@ def key_rows(
 
 
 @triton.jit
+def product(a, b, acc):
+    """acc + a @ b; fp32 a by bf16 b (codes) as a's three bf16 parts, 24 bits, smallest first."""
+    if a.dtype == tl.float32 and b.dtype == tl.bfloat16:
+        high = cast(a, tl.bfloat16)
+        rest = a - high.to(tl.float32)
+        middle = cast(rest, tl.bfloat16)
+        low = cast(rest - middle.to(tl.float32), tl.bfloat16)
+        return dot(high, b, dot(middle, b, dot(low, b, acc)))
+    else:
+        return dot(a, b, acc)
+
+
+@triton.jit
 def load_columns(rows, column, stored, WHOLE: tl.constexpr, D: tl.constexpr):
     """Columns of the rows at pointers rows[N, 1]; 0 in rows not stored and columns from D on."""
     if WHOLE:
@@ -173,6 +187,7 @@ def attention_kernel(
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    HALF_CODES: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
@@ -253,6 +268,7 @@ def attention_kernel(
         inner = last_position - left
     n = tl.arange(0, BLOCK_N)
     dv = tl.arange(0, BLOCK_DV)
+    FACTOR: tl.constexpr = tl.bfloat16 if HALF_CODES else q.dtype
     for start in range(begin, k_end, BLOCK_N):
         if MERGE == "registers":
             if start % SPLIT == 0:
@@ -270,10 +286,10 @@ def attention_kernel(
         first, row = key_rows(start, position, stored, pages_ptr, kv_head, KV_HEADS, PAGE, BLOCK_N)
         k_rows = k_ptr + first * STRIDE_KT + (row * STRIDE_KT)[:, None]
         k = load_columns(k_rows, d, stored, BLOCK_D <= D, D)
-        s = dot(q, tl.trans(cast(k, q.dtype)), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
+        s = product(q, tl.trans(cast(k, FACTOR)), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
         if BLOCK_REST > 0:
             k = load_columns(k_rows, d_rest, stored, BLOCK_D + BLOCK_REST <= D, D)
-            s = dot(q_rest, tl.trans(cast(k, q.dtype)), s)
+            s = product(q_rest, tl.trans(cast(k, FACTOR)), s)
         if k_scales_ptr is not None:
             s *= tl.load(k_scales_ptr + first + row, mask=stored, other=0.0)[None, :]
         if SOFTCAP:
@@ -294,7 +310,7 @@ def attention_kernel(
         # A value that no row sees is read as 0: 0 * NaN would reach the output.
         v_rows = v_ptr + first * STRIDE_VT + (row * STRIDE_VT)[:, None]
         v = load_columns(v_rows, dv, stored, BLOCK_DV <= DV, DV)
-        acc = dot(cast(p, q.dtype), cast(v, q.dtype), acc * alpha[:, None])
+        acc = product(cast(p, q.dtype), cast(v, FACTOR), acc * alpha[:, None])
 
     rows = recomputed(tile) * BLOCK_M + tl.arange(0, BLOCK_M)
     live = rows < n_tokens * GROUP
@@ -513,6 +529,7 @@ def launch(
         SIGN=sign,
         **window,
         SOFTCAP=softcap > 0,
+        HALF_CODES=k_scales is not None and q.dtype == torch.float32,
         KV_HEADS=kv_heads,
         GROUP=group,
         D=dim,

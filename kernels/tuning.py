@@ -237,7 +237,7 @@ def attention_tile(shape: AttentionShape, arch: int, batch_invariant: bool) -> A
         merge = "registers" if batch_invariant else "none"
     if shape.dtype == torch.float32:
         m, n, warps, stages = _for_columns(_ATTENTION_FP32, columns)
-        return AttentionTile(m, n if shape.plain else min(n, 32), warps, stages, merge)
+        return AttentionTile(m, n if shape.plain else max(16, n // 2), warps, stages, merge)
     if batch_invariant:
         m, n, warps, stages = _for_columns(_ATTENTION_INVARIANT[arch], columns)
         if few and m == 128:
@@ -253,7 +253,7 @@ def attention_tile(shape: AttentionShape, arch: int, batch_invariant: bool) -> A
     if not shape.plain:
         n = max(32, n // 2)
         if columns > 192:
-            m = min(m, 32 if batch_invariant else 64)
+            m = min(m, 32)
     return AttentionTile(m, n, warps, stages, merge)
 
 

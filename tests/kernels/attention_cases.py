@@ -362,7 +362,7 @@ def quick_cases() -> dict[str, Case]:
         add(p.name, paged_case, p)
     add("append_kv int8 bf16", append_codes, BF16)
     add("paged_attention dead slots", dead_slots)
-    bits = Paged((490,), (600,), BF16)
+    bits = Paged((490,), (560,), BF16, heads=(2, 1))
     add("attention same bits f32", same_bits, replace(bits, dtype=F32))
     add("attention same bits bf16", same_bits, replace(bits, window=100, sinks=True, softcap=2.0))
     add("attention same bits int8", same_bits, replace(bits, int8=True), False)
