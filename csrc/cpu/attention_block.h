@@ -222,6 +222,7 @@ template <class E, class Source>
 struct Block {
   using Elem = typename E::Elem;
   using Word = typename E::Word;
+  using Place = typename Source::Place;
   const AttentionRows& a;
   const Source& source;
   const Shape& shape;
@@ -311,17 +312,19 @@ struct Block {
                g ? reinterpret_cast<const char*>(tile.v) : tile.next_v, rows.rows, begin, end);
   }
 
-  void run_split(int64_t split) const {
+  // `follow` is the tile that this thread comes to after the split, as far as it is known: a first
+  // tile that nothing has asked for takes several times as long as the others.
+  void run_split(int64_t split, const Place& follow) const {
     for (int64_t g = 0; g < groups(); ++g) start(w.softmax[g]);
     for (int64_t i = 0; i < groups() * kMaxRows * shape.value_stride; i += VL)
       vstore(w.o + i, vset(0.f));
     const int64_t begin = larger(first_tile(), split * (kSplit / kTile));
     const int64_t end = smaller(end_tile(), (split + 1) * (kSplit / kTile));
     if (begin >= end) return;
-    auto next = source.place(doc, s, kv_head, begin);
+    Place next = source.place(doc, s, kv_head, begin);
     for (int64_t index = begin; index < end; ++index) {
-      const auto now = next;
-      if (index + 1 < end) next = source.place(doc, s, kv_head, index + 1);
+      const Place now = next;
+      next = index + 1 < end ? source.place(doc, s, kv_head, index + 1) : follow;
       if (!now.given) continue;
       const Tile<E> tile = source.words(w.tile, now, next.given ? next : now);
       for (int64_t g = 0; g < groups(); ++g) tile_step(g, index, tile);
@@ -331,13 +334,14 @@ struct Block {
   float sum(int64_t r) const { return vsum(vload(w.softmax[r / kMaxRows].l[r % kMaxRows])); }
   float top(int64_t r) const { return w.softmax[r / kMaxRows].m[r % kMaxRows]; }
 
-  void run() const {
+  void run(const Place& follow) const {
     pack();
     for (int64_t r = 0; r < all.rows; ++r) w.l_done[r] = 0.f;
     const int64_t begin = first_tile() * kTile / kSplit;
     const int64_t end = divide_up(end_tile() * kTile, kSplit);
     for (int64_t split = begin; split < end; ++split) {
-      run_split(split);
+      const int64_t next = (split + 1) * (kSplit / kTile);
+      run_split(split, next < end_tile() ? source.place(doc, s, kv_head, next) : follow);
       for (int64_t r = 0; r < all.rows; ++r)
         merge_row(w.m_done + r, w.l_done + r, w.done + r * shape.value_stride, top(r), sum(r),
                   w.o + r * shape.value_stride, shape.value_stride);
@@ -349,9 +353,9 @@ struct Block {
     }
   }
 
-  void run_partial(int64_t split) const {
+  void run_partial(int64_t split, const Place& follow) const {
     pack();
-    run_split(split);
+    run_split(split, follow);
     for (int64_t r = 0; r < all.rows; ++r) {
       float* to = partial_of(a, split, doc.begin + token(all.row + r), head(all.row + r));
       const float* o = w.o + r * shape.value_stride;
@@ -382,6 +386,7 @@ struct TaskList {
   bool found_in_round = false;
 
   Block<E, Source> block() const {
+    if (s == source.documents()) return {a, source, shape, w, s, 0, {}, {}};
     const Document doc = source.document(s);
     const int64_t rows = doc.count * shape.group, in_block = block_rows(rows);
     const int64_t index = divide_up(rows, in_block) - 1 - round;
@@ -394,31 +399,53 @@ struct TaskList {
     return {a, source, shape, w, s, 0, doc, all};
   }
 
-  // Runs task number `index`; indices of successive calls ascend. False past the end.
-  bool run(int64_t index) {
+  struct Task {
+    Block<E, Source> block;  // of no rows past the end of the list
+    int64_t split;           // which of its splits, if splits run in parallel
+    int64_t first_tile() const {
+      return larger(block.first_tile(), split * (kSplit / kTile));
+    }
+  };
+
+  // Task number `index`; indices of successive calls ascend.
+  Task find(int64_t index) {
     for (;; ++s) {
       if (s == source.documents()) {
-        if (!found_in_round) return false;
+        if (!found_in_round) return {block(), 0};
         s = 0, ++round, found_in_round = false;
       }
-      Block<E, Source> task = block();
-      if (task.all.rows == 0) continue;
+      Block<E, Source> found = block();
+      if (found.all.rows == 0) continue;
       found_in_round = true;
-      const int64_t first_split = task.first_tile() * kTile / kSplit;
+      const int64_t first_split = found.first_tile() * kTile / kSplit;
       const int64_t splits =
-          parallel_splits ? divide_up(task.end_tile() * kTile, kSplit) - first_split : 1;
+          parallel_splits ? divide_up(found.end_tile() * kTile, kSplit) - first_split : 1;
       const int64_t count = larger(0, splits) * a.kv_heads;
       if (index >= first + count) {
         first += count;
         continue;
       }
-      task.kv_head = (index - first) % a.kv_heads;
-      if (parallel_splits)
-        task.run_partial(first_split + (index - first) / a.kv_heads);
-      else
-        task.run();
-      return true;
+      found.kv_head = (index - first) % a.kv_heads;
+      return {found, parallel_splits ? first_split + (index - first) / a.kv_heads : 0};
     }
+  }
+
+  // Runs task number `index`, which number index + 1 follows if `goes_on`. False past the end.
+  bool run(int64_t index, bool goes_on) {
+    const Task task = find(index);
+    if (task.block.all.rows == 0) return false;
+    typename Source::Place follow{};
+    if (goes_on) {
+      TaskList list = *this;
+      const Task next = list.find(index + 1);
+      if (next.block.all.rows)
+        follow = source.place(next.block.doc, next.block.s, next.block.kv_head, next.first_tile());
+    }
+    if (parallel_splits)
+      task.block.run_partial(task.split, follow);
+    else
+      task.block.run(follow);
+    return true;
   }
 };
 
@@ -454,6 +481,21 @@ void merge_partials(const AttentionRows& a, const Source& source, const Shape& s
   }
 }
 
+// How many tasks in a row a thread takes at once. Where a task reads its tiles once, for a few rows,
+// it should know the next one's first tile: the KV heads of a split go together if there are
+// splits enough for every thread to be busy to the end.
+template <class Source>
+FASTLLM_INLINE int64_t task_run(const AttentionRows& a, const Source& source, bool parallel_splits,
+                                const Team& team) {
+  constexpr int64_t kTakesPerThread = 8;
+  const int64_t documents = source.documents();
+  if (team.size == 1 || a.tokens > 4 * documents) return 1;
+  int64_t tasks = 0;
+  for (int64_t s = 0; s < documents; ++s)
+    tasks += a.kv_heads * (parallel_splits ? divide_up(source.document(s).keys, kSplit) : 1);
+  return between(1, tasks / (kTakesPerThread * team.size), a.kv_heads);
+}
+
 // All documents of a source. `parallel_splits` may be true only if a.partials is given; all threads
 // pass the same.
 template <class E, class Source>
@@ -462,7 +504,11 @@ void attend(const AttentionRows& a, const Source& source, bool parallel_splits, 
   const Shape shape = shape_of<E>(a);
   const Workspace<E> w = workspace<E>(shape, a, local_tiles);
   TaskList<E, Source> tasks{a, source, shape, w, parallel_splits};
-  while (tasks.run(next_task(team))) {
+  const int64_t run = task_run(a, source, parallel_splits, team);
+  for (bool more = true; more;) {
+    const int64_t begin = next_task(team) * run;
+    for (int64_t i = begin; more && i < begin + run; ++i)
+      more = tasks.run(i, i + 1 < begin + run || team.size == 1);
   }
   if (parallel_splits) {
     team_sync(team);

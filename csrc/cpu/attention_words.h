@@ -36,11 +36,13 @@ FASTLLM_INLINE Pair load_pairs(const Half* p) {
   return {vhalf_to_float(x & 0xffff), vhalf_to_float((x >> 16) & 0xffff)};
 }
 
-// n pairs, n a multiple of 8: low[i], high[i].
+// n pairs, n a multiple of 8: low[i], high[i]. As many bytes are asked for from `ahead` on.
 template <class Narrow>
-FASTLLM_INLINE void split_pairs(float* low, float* high, const Narrow* from, int64_t n) {
+FASTLLM_INLINE void split_pairs(float* low, float* high, const Narrow* from, int64_t n,
+                                const Narrow* ahead) {
   int64_t i = 0;
   for (; i + VL <= n; i += VL) {
+    _mm_prefetch(reinterpret_cast<const char*>(ahead + 2 * i), _MM_HINT_T0);
     const Pair pair = load_pairs(from + 2 * i);
     vstore(low + i, pair.low);
     vstore(high + i, pair.high);
@@ -56,28 +58,34 @@ FASTLLM_INLINE void split_pairs(float* low, float* high, const Narrow* from, int
 
 // 64 positions of an interleaved page of narrow elements, [4][D/2][16][2] and [32][Dv][2], as f32.
 template <class Narrow>
-static void expand_keys(float* to, const Narrow* from, int64_t dim) {
+static void expand_keys(float* to, const Narrow* from, int64_t dim, const Narrow* ahead) {
   for (int64_t i = 0; i < kTile / kChunk * dim / 2; ++i)
-    split_pairs(to + 2 * i * kChunk, to + (2 * i + 1) * kChunk, from + 2 * i * kChunk, kChunk);
+    split_pairs(to + 2 * i * kChunk, to + (2 * i + 1) * kChunk, from + 2 * i * kChunk, kChunk,
+                ahead + 2 * i * kChunk);
 }
 template <class Narrow>
-static void expand_values(float* to, const Narrow* from, int64_t dim) {
+static void expand_values(float* to, const Narrow* from, int64_t dim, const Narrow* ahead) {
   for (int64_t i = 0; i < kTile / 2; ++i)
-    split_pairs(to + 2 * i * dim, to + (2 * i + 1) * dim, from + 2 * i * dim, dim);
+    split_pairs(to + 2 * i * dim, to + (2 * i + 1) * dim, from + 2 * i * dim, dim,
+                ahead + 2 * i * dim);
 }
 // As pairs of bf16 the order stays.
-FASTLLM_INLINE void expand_words(uint32_t* to, const int8_t* from, int64_t words) {
+FASTLLM_INLINE void expand_words(uint32_t* to, const int8_t* from, int64_t words,
+                                 const int8_t* ahead) {
   for (int64_t i = 0; i < words; i += VL) {
+    if (i % 32 == 0) _mm_prefetch(reinterpret_cast<const char*>(ahead + 2 * i), _MM_HINT_T0);
     const Pair pair = load_pairs(from + 2 * i);
     const vi word = (vbits(pair.low) >> 16 & 0xffff) | (vbits(pair.high) & vseti(-65536));
     __builtin_memcpy(to + i, &word, sizeof word);
   }
 }
-FASTLLM_INLINE void expand_keys(uint32_t* to, const int8_t* from, int64_t dim) {
-  expand_words(to, from, kTile * dim / 2);
+FASTLLM_INLINE void expand_keys(uint32_t* to, const int8_t* from, int64_t dim,
+                                const int8_t* ahead) {
+  expand_words(to, from, kTile * dim / 2, ahead);
 }
-FASTLLM_INLINE void expand_values(uint32_t* to, const int8_t* from, int64_t dim) {
-  expand_words(to, from, kTile * dim / 2);
+FASTLLM_INLINE void expand_values(uint32_t* to, const int8_t* from, int64_t dim,
+                                const int8_t* ahead) {
+  expand_words(to, from, kTile * dim / 2, ahead);
 }
 
 // Four or sixteen words of a row, from where they lie in natural order.

@@ -33,9 +33,9 @@ struct PagedSource {
 
   Tile<E> words(const TileScratch<E>& scratch, const Place& now, const Place& next) const {
     using Word = typename E::Word;
-    if (a.cache_dtype == DType::i8) return expanded<int8_t>(scratch, now);
+    if (a.cache_dtype == DType::i8) return expanded<int8_t>(scratch, now, next);
     if constexpr (__is_same(E, F16))
-      return expanded<Half>(scratch, now);
+      return expanded<Half>(scratch, now, next);
     else
       return {reinterpret_cast<const Word*>(now.k),
               reinterpret_cast<const Word*>(now.v),
@@ -47,9 +47,11 @@ struct PagedSource {
   }
 
   template <class Narrow>
-  Tile<E> expanded(const TileScratch<E>& scratch, const Place& now) const {
-    expand_keys(scratch.k, reinterpret_cast<const Narrow*>(now.k), a.rows.dim);
-    expand_values(scratch.v, reinterpret_cast<const Narrow*>(now.v), a.rows.value_dim);
+  Tile<E> expanded(const TileScratch<E>& scratch, const Place& now, const Place& next) const {
+    expand_keys(scratch.k, reinterpret_cast<const Narrow*>(now.k), a.rows.dim,
+                reinterpret_cast<const Narrow*>(next.k));
+    expand_values(scratch.v, reinterpret_cast<const Narrow*>(now.v), a.rows.value_dim,
+                  reinterpret_cast<const Narrow*>(next.v));
     Tile<E> tile{scratch.k,
                  scratch.v,
                  reinterpret_cast<const char*>(scratch.k),
