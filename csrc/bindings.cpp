@@ -171,6 +171,8 @@ PYBIND11_MODULE(_C, m) {
   op(m, "attention", &Kernels::attention, attention_args);
   op(m, "mla_attention", &Kernels::mla_attention, mla_attention_args);
   op(m, "paged_attention", &Kernels::paged_attention, paged_attention_args);
+  op(m, "attention_backward", &Kernels::attention_backward, attention_backward_args);
+  m.def("attention_backward_scratch", attention_backward_scratch);
   op(m, "quant_matmul", &Kernels::quant_matmul, quant_matmul_args);
   op(m, "linear", &Kernels::linear, linear_args);
   op(m, "head_linear", &Kernels::head_linear, head_linear_args);

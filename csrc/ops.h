@@ -239,6 +239,42 @@ MlaAttentionArgs mla_attention_args(Tensor o, Tensor q, Tensor cache, Tensor blo
                                     Tensor cu_seqlens, Tensor cache_seqlens, Tensor partials,
                                     int64_t value_dim, double scale);
 
+// Rows [batch, tokens, heads, dim], dim contiguous; strides in elements.
+struct BatchRows {
+  const void* data;
+  int64_t batch_stride, token_stride, head_stride;
+};
+
+// Gradients of attention over batches of one length, or documents one after the other (then
+// cu_seqlens are given and batches is 1). See cpu/attention_backward.cpp.
+struct AttentionBackwardArgs {
+  void *dq, *dk, *dv;  // contiguous, like q, k, v
+  float* dsinks;       // [heads]
+  BatchRows grad_o, q, k, v, o;
+  BatchRows grad_lse;  // f32, one element a row; data may be null
+  const float* lse;    // [batch, heads, queries]
+  const int32_t *cu_seqlens_q, *cu_seqlens_k;  // [documents + 1], or null
+  const uint8_t* key_mask;                     // [batch, keys], or null
+  const float* sinks;                          // [heads], or null
+  float *delta, *dq_sums;                      // the two parts of scratch
+  int64_t window_left, window_right;           // -1: no bound
+  int64_t batches, documents, queries, keys;
+  int32_t heads, kv_heads, dim, value_dim;
+  float scale, softcap;
+  DType dtype;
+};
+AttentionBackwardArgs attention_backward_args(
+    Tensor dq, Tensor dk, Tensor dv, Tensor dsinks, Tensor grad_o, Tensor grad_lse, Tensor q,
+    Tensor k, Tensor v, Tensor o, Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k,
+    Tensor key_mask, Tensor sinks, Tensor scratch, double scale, int64_t window_left,
+    int64_t window_right, double softcap);
+// Floats of scratch: delta, batches * heads * queries of them, and, where the dQ of a KV head of
+// `queries` rows is more than a thread keeps, fp32 sums of dQ: (batches * queries + 8 * documents) *
+// heads * dim, dim rounded up to 16.
+int64_t attention_backward_scratch(int64_t batches, int64_t documents, int64_t queries,
+                                   int64_t heads, int64_t kv_heads, int64_t dim);
+constexpr int64_t kThreadGradientBytes = 1 << 20;
+
 // Log-softmax of logits rows at chosen ids; NaN at ids outside [0, columns).
 struct LogProbsArgs {
   float* out;           // [rows, picks]
@@ -294,6 +330,7 @@ struct Kernels {
   Kernel<AttentionArgs>* attention;
   Kernel<MlaAttentionArgs>* mla_attention;
   Kernel<PagedAttentionArgs>* paged_attention;
+  Kernel<AttentionBackwardArgs>* attention_backward;
   Kernel<QuantMatmulArgs>* quant_matmul;
   Kernel<LinearArgs>* linear;
   Kernel<HeadLinearArgs>* head_linear;

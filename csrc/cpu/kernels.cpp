@@ -12,6 +12,7 @@ Kernel<RopeAppendKvArgs> rope_append_kv;
 Kernel<AttentionArgs> attention;
 Kernel<MlaAttentionArgs> mla_attention;
 Kernel<PagedAttentionArgs> paged_attention;
+Kernel<AttentionBackwardArgs> attention_backward;
 Kernel<QuantMatmulArgs> quant_matmul;
 Kernel<LinearArgs> linear;
 Kernel<HeadLinearArgs> head_linear;
@@ -31,6 +32,7 @@ const Kernels kernels = {
     .attention = attention,
     .mla_attention = mla_attention,
     .paged_attention = paged_attention,
+    .attention_backward = attention_backward,
     .quant_matmul = quant_matmul,
     .linear = linear,
     .head_linear = head_linear,
