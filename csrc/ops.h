@@ -251,8 +251,8 @@ struct AttentionBackwardArgs {
   void *dq, *dk, *dv;  // contiguous, like q, k, v
   float* dsinks;       // [heads]
   BatchRows grad_o, q, k, v, o;
-  BatchRows grad_lse;  // f32, one element a row; data may be null
-  const float* lse;    // [batch, heads, queries]
+  BatchRows grad_lse;                          // f32, one element a row; data may be null
+  const float* lse;                            // [batch, heads, queries]
   const int32_t *cu_seqlens_q, *cu_seqlens_k;  // [documents + 1], or null
   const uint8_t* key_mask;                     // [batch, keys], or null
   const float* sinks;                          // [heads], or null
@@ -263,11 +263,12 @@ struct AttentionBackwardArgs {
   float scale, softcap;
   DType dtype;
 };
-AttentionBackwardArgs attention_backward_args(
-    Tensor dq, Tensor dk, Tensor dv, Tensor dsinks, Tensor grad_o, Tensor grad_lse, Tensor q,
-    Tensor k, Tensor v, Tensor o, Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k,
-    Tensor key_mask, Tensor sinks, Tensor scratch, double scale, int64_t window_left,
-    int64_t window_right, double softcap);
+AttentionBackwardArgs attention_backward_args(Tensor dq, Tensor dk, Tensor dv, Tensor dsinks,
+                                              Tensor grad_o, Tensor grad_lse, Tensor q, Tensor k,
+                                              Tensor v, Tensor o, Tensor lse, Tensor cu_seqlens_q,
+                                              Tensor cu_seqlens_k, Tensor key_mask, Tensor sinks,
+                                              Tensor scratch, double scale, int64_t window_left,
+                                              int64_t window_right, double softcap);
 // Floats of scratch: delta, batches * heads * queries of them, and, where the dQ of a KV head of
 // `queries` rows is more than a thread keeps, fp32 sums of dQ: (batches * queries + 8 * documents) *
 // heads * dim, dim rounded up to 16.

@@ -34,14 +34,15 @@ void check_documents(const Tensor& cu_q, const Tensor& cu_k, int ndim) {
 
 }  // namespace
 
-AttentionBackwardArgs attention_backward_args(
-    Tensor dq, Tensor dk, Tensor dv, Tensor dsinks, Tensor grad_o, Tensor grad_lse, Tensor q,
-    Tensor k, Tensor v, Tensor o, Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k,
-    Tensor key_mask, Tensor sinks, Tensor scratch, double scale, int64_t window_left,
-    int64_t window_right, double softcap) {
-  check((q.ndim == 3 || q.ndim == 4) && rows_contiguous(q) &&
-            (is_float(q) || q.dtype == DType::f16),
-        kOp, "q must be f32, bf16 or f16 [T, H, D] or [B, T, H, D] with contiguous D");
+AttentionBackwardArgs attention_backward_args(Tensor dq, Tensor dk, Tensor dv, Tensor dsinks,
+                                              Tensor grad_o, Tensor grad_lse, Tensor q, Tensor k,
+                                              Tensor v, Tensor o, Tensor lse, Tensor cu_seqlens_q,
+                                              Tensor cu_seqlens_k, Tensor key_mask, Tensor sinks,
+                                              Tensor scratch, double scale, int64_t window_left,
+                                              int64_t window_right, double softcap) {
+  check(
+      (q.ndim == 3 || q.ndim == 4) && rows_contiguous(q) && (is_float(q) || q.dtype == DType::f16),
+      kOp, "q must be f32, bf16 or f16 [T, H, D] or [B, T, H, D] with contiguous D");
   check_rows(k, q, "k must be [Tk, Hk, D] like q, with contiguous D");
   check_rows(v, q, "v must be [Tk, Hk, Dv] like q, with contiguous Dv");
   check_rows(o, q, "o must be [T, H, Dv] like q, with contiguous Dv");
@@ -49,11 +50,12 @@ AttentionBackwardArgs attention_backward_args(
   const int64_t dim = q.inner(1), value_dim = v.inner(1);
   const int64_t heads = q.inner(2), kv_heads = k.inner(2), queries = q.inner(3), keys = k.inner(3);
   check(valid_dim(dim) && valid_dim(value_dim) && k.inner(1) == dim, kOp,
-        "D and Dv must be multiples of 8 up to 512, D the same in q and k");
+        "D and Dv must be multiples of 8 up to 576, D the same in q and k");
   check(kv_heads > 0 && heads > 0 && heads % kv_heads == 0 && v.inner(2) == kv_heads, kOp,
         "H must be a positive multiple of Hk");
-  check(v.inner(3) == keys && (q.ndim == 3 || (k.shape[0] == q.shape[0] && v.shape[0] == q.shape[0])),
-        kOp, "k and v must have the same tokens, q, k and v the same batch");
+  check(
+      v.inner(3) == keys && (q.ndim == 3 || (k.shape[0] == q.shape[0] && v.shape[0] == q.shape[0])),
+      kOp, "k and v must have the same tokens, q, k and v the same batch");
   check(same_shape(o, grad_o) && o.inner(1) == value_dim && o.inner(2) == heads &&
             o.inner(3) == queries && (q.ndim == 3 || o.shape[0] == q.shape[0]),
         kOp, "o and grad_o must be [T, H, Dv]");
@@ -68,12 +70,12 @@ AttentionBackwardArgs attention_backward_args(
                               key_mask.numel() == batches * keys),
         kOp, "key_mask must be contiguous bool [Tk] or [B, Tk]");
   check(!sinks.given() || (sinks.dtype == DType::f32 && sinks.contiguous() &&
-                           sinks.numel() == heads && dsinks.given() &&
-                           dsinks.dtype == DType::f32 && dsinks.contiguous() &&
-                           dsinks.numel() == heads),
+                           sinks.numel() == heads && dsinks.given() && dsinks.dtype == DType::f32 &&
+                           dsinks.contiguous() && dsinks.numel() == heads),
         kOp, "sinks and dsinks must be contiguous f32 [H]");
   const int64_t documents = cu_seqlens_q.given() ? cu_seqlens_q.shape[0] - 1 : batches;
-  const int64_t need = attention_backward_scratch(batches, documents, queries, heads, kv_heads, dim);
+  const int64_t need =
+      attention_backward_scratch(batches, documents, queries, heads, kv_heads, dim);
   check(scratch.given() && scratch.dtype == DType::f32 && scratch.contiguous() &&
             scratch.numel() >= need,
         kOp, "scratch must be f32 of attention_backward_scratch() elements");

@@ -23,8 +23,8 @@
 namespace fastllm::FASTLLM_ISA {
 namespace {
 
-constexpr int64_t kKeyTiles = 4;    // of a block, at most
-constexpr int64_t kQueryTiles = 4;  // of a task for dQ
+constexpr int64_t kKeyTiles = 4;            // of a block, at most
+constexpr int64_t kQueryTiles = 4;          // of a task for dQ
 constexpr int64_t kBlockBytes = 512 << 10;  // of key tiles: they share a 1 MB L2 with a query tile
 
 FASTLLM_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -44,7 +44,8 @@ FASTLLM_INLINE Document document_at(const AttentionBackwardArgs& a, int64_t s) {
   // The values are read when the kernel runs: whatever they are, nothing lies outside its tensor.
   const int64_t q = clamped(a.cu_seqlens_q[s], 0, a.queries);
   const int64_t k = clamped(a.cu_seqlens_k[s], 0, a.keys);
-  return {s, 0, q, clamped(a.cu_seqlens_q[s + 1], q, a.queries) - q,
+  return {s, 0,
+          q, clamped(a.cu_seqlens_q[s + 1], q, a.queries) - q,
           k, clamped(a.cu_seqlens_k[s + 1], k, a.keys) - k};
 }
 
@@ -55,21 +56,21 @@ struct Span {
 // The queries of a document that see some key of a span by its windows, and the other way round.
 FASTLLM_INLINE Span queries_of(const AttentionBackwardArgs& a, const Document& d, Span keys) {
   if (keys.empty()) return {0, 0};
-  return {a.window_right < 0 ? 0 : larger(0, keys.begin - a.window_right - d.offset()),
-          a.window_left < 0 ? d.queries
-                            : smaller(d.queries, keys.end + a.window_left - d.offset())};
+  return {
+      a.window_right < 0 ? 0 : larger(0, keys.begin - a.window_right - d.offset()),
+      a.window_left < 0 ? d.queries : smaller(d.queries, keys.end + a.window_left - d.offset())};
 }
 FASTLLM_INLINE Span keys_of(const AttentionBackwardArgs& a, const Document& d, Span queries) {
   if (queries.empty()) return {0, 0};
   return {a.window_left < 0 ? 0 : larger(0, queries.begin + d.offset() - a.window_left),
-          a.window_right < 0 ? d.keys
-                             : smaller(d.keys, queries.end + d.offset() + a.window_right)};
+          a.window_right < 0 ? d.keys : smaller(d.keys, queries.end + d.offset() + a.window_right)};
 }
 
 template <class E>
 struct QueryTile {
   typename E::Word *q_across, *q_along, *do_across, *do_along;
-  float *lse, *delta;  // [kQueries]; lse in base E::kBase, +inf for dead rows and those past the end
+  float *lse,
+      *delta;  // [kQueries]; lse in base E::kBase, +inf for dead rows and those past the end
   int64_t head, first, rows;
 };
 template <class E>
@@ -219,8 +220,7 @@ struct Backward {
     int low[kTile], high[kTile];
     bool masked;
   };
-  void find_window(Window& w, const Document& d, const QueryTile<E>& q,
-                   const KeyTile<E>& k) const {
+  void find_window(Window& w, const Document& d, const QueryTile<E>& q, const KeyTile<E>& k) const {
     const int64_t base = k.first - d.offset() - q.first;  // the lane at the position of key 0
     const int key_groups = static_cast<int>(divide_up(k.keys, kRows));
     const int end = static_cast<int>(round_up(q.rows, kWide));
@@ -288,8 +288,7 @@ struct Backward {
   }
   void store_keys(const KeyTile<E>& k, const Document& d, int64_t kv_head) const {
     for (int64_t n = 0; n < k.keys; ++n) {
-      const int64_t at =
-          (d.batch * a.keys + d.k_begin + k.first + n) * a.kv_heads + kv_head;
+      const int64_t at = (d.batch * a.keys + d.k_begin + k.first + n) * a.kv_heads + kv_head;
       Elem* dk = static_cast<Elem*>(a.dk) + at * a.dim;
       Elem* dv = static_cast<Elem*>(a.dv) + at * a.value_dim;
       if (k.seen[n]) {
@@ -365,8 +364,7 @@ struct Backward {
       for (int64_t i = 0; i < count; ++i) pair(d, query[i], key[0], false, dq[i]);
     }
     for (int64_t i = 0; i < count; ++i)
-      store_queries(dq[i], d, query[i].head,
-                    {query[i].first, query[i].first + query[i].rows});
+      store_queries(dq[i], d, query[i].head, {query[i].first, query[i].first + query[i].rows});
   }
 
   // Where a row sees one key, delta is to cancel its dP: for f32 it is summed in fp64, which leaves
@@ -397,8 +395,8 @@ struct Backward {
         float delta = dot(x, y, a.value_dim);
         if (a.grad_lse.data)
           delta -= static_cast<const float*>(
-              a.grad_lse.data)[all.batch * a.grad_lse.batch_stride +
-                               h * a.grad_lse.head_stride + at * a.grad_lse.token_stride];
+              a.grad_lse.data)[all.batch * a.grad_lse.batch_stride + h * a.grad_lse.head_stride +
+                               at * a.grad_lse.token_stride];
         a.delta[statistics(all, h) + at] = delta;
       }
     }
@@ -460,8 +458,7 @@ struct Backward {
       const Document d = document_at(a, s);
       int64_t pairs = 1;
       for (int64_t tile = 0; tile < key_tiles(d); ++tile) {
-        const Span seen_by =
-            queries_of(a, d, {tile * kTile, smaller(d.keys, (tile + 1) * kTile)});
+        const Span seen_by = queries_of(a, d, {tile * kTile, smaller(d.keys, (tile + 1) * kTile)});
         pairs += larger(0, divide_up(seen_by.end, kQueries) - seen_by.begin / kQueries);
       }
       most = larger(most, pairs);

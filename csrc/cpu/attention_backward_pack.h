@@ -34,7 +34,7 @@ struct GradF16 {
   using Word = float;
   static constexpr int kPair = 1;
   static constexpr int kDimChain = 1 << 20, kChain = 1 << 20;
-  static constexpr float kBase = 1.44269504088896341f;  // lse and logits in base 2
+  static constexpr float kBase = 1.44269504088896341f;   // lse and logits in base 2
   FASTLLM_INLINE vf power(vf x) { return vexp2<4>(x); }  // 2.8e-6; P is rounded 90 times coarser
   FASTLLM_INLINE vf rounded(vf x) { return vround_f16(x); }
 };
@@ -48,7 +48,7 @@ struct GradBf16 {
   static constexpr int kPair = 1;
 #endif
   static constexpr int kDimChain = 1 << 20, kChain = 1 << 20;
-  static constexpr float kBase = 1.44269504088896341f;  // lse and logits in base 2
+  static constexpr float kBase = 1.44269504088896341f;   // lse and logits in base 2
   FASTLLM_INLINE vf power(vf x) { return vexp2<4>(x); }  // 2.8e-6; P is rounded 90 times coarser
   FASTLLM_INLINE vf rounded(vf x) { return vround_bf16(x); }
 };
@@ -83,8 +83,7 @@ FASTLLM_INLINE void transpose_slab(Word* to, int64_t row, const Word* slab, int6
   for (int64_t step = 0; step < steps; step += 16) {
     vi column[16];
 #pragma GCC unroll 16
-    for (int r = 0; r < 16; ++r)
-      column[r] = (vi)_mm512_loadu_si512(slab + r * stride + step);
+    for (int r = 0; r < 16; ++r) column[r] = (vi)_mm512_loadu_si512(slab + r * stride + step);
     transpose_16x16(column);
     const int count = steps - step < 16 ? static_cast<int>(steps - step) : 16;
     for (int i = 0; i < count; ++i) {

@@ -6,8 +6,8 @@
 // in pairs of keys, which two rows of lanes zipped give; nothing is transposed.
 #pragma once
 #include "cpu/attention_backward_pack.h"
+#include "cpu/attention_variants.h"
 #include "cpu/packed.h"
-#include "cpu/tanh.h"
 
 namespace fastllm::FASTLLM_ISA {
 namespace {
@@ -47,8 +47,8 @@ FASTLLM_INLINE void clear(vf (&acc)[kRows][C]) {
 
 // out[n][r] = a[n] . b[r] for the kRows keys of a block of rows and the queries [begin, end).
 template <class E>
-static void score_rows(float (*out)[kQueries], const typename E::Word* a,
-                       const typename E::Word* b, int64_t steps, int begin, int end) {
+static void score_rows(float (*out)[kQueries], const typename E::Word* a, const typename E::Word* b,
+                       int64_t steps, int begin, int end) {
   for (int r = begin; r < end; r += kWide)
     for (int64_t first = 0; first < steps; first += E::kDimChain) {
       const int64_t n = steps - first < E::kDimChain ? steps - first : E::kDimChain;
@@ -157,8 +157,6 @@ template <class E, bool Masked, bool Capped>
 static void gradient_rows(const TileBuffers<E>& t, const Logits& logits, const float* lse,
                           const float* delta, int n, int begin, int end, const int* low,
                           const int* high) {
-  vi lane;
-  for (int i = 0; i < VL; ++i) lane[i] = i;
   for (int r = begin; r < end; r += VL) {
     const vf row_lse = vload(lse + r), row_delta = vload(delta + r);
 #pragma GCC unroll 4
@@ -179,7 +177,7 @@ static void gradient_rows(const TileBuffers<E>& t, const Logits& logits, const f
         ds[j] = p[j] * (vload(t.dp[i + j] + r) - row_delta);
         if constexpr (Capped) ds[j] *= slope;
         if constexpr (Masked) {
-          const vi at = lane + r;
+          const vi at = lane_index() + r;
           const vi seen = (at >= low[i + j]) & (at < high[i + j]);
           p[j] = seen ? p[j] : vset(0.f);
           ds[j] = seen ? ds[j] : vset(0.f);
@@ -192,7 +190,7 @@ static void gradient_rows(const TileBuffers<E>& t, const Logits& logits, const f
 
 template <class E>
 FASTLLM_INLINE auto gradient_kernel(bool masked, bool capped) {
-  return capped ? masked ? gradient_rows<E, true, true> : gradient_rows<E, false, true>
+  return capped   ? masked ? gradient_rows<E, true, true> : gradient_rows<E, false, true>
          : masked ? gradient_rows<E, true, false>
                   : gradient_rows<E, false, false>;
 }

@@ -105,6 +105,38 @@ def _attention_cpu(
     return o, lse
 
 
+def _native_backward(
+    grad_o: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor,
+    lse: Tensor, *rest: Any,
+) -> bool:  # fmt: skip
+    contiguous = all(x.stride(-1) == 1 for x in (grad_o, o)) and lse.is_contiguous()
+    return contiguous and _native_attention(q, k, v, *rest)
+
+
+@_attention_backward.impl("native", "cpu", dtypes=_FLOATS, when=_native_backward)
+def _attention_backward_cpu(
+    grad_o: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor,
+    lse: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
+    key_mask: Tensor | None, sinks: Tensor | None, *numbers: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    dsinks = torch.empty(0 if sinks is None else sinks.shape[0])
+    batches = 1 if cu_seqlens_q is not None else q.shape[0]
+    documents = batches if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+    scratch = torch.empty(
+        _C.attention_backward_scratch(
+            batches, documents, q.shape[-3], q.shape[-2], k.shape[-2], q.shape[-1]
+        )
+    )
+    if key_mask is not None:
+        key_mask = key_mask.contiguous()
+    _C.attention_backward(
+        dq, dk, dv, dsinks, grad_o, grad_lse, q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k,
+        key_mask, sinks, scratch, *numbers,
+    )  # fmt: skip
+    return dq, dk, dv, dsinks
+
+
 @_attention.impl("triton", "cuda", dtypes=_FLOATS)
 def _attention_triton(*args: Any) -> tuple[Tensor, Tensor]:
     from ..kernels import attention as kernel

@@ -181,6 +181,7 @@ void test_parallel();
 void test_elementwise();
 void test_products();
 void test_attention();
+void test_attention_backward();
 void test_sampling();
 
 }  // namespace fastllm::test

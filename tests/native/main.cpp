@@ -15,6 +15,7 @@ int main(int argc, char** argv) {
                 {"elementwise", test_elementwise},
                 {"products", test_products},
                 {"attention", test_attention},
+                {"attention_backward", test_attention_backward},
                 {"sampling", test_sampling}};
   std::printf("runtime: %s; levels:", thread_runtime());
   for (const std::string& level : supported_isas()) std::printf(" %s", level.c_str());
