@@ -348,7 +348,6 @@ _BACKWARD_BY_KEYS = {
         128: (128, 64, 32, 8, 2),
         192: (64, 16, 16, 4, 2),
         256: (64, 32, 16, 4, 2),
-        320: (64, 16, 16, 8, 2),
         512: (64, 16, 16, 8, 2),
         1024: (32, 32, 16, 8, 1),
     },
@@ -366,19 +365,24 @@ _BACKWARD_BY_QUERIES = {
         64: (64, 128, 32, 8, 2),
         96: (32, 128, 16, 8, 2),
         128: (64, 128, 32, 8, 2),
-        192: (16, 64, 16, 4, 2),
         256: (32, 64, 16, 8, 2),
         512: (16, 32, 16, 8, 1),
     },
 }
 # fp32 runs on FMA units: 128 FLOP a clock an SM, whatever the tile; its operands are registers.
 _BACKWARD_FP32_BY_KEYS = {128: (32, 32, 16, 8, 1), 1024: (16, 16, 16, 8, 1)}
-_BACKWARD_FP32_BY_QUERIES = {64: (32, 16, 16, 8, 1), 512: (16, 16, 16, 8, 1)}
+_BACKWARD_FP32_BY_QUERIES = {
+    90: {64: (32, 16, 16, 8, 1), 512: (16, 16, 16, 8, 1)},
+    80: {64: (32, 32, 16, 8, 1), 128: (16, 16, 16, 4, 1), 512: (16, 16, 16, 8, 1)},
+}
 
 
-def backward_column_blocks(dtype: torch.dtype, dim: int) -> tuple[int, int]:
-    """`column_blocks` for tensor cores; FMA units take one block, of which part may be idle."""
-    if dtype == torch.float32:
+def backward_column_blocks(dtype: torch.dtype, dim: int, arch: int) -> tuple[int, int]:
+    """`column_blocks` where a second block's operands and addresses still find registers.
+
+    They do not on FMA units, nor on sm_80 beside 128 columns (192 spill 60 bytes): one block then.
+    """
+    if dtype == torch.float32 or (arch == 80 and dim > 128):
         return max(16, triton.next_power_of_2(dim)), 0
     return column_blocks(dim)
 
@@ -387,10 +391,10 @@ def attention_backward_tiles(
     dtype: torch.dtype, dim: int, value_dim: int, softcap: bool, arch: int
 ) -> AttentionBackwardTiles:
     """Tiles of both passes, by the head dims alone: no row's order of sums depends on lengths."""
-    columns = [sum(backward_column_blocks(dtype, d)) for d in (dim, value_dim)]
+    columns = [sum(backward_column_blocks(dtype, d, arch)) for d in (dim, value_dim)]
     by_keys, by_queries = _BACKWARD_BY_KEYS[arch], _BACKWARD_BY_QUERIES[arch]
     if dtype == torch.float32:
-        by_keys, by_queries = _BACKWARD_FP32_BY_KEYS, _BACKWARD_FP32_BY_QUERIES
+        by_keys, by_queries = _BACKWARD_FP32_BY_KEYS, _BACKWARD_FP32_BY_QUERIES[arch]
     keys = AttentionBackwardTile(*_for_columns(by_keys, sum(columns)))
     return AttentionBackwardTiles(
         replace(keys, edge=min(keys.edge, 16)) if softcap else keys,
