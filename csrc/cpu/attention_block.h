@@ -402,9 +402,7 @@ struct TaskList {
   struct Task {
     Block<E, Source> block;  // of no rows past the end of the list
     int64_t split;           // which of its splits, if splits run in parallel
-    int64_t first_tile() const {
-      return larger(block.first_tile(), split * (kSplit / kTile));
-    }
+    int64_t first_tile() const { return larger(block.first_tile(), split * (kSplit / kTile)); }
   };
 
   // Task number `index`; indices of successive calls ascend.
@@ -481,9 +479,9 @@ void merge_partials(const AttentionRows& a, const Source& source, const Shape& s
   }
 }
 
-// How many tasks in a row a thread takes at once. Where a task reads its tiles once, for a few rows,
-// it should know the next one's first tile: the KV heads of a split go together if there are
-// splits enough for every thread to be busy to the end.
+// How many tasks in a row a thread takes at once. A thread that reads each tile once, for a few
+// rows, should know the first tile of its next task: the KV heads of a split go together if there
+// are splits enough for every thread to be busy to the end.
 template <class Source>
 FASTLLM_INLINE int64_t task_run(const AttentionRows& a, const Source& source, bool parallel_splits,
                                 const Team& team) {

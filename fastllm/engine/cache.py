@@ -31,16 +31,19 @@ class PagedCache:
         self.layers: list[KvCache | Tensor]
         if config.mla is not None:
             pages = lazy_zeros(
-                (layers, 1, num_pages, PAGE_SIZE, config.mla.cache_width), dtype, device
+                (layers, 1, num_pages, PAGE_SIZE, config.mla.cache_width),
+                dtype,
+                device,
+                parts=layers,
             )
             self._blocks = [pages]
             self.layers = [layer[0] for layer in pages]
         else:
             rows = (layers, 2, num_pages, config.num_key_value_heads, PAGE_SIZE)
-            pages = lazy_zeros((*rows, config.head_dim), dtype, device)
+            pages = lazy_zeros((*rows, config.head_dim), dtype, device, parts=2 * layers)
             self._blocks = [pages]
             if dtype == torch.int8:
-                self._blocks.append(lazy_zeros(rows, torch.float32, device))
+                self._blocks.append(lazy_zeros(rows, torch.float32, device, parts=2 * layers))
             # [k, v] of each block, side by side
             self.layers = [KvCache(*chain(*of)) for of in zip(*self._blocks, strict=True)]
         self.num_pages = num_pages

@@ -15,25 +15,49 @@ from torch import Tensor
 
 _CHUNK = 32 << 20  # bytes mapped at once; what is not used of the last one is never touched
 _ALIGN = 64
+_HUGE = 2 << 20  # bytes of a huge page
 
 
 def map_zeros(nbytes: int, *, huge: bool = False) -> Tensor:
     """uint8 `[nbytes]` of zeros on the CPU, mapped when touched, by 2 MB at a time if `huge`."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # the default, shared memory, has no huge pages
-    memory = mmap.mmap(-1, max(nbytes, 1), flags=flags)
+    memory = _map(nbytes)
     if huge and hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)[:nbytes]
 
 
+def _map(nbytes: int) -> mmap.mmap:
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # the default, shared memory, has no huge pages
+    return mmap.mmap(-1, max(nbytes, 1), flags=flags)
+
+
 def lazy_zeros(
-    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu"
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    *,
+    parts: int = 1,
 ) -> Tensor:
-    """torch.zeros, but on the CPU mapped when touched, 4 KB at a time: by huge pages the first
-    token of a sequence would take 2 MB in every layer, for K and for V (120 MB for 30 layers)."""
+    """torch.zeros, but on the CPU mapped when touched.
+
+    The memory is `parts` equal parts that fill up side by side, each from its beginning. The first
+    2 MB of a part are mapped 4 KB at a time, since by huge pages the first token of a sequence
+    would take 2 MB in every layer, for K and for V (120 MB for 30 layers). What follows comes in
+    huge pages: a long context is read 6% to 20% faster from them (Zen 5, one thread: 16,384
+    positions of 8 heads of 128 in 2.9 ms, not 3.2; reading alone, in the same order, in 1.9, not
+    2.4).
+    """
     if torch.device(device).type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    return map_zeros(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
+    nbytes = math.prod(shape) * dtype.itemsize
+    memory = _map(nbytes)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        for part in range(parts):
+            begin = -(-(nbytes * part // parts + _HUGE) // mmap.PAGESIZE) * mmap.PAGESIZE
+            end = nbytes * (part + 1) // parts // mmap.PAGESIZE * mmap.PAGESIZE
+            if end - begin >= _HUGE:
+                memory.madvise(mmap.MADV_HUGEPAGE, begin, end - begin)
+    return torch.frombuffer(memory, dtype=torch.uint8)[:nbytes].view(dtype).view(shape)
 
 
 class Arena:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...ops.append_kv import append_kv_ref
-from ...ops.paged_cache import FLOAT, INT8, pack_page, quantize_rows
+from ...ops.paged_cache import FLOAT, INT8, Which, new_cache, pack_page, quantize_rows
 from ...ops.registry import FLOATS
 from ...ops.rope import rope_ref
 from ..opinfo import Args, Case, OpInfo
@@ -55,16 +55,22 @@ def make_cache(g: torch.Generator, batch: Batch, dtype: torch.dtype) -> tuple[An
     shape = (pages, batch.kv_heads, batch.page_size)
     k = torch.randn(*shape, batch.dim, generator=g).to(dtype)
     v = torch.randn(*shape, batch.value_dim or batch.dim, generator=g).to(dtype)
-    k_scales: Tensor | None = None
-    v_scales: Tensor | None = None
-    if batch.int8:
-        k, k_scales = quantize_rows(k)
-        v, v_scales = quantize_rows(v)
+    cache = new_cache(
+        *shape, batch.dim, torch.int8 if batch.int8 else dtype, value_dim=batch.value_dim
+    )
+    kinds: tuple[tuple[Tensor, Tensor, Tensor | None, Which], ...]
+    kinds = ((k, cache.k, cache.k_scales, "k"), (v, cache.v, cache.v_scales, "v"))
+    for rows, to, scales, which in kinds:
+        stored = rows
+        if scales is not None:
+            stored, row_scales = quantize_rows(rows)
+            scales.copy_(row_scales)
+        to.copy_(pack_page(stored, which))
     table = torch.randperm(pages, generator=g)[: sequences * width].view(sequences, width)
     starts = torch.tensor([0, *accumulate(batch.new)], dtype=torch.int32)
     lengths = torch.tensor(batch.cached, dtype=torch.int32)
     places = (table.int(), starts, lengths)
-    return pack_page(k, "k"), pack_page(v, "v"), *places, k_scales, v_scales
+    return cache.k, cache.v, *places, cache.k_scales, cache.v_scales
 
 
 _FIRST = Batch(new=(3, 1, 0, 5), cached=(70, 64, 0, 0), kv_heads=2, dim=24)
