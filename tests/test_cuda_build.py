@@ -91,17 +91,21 @@ def check_arch(arch: str, tmp_path: Path, shared: dict[tuple[str, int, int], int
         assert blocks >= (1 if max(dim, value_dim) > 192 else 2 if arch == "sm_90a" else 1)
 
 
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The kernels compiled for the emulated device."""
+def build(out: Path, *flags: str) -> Path:
+    """Compile the kernels for the emulated device."""
     assert CXX is not None, "no C++ compiler"
-    out = tmp_path_factory.mktemp("cuda") / "test_paged_attention"
     command = [CXX, "-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    command += [f"-I{NATIVE}", f"-I{ROOT / 'csrc'}", str(NATIVE / "test_paged_attention.cpp")]
+    command += [*flags, f"-I{NATIVE}", f"-I{ROOT / 'csrc'}"]
+    command += [str(NATIVE / "test_paged_attention.cpp")]
     command += [str(ROOT / "csrc" / "cuda" / "paged_attention_args.cpp"), "-o", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return out
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("cuda") / "test_paged_attention")
 
 
 def run(path: Path, mode: str) -> str:
@@ -127,6 +131,12 @@ def test_emulated_kernels_are_within_their_rounding_of_float64(emulated: Path) -
 def test_every_emulated_case_is_within_its_rounding_of_float64(emulated: Path) -> None:
     cases = re.match(r"(\d+) cases", run(emulated, "full"))
     assert cases and int(cases[1]) >= 3000
+
+
+@pytest.mark.full
+def test_emulated_kernels_have_no_undefined_behaviour(tmp_path: Path) -> None:
+    flags = ["-g", "-fsanitize=undefined", "-fno-sanitize-recover=all"]
+    run(build(tmp_path / "sanitized", *flags), "quick")
 
 
 @needs_nvcc
