@@ -33,6 +33,8 @@ class Batch:
     window: int = -1
     page_size: int = PAGE
     int8: bool = False  # the cache
+    sinks: bool = False
+    softcap: float = 0.0
 
     @property
     def label(self) -> str:
@@ -42,7 +44,8 @@ class Batch:
             text += f"v{self.value_dim}"
         if self.page_size != PAGE:
             text += f"-p{self.page_size}"
-        text += "-int8" if self.int8 else ""
+        text += ("-int8" if self.int8 else "") + ("-sinks" if self.sinks else "")
+        text += f"-cap{self.softcap:g}" if self.softcap else ""
         return text + (f"-w{self.window}" if self.window >= 0 else "")
 
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...ops.paged_cache import read_pages
+from ...ops.paged_attention import paged_attention_ref
+from ...ops.paged_cache import FLOAT, INT8, read_pages, read_scales
+from ...ops.registry import FLOATS
 from ..opinfo import Args, Case, OpInfo
 from .append_kv import Batch, make_cache
 
@@ -26,6 +28,20 @@ BATCHES = (
     Batch(new=(130,), cached=(530,), heads=6, kv_heads=1, dim=40, value_dim=24, window=70),
     Batch(new=(0,), cached=(10,), heads=4, kv_heads=4, dim=64),
     Batch(new=(5, 1), cached=(300, 129), heads=5, kv_heads=1, dim=32, page_size=128),
+)
+# The variants, each alone and together: caches of codes, sinks, capped scores.
+VARIANTS = tuple(
+    replace(batch, **options)
+    for batch in (
+        Batch(new=(17, 1), cached=(80, 1030), heads=6, kv_heads=2, dim=48, value_dim=64),
+        Batch(new=(70, 0, 1), cached=(130, 0, 513), heads=4, kv_heads=4, dim=128, window=40),
+    )
+    for options in (
+        {"int8": True},
+        {"sinks": True},
+        {"softcap": 3.0},
+        {"int8": True, "sinks": True, "softcap": 20.0},
+    )
 )
 FULL_BATCHES = tuple(
     replace(batch, heads=heads, kv_heads=kv_heads, dim=dim, window=window)
@@ -49,20 +65,22 @@ def _attention_case(batch: Batch, dtype: torch.dtype, full: bool = False) -> Cas
     def make(g: torch.Generator) -> Args:
         cache = make_cache(g, batch, dtype)
         q = torch.randn(sum(batch.new), batch.heads, batch.dim, generator=g).to(dtype)
-        return q, *cache, None, batch.dim**-0.5, batch.window
+        sinks = torch.randn(batch.heads, generator=g) * 2 if batch.sinks else None
+        return q, *cache, sinks, batch.dim**-0.5, batch.window, batch.softcap
 
     return Case(label=batch.label, make=make, full=full)
 
 
 def _attention_cases(dtype: torch.dtype) -> Iterator[Case]:
-    for batch in BATCHES:
+    for batch in (*BATCHES, *VARIANTS):
         yield _attention_case(batch, dtype)
     for batch in FULL_BATCHES:
         yield _attention_case(batch, dtype, full=True)
 
 
 def _dense(sdpa: Callable[..., Tensor], dtype: torch.dtype | None) -> Callable[..., Tensor]:
-    """Attention of each sequence over its gathered keys by `sdpa(q, k, v, visible, scale)`."""
+    """Attention of each sequence over its gathered values by `sdpa(q, k, v, visible, scale, sinks,
+    softcap)`."""
 
     def attention(
         q: Tensor,
@@ -71,11 +89,12 @@ def _dense(sdpa: Callable[..., Tensor], dtype: torch.dtype | None) -> Callable[.
         block_table: Tensor,
         cu_seqlens_q: Tensor,
         cache_seqlens: Tensor,
-        k_scales: None,
-        v_scales: None,
-        sinks: None,
+        k_scales: Tensor | None,
+        v_scales: Tensor | None,
+        sinks: Tensor | None,
         scale: float,
         window: int = -1,
+        softcap: float = 0.0,
     ) -> Tensor:
         group = q.shape[1] // k_cache.shape[1]
         out = torch.zeros(*q.shape[:2], v_cache.shape[3], dtype=dtype or q.dtype)
@@ -86,26 +105,51 @@ def _dense(sdpa: Callable[..., Tensor], dtype: torch.dtype | None) -> Callable[.
             if length == 0 or new == 0:
                 continue
             pages = block_table[s, : -(-length // k_cache.shape[2])]
-            k = read_pages(k_cache, pages, "k")[:, :length].repeat_interleave(group, 0)
-            v = read_pages(v_cache, pages, "v")[:, :length].repeat_interleave(group, 0)
+            k, v = (
+                _values(cache, of, pages, which)[:, :length].repeat_interleave(group, 0)
+                for cache, of, which in ((k_cache, k_scales, "k"), (v_cache, v_scales, "v"))
+            )
             key, query = torch.arange(length), torch.arange(length - new, length)[:, None]
             visible = key <= query
             if window >= 0:
                 visible &= key >= query - window
-            out[rows] = sdpa(q[rows].transpose(0, 1), k, v, visible, scale).transpose(0, 1)
+            o = sdpa(q[rows].transpose(0, 1), k, v, visible, scale, sinks, softcap)
+            out[rows] = o.transpose(0, 1)
         return out
 
     return attention
 
 
-def _exact_sdpa(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
+def _values(cache: Tensor, scales: Tensor | None, pages: Tensor, which: Any) -> Tensor:
+    rows = read_pages(cache, pages, which)
+    return rows if scales is None else rows.double() * read_scales(scales, pages)[..., None]
+
+
+def _exact_sdpa(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, sinks: Tensor | None,
+    softcap: float,
+) -> Tensor:  # fmt: skip
     scores = q.double() @ k.double().transpose(-1, -2) * scale
-    return scores.masked_fill(~visible, float("-inf")).softmax(-1) @ v.double()
+    if softcap:
+        scores = softcap * (scores / softcap).tanh()
+    scores = scores.masked_fill(~visible, float("-inf"))
+    if sinks is not None:
+        sink = sinks.double()[:, None, None].expand(-1, q.shape[1], 1)
+        scores = torch.cat((scores, sink), -1)
+    return scores.softmax(-1)[..., : k.shape[1]] @ v.double()
 
 
-def _torch_sdpa(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
+def _torch_sdpa(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, *_: Any) -> Tensor:
     out = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=visible, scale=scale)
     return out[0]
+
+
+def _peer(*args: Any) -> Tensor:
+    """Torch's attention where it has such a one and in a dtype that it is made for."""
+    q, k_scales, sinks, softcap = args[0], args[6], args[8], args[11]
+    if k_scales is None and sinks is None and not softcap and q.dtype != torch.float16:
+        return _dense(_torch_sdpa, None)(*args)
+    return paged_attention_ref(*args)
 
 
 def _dense_inputs(
@@ -140,15 +184,23 @@ def _attention_bytes(q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Tensor)
     return int(rest[2].sum()) * per_token + 2 * q.nbytes
 
 
+def _bench_cases(dtype: torch.dtype) -> Iterator[Case]:
+    if dtype != torch.float16:  # torch's own products of halves take hundreds of times as long
+        for batch in BENCH:
+            yield _attention_case(batch, dtype)
+
+
 INFOS = [
     OpInfo(
         name="paged_attention",
         cases=_attention_cases,
         exact=_dense(_exact_sdpa, torch.float64),
-        peer=_dense(_torch_sdpa, None),
-        bench_cases=lambda dtype: (_attention_case(batch, dtype) for batch in BENCH),
+        dtypes=FLOATS,
+        peer=_peer,
+        bench_cases=_bench_cases,
         bench_peer=(_dense_inputs, _causal_sdpa),
         flops=_attention_flops,
         bytes_moved=_attention_bytes,
+        variants=(FLOAT, INT8),
     ),
 ]
