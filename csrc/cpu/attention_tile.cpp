@@ -72,7 +72,7 @@ static void value_rows(float* o, int64_t o_stride, const float* alpha, const typ
                        const char* ahead) {
   constexpr int C = vectors_at_once<R>();
   int64_t d = 0;
-  const auto columns = [&](auto width, auto masked) {
+  const auto columns = [&](auto width, auto masked) __attribute__((always_inline)) {
     value_columns<E, R, width.value, masked.value>(o + d, o_stride, alpha, p, runs, count, d,
                                                    v_stride, ahead + d * runs[0].steps * 4);
     d += width.value * VL;
