@@ -328,9 +328,10 @@ def row_statistics_tile(dim: int) -> RowTile:
 # 128 x 64 x 128: 2,048 clocks of an SM's tensor cores (4,096 FLOP a clock), against 1,180 issue
 # slots of each scheduler and 224 KB of shared memory traffic, 1,792 clocks (S and dP read both
 # operands there, dK and dV one); with 32 queries the last would be 1.1 times the first. L2 gives
-# 32 KB a step, 256 FLOP a byte. The edge steps hold masks as well and take 32 queries, 16 with
-# softcap, which keeps a derivative. The pass of dQ has half the accumulators: 128 queries x 64
-# keys take 200 registers, 1,536 clocks of products and as many of shared memory.
+# 32 KB a step, 256 FLOP a byte. The edge steps hold masks as well and take 16 queries (32 spill 16
+# bytes with Triton 3.6); softcap keeps a derivative too and takes 32 queries in whole steps. The
+# pass of dQ has half the accumulators: 128 queries x 64 keys take 200 registers, 1,536 clocks of
+# products and as many of shared memory.
 # 7 products where 5 are counted: 230 TFLOP/s of an H100 are 322 of its 989 (33%).
 #
 # Above 320 columns the accumulators alone would fill the registers (256 x 128 x 4 bytes twice), so
@@ -339,7 +340,7 @@ def row_statistics_tile(dim: int) -> RowTile:
 _BACKWARD_BY_KEYS = {
     90: {
         128: (128, 64, 32, 8, 3),
-        256: (128, 64, 32, 8, 2),
+        256: (128, 64, 16, 8, 2),
         320: (128, 32, 16, 8, 2),
         512: (128, 32, 16, 8, 2),
         1024: (32, 32, 16, 8, 1),
@@ -396,8 +397,10 @@ def attention_backward_tiles(
     if dtype == torch.float32:
         by_keys, by_queries = _BACKWARD_FP32_BY_KEYS, _BACKWARD_FP32_BY_QUERIES[arch]
     keys = AttentionBackwardTile(*_for_columns(by_keys, sum(columns)))
+    if softcap and sum(columns) > 128:
+        keys = replace(keys, queries=min(keys.queries, 32), edge=16)
     return AttentionBackwardTiles(
-        replace(keys, edge=min(keys.edge, 16)) if softcap else keys,
+        keys,
         AttentionBackwardTile(*_for_columns(by_queries, max(columns))),
         apart=dtype != torch.float32 and sum(columns) > _BACKWARD_APART,
     )
