@@ -173,7 +173,8 @@ static void gradient_rows(const TileBuffers<E>& t, const Logits& logits, const f
         } else {
           x = vfma(s, vset(logits.scale), -row_lse);
         }
-        p[j] = E::power(x);
+        // P is at most 1, whatever the rounding of lse says where logits are billions.
+        p[j] = E::power(vmin(vset(0.f), x));
         ds[j] = p[j] * (vload(t.dp[i + j] + r) - row_delta);
         if constexpr (Capped) ds[j] *= slope;
         if constexpr (Masked) {

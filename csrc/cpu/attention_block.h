@@ -332,7 +332,7 @@ struct Block {
   }
 
   float sum(int64_t r) const { return vsum(vload(w.softmax[r / kMaxRows].l[r % kMaxRows])); }
-  float top(int64_t r) const { return w.softmax[r / kMaxRows].m[r % kMaxRows]; }
+  float top(int64_t r) const { return w.softmax[r / kMaxRows].m[r % kMaxRows] * shape.scale; }
 
   void run(const Place& follow) const {
     pack();

@@ -254,7 +254,7 @@ FASTLLM_INLINE void store_p(Bf16, float* p, int64_t vector, vf x) {
 }
 #endif
 
-// The running softmax of kMaxRows rows: maxima (of scaled, base-2 scores) and, per lane, sums of P.
+// The running softmax of kMaxRows rows: maxima of the scores and, per lane, sums of P.
 struct Softmax {
   alignas(64) float m[16];
   alignas(64) float l[kMaxRows][VL];
@@ -265,9 +265,11 @@ FASTLLM_INLINE void start(Softmax& s) {
   for (int r = 0; r < kMaxRows; ++r) vstore(s.l[r], vset(0.f));
 }
 
-// Advances `rows` rows by one tile: P = exp2(scale * scores - m) in one rounding of the argument, and
-// alpha, the factor of what was summed so far; scale > 0. Scores of -inf (masked) add nothing; a row
-// of nothing else is left as it is. With Scaled, what is stored is P * v_scale, not what is summed.
+// Advances `rows` rows by one tile: P = exp2(scale * (scores - m)), and alpha, the factor of what was
+// summed so far; scale > 0. The maximum goes first: scale * score - m in one fma would leave the
+// rounding of m behind, which is more than an exponent holds where logits are billions. Scores of -inf
+// (masked) add nothing; a row of nothing else is left as it is. With Scaled, what is stored is P *
+// v_scale, not what is summed.
 template <class E, bool Scaled>
 static void softmax_rows(Softmax& s, float* alpha, typename E::A* p, const float (*scores)[kTile],
                          int64_t rows, float scale, const float* v_scale) {
@@ -281,19 +283,19 @@ static void softmax_rows(Softmax& s, float* alpha, typename E::A* p, const float
     tile_max[r] = max_lane(top);
   }
   for (int r = 0; r < 16; r += VL) {
-    const vf before = vload(s.m + r), now = vmax(before, vload(tile_max + r) * scale);
+    const vf before = vload(s.m + r), now = vmax(before, vload(tile_max + r));
     const vf zero_if_none = now == vset(-__builtin_inff()) ? vset(0.f) : now;
     vstore(s.m + r, now);
     vstore(shift + r, zero_if_none);
-    vstore(tile_max + r, vexp2<6>(before - zero_if_none));
+    vstore(tile_max + r, vexp2<6>((before - zero_if_none) * scale));
   }
   for (int64_t r = 0; r < rows; ++r) {
     alpha[r] = tile_max[r];
-    const vf minus_m = vset(0.f) - vbroadcast(shift + r);
+    const vf m = vbroadcast(shift + r);
     vf sum = vset(0.f);
 #pragma GCC unroll 16
     for (int c = 0; c < kTileVectors; ++c) {
-      const vf e = vexp2<E::kExpDegree>(vfma(vload(scores[r] + c * VL), vset(scale), minus_m));
+      const vf e = vexp2<E::kExpDegree>((vload(scores[r] + c * VL) - m) * scale);
       sum = sum + e;
       store_p(E{}, p + r * kPRow, c, Scaled ? e * vload(v_scale + c * VL) : e);
     }

@@ -252,9 +252,23 @@ def test_enormous_logits_take_the_largest_key(dtype: torch.dtype) -> None:
     k = torch.full((1, 80, 1, 16), -200.0, dtype=dtype)
     k[0, 41] = 200.0
     v = torch.arange(80.0).to(dtype).view(1, 80, 1, 1).expand(1, 80, 1, 16)
-    o = attention(q, k, v, softmax_scale=1e4)
+    args = [x.clone().requires_grad_() for x in (q, k, v)]
+    for scale in (1e4, 1e30):  # lse in fp32 cannot carry their gradients, which must be finite
+        o = attention(*args, softmax_scale=scale)
+        assert isinstance(o, Tensor)
+        assert (o == 41).all()
+        assert all(g.isfinite().all() for g in torch.autograd.grad(o.float().sum(), args))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_scale_of_zero_is_the_mean(dtype: torch.dtype) -> None:
+    q, k, v = leaves((1, 3, 2, 16), (1, 70, 1, 16), (1, 70, 1, 16), dtype=dtype)
+    o = attention(q, k, v, softmax_scale=0.0)
     assert isinstance(o, Tensor)
-    assert (o == 41).all()
+    torch.testing.assert_close(o[0, 0, 0].float(), v[0, :, 0].float().mean(0), atol=5e-3, rtol=5e-3)
+    dq, _, dv = torch.autograd.grad(o.float().sum(), (q, k, v))
+    assert not dq.any()
+    torch.testing.assert_close(dv.float(), torch.full((1, 70, 1, 16), 6 / 70), atol=1e-3, rtol=1e-2)
 
 
 def test_what_is_hidden_may_be_anything() -> None:

@@ -40,13 +40,25 @@ def check(args: tuple[Any, ...], kwargs: Any, dtype: torch.dtype, what: str) -> 
     """`sdpa` within the project's bound; other draws are the same values in another order."""
 
     def draw(number: int) -> tuple[Any, Any]:
-        mixed = [_shuffled(x, number) if isinstance(x, Tensor) else x for x in args]
-        return tuple(
-            _graded(F.scaled_dot_product_attention, tuple(mixed), kwargs, in_dtype)
-            for in_dtype in (torch.float64, dtype)
-        )
+        mixed = tuple(_shuffled(x, number) if isinstance(x, Tensor) else x for x in args)
+        exact = _graded(F.scaled_dot_product_attention, mixed, kwargs, torch.float64)
+        return exact, _graded(_flash, mixed, kwargs, dtype)
 
     Judge(draw).check(_graded(sdpa, args, kwargs, dtype), what)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
+    """torch's function where it takes its flash kernel, which has four dimensions.
+
+    Its kernel for three keeps P for the backward; all others, ours too, compute it from a
+    log-sum-exp rounded to float32: with logits of 200 gradients are 3 to 10 times as far off.
+    """
+    if q.ndim > 3:
+        return F.scaled_dot_product_attention(q, k, v, **kwargs)
+    if kwargs.get("attn_mask") is not None and kwargs["attn_mask"].ndim == 3:
+        kwargs["attn_mask"] = kwargs["attn_mask"][:, None]
+    out = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], **kwargs)
+    return out[:, 0]
 
 
 def _shuffled(x: Tensor, seed: int) -> Tensor:
