@@ -44,7 +44,8 @@ def check(args: tuple[Any, ...], kwargs: Any, dtype: torch.dtype, what: str) -> 
         exact = _graded(F.scaled_dot_product_attention, mixed, kwargs, torch.float64)
         return exact, _graded(_flash, mixed, kwargs, dtype)
 
-    Judge(draw).check(_graded(sdpa, args, kwargs, dtype), what)
+    # A sample has about 100 numbers, and those of a row share the error of its log-sum-exp.
+    Judge(draw, draws=40).check(_graded(sdpa, args, kwargs, dtype), what)
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
