@@ -62,6 +62,7 @@ struct Tile {
 struct Shape {
   int64_t group, steps, value_stride;
   float scale;       // > 0: what makes base-2 logits of scores
+  float natural;     // what makes logits of them
   bool negate;       // the caller's scale is negative: q is negated instead
   float cap_scale;   // with a softcap: what makes the argument of tanh, and scale is that of tanh
   int64_t max_rows;  // of a block
@@ -78,6 +79,9 @@ FASTLLM_INLINE Shape shape_of(const AttentionRows& a) {
           .scale = capped             ? a.softcap * kLog2e
                    : magnitude == 0.f ? 1e-30f
                                       : magnitude * kLog2e,
+          .natural = capped             ? a.softcap
+                     : magnitude == 0.f ? 1e-30f
+                                        : magnitude,
           .negate = !capped && a.scale < 0,
           .cap_scale = capped ? a.scale / a.softcap : 0.f,
           .max_rows = kOneBlockGroups * kMaxRows};
@@ -145,9 +149,10 @@ Workspace<E> workspace(const Shape& shape, const AttentionRows& a, bool local_ti
 }
 
 // A later split (m2, l2, o2) joins the merged earlier ones; a split without visible keys (l2 = 0)
-// changes nothing and the first one with keys is taken as it is.
-FASTLLM_INLINE void merge_row(float* m, float* l, float* o, float m2, float l2, const float* o2,
-                              int64_t stride) {
+// changes nothing and the first one with keys is taken as it is. Maxima are of scores.
+FASTLLM_INLINE void merge_row(const Shape& shape, float* m, float* l, float* o, float m2, float l2,
+                              const float* o2) {
+  const int64_t stride = shape.value_stride;
   if (l2 == 0.f) return;
   if (*l == 0.f) {
     *m = m2;
@@ -156,35 +161,36 @@ FASTLLM_INLINE void merge_row(float* m, float* l, float* o, float m2, float l2, 
     return;
   }
   const float top = *m > m2 ? *m : m2;
-  const vf keep = vexp2<6>(vset(*m - top)), add = vexp2<6>(vset(m2 - top));
+  const vf keep = vexp2<6>(vset((*m - top) * shape.scale));
+  const vf add = vexp2<6>(vset((m2 - top) * shape.scale));
   *m = top;
   *l = sfma(l2, add[0], *l * keep[0]);
   for (int64_t d = 0; d < stride; d += VL)
     vstore(o + d, vfma(vload(o2 + d), add, vload(o + d) * keep));
 }
 
-// The end of a row: the sink joins, o is divided and rounded, the log-sum-exp is stored (natural
-// logarithm; what the scores were is base 2). `token` counts from the document's first query.
+// The end of a row: the sink joins, o is divided and rounded, the log-sum-exp is stored. `m` is the
+// largest score; the log-sum-exp is made of it with one rounding, for the backward takes P from it.
+// `token` counts from the document's first query.
 template <class T>
-FASTLLM_INLINE void finish_row(const AttentionRows& a, const Document& doc, int64_t token,
-                               int64_t head, const float* o, float m, float l) {
-  constexpr float kLn2 = 0.693147180559945309f, kLog2e = 1.44269504088896341f;
+FASTLLM_INLINE void finish_row(const AttentionRows& a, const Shape& shape, const Document& doc,
+                               int64_t token, int64_t head, const float* o, float m, float l) {
+  constexpr float kLog2e = 1.44269504088896341f;
   float factor = l == 0.f ? 0.f : 1.f / l, lse = -__builtin_inff();
+  if (a.lse && l != 0.f) lse = sfma(m, shape.natural, log1(l));
   if (a.sinks) {
-    lse = a.sinks[head];
-    if (l != 0.f) {
-      const float sink = lse * kLog2e;
-      const float top = m > sink ? m : sink;
-      const float keep = vexp2<6>(vset(m - top))[0];
-      l = sfma(l, keep, vexp2<6>(vset(sink - top))[0]);
-      m = top;
-      factor = keep / l;
+    const float sink = a.sinks[head];
+    if (l == 0.f) {
+      lse = sink;
+    } else {
+      const float largest = m * shape.natural, top = largest > sink ? largest : sink;
+      const float keep = vexp2<6>(vset((largest - top) * kLog2e))[0];
+      const float total = sfma(l, keep, vexp2<6>(vset((sink - top) * kLog2e))[0]);
+      factor = keep / total;
+      lse = top + log1(total);
     }
   }
-  if (a.lse) {
-    if (l != 0.f) lse = sfma(m, kLn2, log1(l));
-    a.lse[doc.lse_at + head * doc.lse_head_stride + token] = lse;
-  }
+  if (a.lse) a.lse[doc.lse_at + head * doc.lse_head_stride + token] = lse;
   T* out = static_cast<T*>(a.o) + ((doc.begin + token) * a.heads + head) * a.value_dim;
   int64_t d = 0;
   for (; d + VL <= a.value_dim; d += VL) store(out + d, vload(o + d) * factor);
@@ -332,7 +338,7 @@ struct Block {
   }
 
   float sum(int64_t r) const { return vsum(vload(w.softmax[r / kMaxRows].l[r % kMaxRows])); }
-  float top(int64_t r) const { return w.softmax[r / kMaxRows].m[r % kMaxRows] * shape.scale; }
+  float top(int64_t r) const { return w.softmax[r / kMaxRows].m[r % kMaxRows]; }
 
   void run(const Place& follow) const {
     pack();
@@ -343,13 +349,14 @@ struct Block {
       const int64_t next = (split + 1) * (kSplit / kTile);
       run_split(split, next < end_tile() ? source.place(doc, s, kv_head, next) : follow);
       for (int64_t r = 0; r < all.rows; ++r)
-        merge_row(w.m_done + r, w.l_done + r, w.done + r * shape.value_stride, top(r), sum(r),
-                  w.o + r * shape.value_stride, shape.value_stride);
+        merge_row(shape, w.m_done + r, w.l_done + r, w.done + r * shape.value_stride, top(r),
+                  sum(r), w.o + r * shape.value_stride);
     }
     for (int64_t r = 0; r < all.rows; ++r) {
       float* o = w.done + r * shape.value_stride;
       if (w.l_done[r] == 0.f) __builtin_memset(o, 0, shape.value_stride * sizeof(float));
-      finish_row<Elem>(a, doc, token(all.row + r), head(all.row + r), o, w.m_done[r], w.l_done[r]);
+      finish_row<Elem>(a, shape, doc, token(all.row + r), head(all.row + r), o, w.m_done[r],
+                       w.l_done[r]);
     }
   }
 
@@ -471,10 +478,9 @@ void merge_partials(const AttentionRows& a, const Source& source, const Shape& s
       __builtin_memset(o, 0, shape.value_stride * sizeof(float));
       for (; split * kSplit < last; ++split) {
         const float* part = partial_of(a, split, doc.begin + token, i % a.heads);
-        merge_row(&m, &l, o, part[partial_stride(a) - 2], part[partial_stride(a) - 1], part,
-                  shape.value_stride);
+        merge_row(shape, &m, &l, o, part[partial_stride(a) - 2], part[partial_stride(a) - 1], part);
       }
-      finish_row<typename E::Elem>(a, doc, token, i % a.heads, o, m, l);
+      finish_row<typename E::Elem>(a, shape, doc, token, i % a.heads, o, m, l);
     }
   }
 }
