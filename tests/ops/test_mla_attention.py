@@ -72,7 +72,7 @@ def test_token_by_token_chunks_and_whole_prompt_give_the_same_bits(
         _C.set_isa(isa)
         torch.set_num_threads(1)
         whole = prompts.run([0], 549)[0]
-        for first, chunk, threads in ((490, 1, 2), (0, 37, 1), (0, 200, 2)):
+        for first, chunk, threads in ((500, 1, 1), (540, 1, 2), (0, 37, 1), (0, 200, 2)):
             torch.set_num_threads(threads)
             got = prompts.run([0], chunk, seed=chunk, first=first)[0]
             assert torch.equal(got, whole), f"{isa}, chunks of {chunk}, {threads} threads"
