@@ -50,10 +50,12 @@ FASTLLM_INLINE void value_columns(float* o, int64_t o_stride, const float* alpha
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) acc[r][c] = vset(0.f);
-  for (int i = 0; i < count; ++i) {
+  dot_tile<E::kParts, 1, kPRow, Masked>(E{}, acc, p, runs[0].words + column, kChunk, v_stride,
+                                        runs[0].steps, ahead);
+  for (int i = 1; i < count; ++i) {  // a second loop: the common case is one run
+    p += runs[i - 1].steps * E::kParts;
     dot_tile<E::kParts, 1, kPRow, Masked>(E{}, acc, p, runs[i].words + column, kChunk, v_stride,
                                           runs[i].steps, ahead);
-    p += runs[i].steps * E::kParts;
   }
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
