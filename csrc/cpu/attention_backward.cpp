@@ -191,6 +191,18 @@ struct Backward {
                         a.grad_o.token_stride, q.rows, a.value_dim, alive);
   }
 
+  // Asks for the rows of a tile that comes next: they lie pages apart, where the hardware does not
+  // look ahead.
+  void prefetch_query(const Document& d, int64_t head, int64_t first) const {
+    const int64_t end = smaller(d.queries, first + kQueries);
+    for (int64_t i = first; i < end; ++i) {
+      const Elem *q = row(a.q, d, d.q_begin + i, head), *x = row(a.grad_o, d, d.q_begin + i, head);
+      constexpr int64_t kLine = 64 / sizeof(Elem);
+      for (int64_t c = 0; c < a.dim; c += kLine) _mm_prefetch(q + c, _MM_HINT_T1);
+      for (int64_t c = 0; c < a.value_dim; c += kLine) _mm_prefetch(x + c, _MM_HINT_T1);
+    }
+  }
+
   void load_key(KeyTile<E>& k, const Document& d, int64_t kv_head, int64_t tile) {
     k.first = tile * kTile;
     k.keys = smaller(kTile, d.keys - k.first);
@@ -324,7 +336,12 @@ struct Backward {
         queries_of(a, d, {first_tile * kTile, smaller(d.keys, (first_tile + tiles) * kTile)});
     for (int64_t h = 0; h < group; ++h)
       for (int64_t at = seen_by.begin / kQueries * kQueries; at < seen_by.end; at += kQueries) {
-        load_query(query[0], d, kv_head * group + h, at);
+        const int64_t head = kv_head * group + h;
+        load_query(query[0], d, head, at);
+        if (at + kQueries < seen_by.end)
+          prefetch_query(d, head, at + kQueries);
+        else if (h + 1 < group)
+          prefetch_query(d, head + 1, seen_by.begin / kQueries * kQueries);
         float* to = dq_region ? dq_region + (h * dq_rows_of_head + at) * q_stride : nullptr;
         for (int64_t i = 0; i < tiles; ++i) pair(d, query[0], key[i], true, to);
       }
