@@ -84,7 +84,7 @@ FASTLLM_INLINE void expand_keys(uint32_t* to, const int8_t* from, int64_t dim,
   expand_words(to, from, kTile * dim / 2, ahead);
 }
 FASTLLM_INLINE void expand_values(uint32_t* to, const int8_t* from, int64_t dim,
-                                const int8_t* ahead) {
+                                  const int8_t* ahead) {
   expand_words(to, from, kTile * dim / 2, ahead);
 }
 
