@@ -125,11 +125,13 @@ def make_arguments(g: torch.Generator, problem: Problem, dtype: torch.dtype) -> 
     value_dim = p.value_dim or p.dim
 
     def rows(lengths: tuple[int, ...], heads: int, dim: int) -> Tensor:
-        shape = (sum(lengths),) if packed else (len(lengths), lengths[0])
-        if p.layout == "transposed":
-            x = torch.randn(shape[0], heads, shape[1], dim, generator=g).transpose(1, 2)
+        batch, tokens = len(lengths), lengths[0]
+        if packed:
+            x = torch.randn(sum(lengths), heads, dim, generator=g)
+        elif p.layout == "transposed":
+            x = torch.randn(batch, heads, tokens, dim, generator=g).transpose(1, 2)
         else:
-            x = torch.randn(*shape, heads, dim, generator=g)
+            x = torch.randn(batch, tokens, heads, dim, generator=g)
         return x.to(dtype)
 
     q, k = rows(p.q, p.heads, p.dim), rows(p.keys, p.kv_heads, p.dim)
@@ -204,10 +206,10 @@ def _sdpa(
     """torch's attention, which has no lse of its own to give; rows without keys give 0."""
     group = q.shape[1] // k.shape[1]
     _, lse = dense_attention(q.float(), k.float(), v.float(), visible, sinks, scale, softcap)
-    heads_first = (x.transpose(0, 1) for x in (q, *(x.repeat_interleave(group, 1) for x in (k, v))))
+    k, v = (x.repeat_interleave(group, 1).transpose(0, 1) for x in (k, v))
     seen = visible.any(-1)
     o = F.scaled_dot_product_attention(
-        *heads_first, attn_mask=visible | ~seen[:, None], scale=scale
+        q.transpose(0, 1), k, v, attn_mask=visible | ~seen[:, None], scale=scale
     )
     return (o * seen[:, None]).transpose(0, 1), lse
 
