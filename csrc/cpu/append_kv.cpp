@@ -158,7 +158,8 @@ void append_kv(const AppendKvArgs& a, const Team& team) {
   int64_t begin, end;
   my_share(team, a.to.paging.tokens * a.to.kv_heads, 1, &begin, &end);
   if (begin == end) return;
-  dispatch_stored_float(a.to.dtype, [&](auto type) { append_heads<decltype(type)>(a, begin, end); });
+  dispatch_stored_float(a.to.dtype,
+                        [&](auto type) { append_heads<decltype(type)>(a, begin, end); });
 }
 
 void rope_append_kv(const RopeAppendKvArgs& a, const Team& team) {
@@ -170,7 +171,8 @@ void rope_append_kv(const RopeAppendKvArgs& a, const Team& team) {
   int64_t begin, end;
   my_share(reversed, a.to.paging.tokens * a.to.kv_heads, 1, &begin, &end);
   if (begin == end) return;
-  dispatch_stored_float(a.to.dtype, [&](auto type) { rotate_and_append<decltype(type)>(a, begin, end); });
+  dispatch_stored_float(a.to.dtype,
+                        [&](auto type) { rotate_and_append<decltype(type)>(a, begin, end); });
 }
 
 }  // namespace fastllm::FASTLLM_ISA
