@@ -79,6 +79,33 @@ void one_cache(DType dtype, DType cache_dtype) {
       {&o}, close);
 }
 
+// mla_attention over natural rows, its splits in one task or in parallel, to the same bits.
+void latent(DType dtype) {
+  Random random(5);
+  const int64_t tokens = 3, heads = 5, columns = 40, value_dim = 24, pages = 9;
+  const float close = dtype == DType::f32 ? 1e-4f : 3e-2f;
+  Owned block_table = ints({8, 7, 6, 5, 4, 3, 2, 1, 0});
+  block_table.view.ndim = 2;
+  block_table.view.shape[0] = 1, block_table.view.shape[1] = pages;
+  block_table.view.stride[0] = pages, block_table.view.stride[1] = 1;
+  Owned cu_seqlens = ints({0, 3}), cache_seqlens = ints({530});
+  Owned q = random.tensor(dtype, {tokens, heads, columns}), o(dtype, {tokens, heads, value_dim});
+  Owned cache = random.tensor(dtype, {pages, 64, columns});
+  Owned partials(DType::f32, {2 * tokens * heads * (32 + 16)});
+  const Tensor none;
+  std::vector<float> first;
+  for (bool split : {false, true}) {
+    run_everywhere("mla_attention", &Kernels::mla_attention,
+                   mla_attention_args(o, q, cache, block_table, cu_seqlens, cache_seqlens,
+                                      split ? static_cast<Tensor>(partials) : none, value_dim, 0.2),
+                   {&o}, close);
+    for (int64_t i = 0; i < o.view.numel(); ++i) {
+      if (!split) first.push_back(o.get(i));
+      CHECK(o.get(i) == first[static_cast<size_t>(i)]);
+    }
+  }
+}
+
 // attention on batches and on packed documents, with and without scratch, to the same bits.
 void dense(DType dtype, bool packed, int64_t queries, int64_t keys, int64_t dim, int64_t value_dim,
            int64_t left, int64_t right) {
@@ -125,6 +152,7 @@ void test_attention() {
   for (DType dtype : {DType::f32, DType::bf16, DType::f16}) {
     one_cache(dtype, dtype);
     one_cache(dtype, DType::i8);
+    latent(dtype);
     for (bool packed : {false, true}) {
       dense(dtype, packed, 3, 600, 24, 16, -1, 0);
       dense(dtype, packed, 70, 65, 40, 40, 20, 9);
