@@ -136,13 +136,16 @@ def run(p: Problem, arguments: list[Tensor | float | None]) -> tuple[Tensor, ...
 
 
 def backward_case(p: Problem) -> float:
-    """dq, dk, dv, dsinks against float64; contiguous, in the inputs' dtype."""
+    """dq, dk, dv, dsinks against float64; contiguous, in the inputs' dtype.
+
+    16-bit gradients may be 2 units off: o, P and dS are rounded before the last rounding.
+    """
     inputs = inputs_of(p)
     got = run(p, inputs.arguments)
     worst = 0.0
     for y, ref in zip(got[:3], inputs.grads, strict=False):
         assert y.is_contiguous(), y.stride()
-        worst = max(worst, excess(y, ref, p.dtype))
+        worst = max(worst, excess(y, ref, p.dtype) / (1 if p.dtype == F32 else 2))
     if not p.sinks:
         return worst if got[3].shape == (0,) else math.inf
     # delta takes o rounded to the dtype, so its sum has that error.
