@@ -73,7 +73,6 @@ FASTLLM_INLINE vf vfma_once(vf a, vf b, vf c) {
 #endif
 }
 
-
 FASTLLM_INLINE __m128i fold_128(vi x, __m128i (*op)(__m128i, __m128i)) {
 #if defined(__AVX512F__)
   const __m256i half = _mm512_castsi512_si256((__m512i)x),
