@@ -124,7 +124,8 @@ def check_drawn(problem: Problem, dtype: torch.dtype) -> None:
         return exact_attention(*args), _peer(*args)
 
     args = make_arguments(torch.Generator().manual_seed(0), problem, dtype)
-    Judge(draw).check(_attention(*args), problem.label)
+    # A drawn problem may have one visible pair: its peer's error is chance for more than 8 draws.
+    Judge(draw, draws=100).check(_attention(*args), problem.label)
 
 
 @given(problems(), st.sampled_from(DTYPES))
