@@ -36,8 +36,9 @@ struct Bf16 {
   using Elem = uint16_t;
   using Word = uint32_t;
   static constexpr int kPerWord = 2;
-  static constexpr int64_t kChain = 1 << 20;  // never cut: the rounding of q and k is larger
-  static constexpr int kExpDegree = 5;        // P is rounded to bf16, but lse is fp32
+  static constexpr int64_t kChain =
+      64;                               // 128 dimensions: one chain over 224 put lse past its bound
+  static constexpr int kExpDegree = 5;  // P is rounded to bf16, but lse is fp32
 #if defined(__AVX512BF16__)
   using A = uint32_t;  // the pair itself, for vdpbf16ps
   static constexpr int kParts = 1;
