@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from .. import _C
 from .attention_checks import check_attention
 from .attention_ref import attention_backward_ref, attention_ref, lse_shape, wide_dtype
-from .registry import Op, batch_invariant
+from .checks import MAX_HEAD_DIM
+from .registry import FLOATS, Op, batch_invariant
 
 
 def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -71,11 +72,6 @@ _attention = Op(
     setup_context=_save_attention,
 )
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
-
-_MAX_HEAD_DIM = 576  # kMaxHeadDim in csrc/ops.h
-
 
 def _native_attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> bool:
     dims = (q.shape[-1], v.shape[-1])
@@ -83,14 +79,14 @@ def _native_attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> bool:
     mask = rest[2]
     return (
         all(x.stride(-1) == 1 for x in (q, k, v))
-        and all(0 < d <= _MAX_HEAD_DIM and d % 8 == 0 for d in dims)
+        and all(0 < d <= MAX_HEAD_DIM and d % 8 == 0 for d in dims)
         and all(t.is_contiguous() for t in starts)
         and (mask is None or mask.stride(-1) == 1)
         and k.shape[-2] > 0
     )
 
 
-@_attention.impl("native", "cpu", dtypes=_FLOATS, when=_native_attention)
+@_attention.impl("native", "cpu", dtypes=FLOATS, when=_native_attention)
 def _attention_cpu(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
     key_mask: Tensor | None, sinks: Tensor | None, *numbers: Any,
@@ -113,7 +109,7 @@ def _native_backward(
     return contiguous and _native_attention(q, k, v, *rest)
 
 
-@_attention_backward.impl("native", "cpu", dtypes=_FLOATS, when=_native_backward)
+@_attention_backward.impl("native", "cpu", dtypes=FLOATS, when=_native_backward)
 def _attention_backward_cpu(
     grad_o: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor,
     lse: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
@@ -137,14 +133,14 @@ def _attention_backward_cpu(
     return dq, dk, dv, dsinks
 
 
-@_attention.impl("triton", "cuda", dtypes=_FLOATS)
+@_attention.impl("triton", "cuda", dtypes=FLOATS)
 def _attention_triton(*args: Any) -> tuple[Tensor, Tensor]:
     from ..kernels import attention as kernel
 
     return kernel.attention(*args, batch_invariant=batch_invariant())
 
 
-@_attention_backward.impl("triton", "cuda", dtypes=_FLOATS)
+@_attention_backward.impl("triton", "cuda", dtypes=FLOATS)
 def _attention_backward_triton(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from ..kernels import attention_backward as kernel
 

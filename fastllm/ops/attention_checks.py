@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from .checks import values_readable
+from .registry import FLOATS
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_DTYPES = (*FLOATS, torch.float64)  # float64: the definition, for gradcheck
 
 
 def check_attention(
@@ -54,6 +55,11 @@ def check_attention(
             f"{q.device}, got {sinks.dtype} of {list(sinks.shape)} on {sinks.device}"
         )
     check_window(window_size)
+    check_softcap(softcap)
+
+
+def check_softcap(softcap: float) -> None:
+    """Raise ValueError unless this is 0 (none) or a positive number."""
     if not 0.0 <= softcap < float("inf"):
         raise ValueError(f"softcap must be 0 (none) or a positive number, got {softcap}")
 
@@ -76,7 +82,7 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
             raise ValueError(
                 f"{name} must be {q.dtype} on {q.device} like q, got {x.dtype} on {x.device}"
             )
-    if q.dtype not in DTYPES:
+    if q.dtype not in _DTYPES:
         raise ValueError(f"q must be float32, bfloat16 or float16, got {q.dtype}")
     if k.shape[:-3] != q.shape[:-3]:
         raise ValueError(f"k must have the batch of q, {q.shape[0]}, got {k.shape[0]}")

@@ -35,9 +35,9 @@ def attention_ref(
     for rows, keys, lse_rows in documents(q, k, cu_seqlens_q, cu_seqlens_k):
         mask = None if key_mask is None else key_mask[keys]
         visible = visible_keys(q[rows], k[keys], mask, window_left, window_right)
-        seen_k, seen_v = _seen(k[keys], visible), _seen(v[keys], visible)
-        s, _ = _scores(q[rows], seen_k, visible, softmax_scale, softcap)
-        o[rows], lse[lse_rows] = _attend(s, seen_v, sinks, q.dtype)
+        o[rows], lse[lse_rows] = attend(
+            q[rows], k[keys], v[keys], visible, sinks, softmax_scale, softcap
+        )
     return o, lse
 
 
@@ -88,6 +88,40 @@ def attention_backward_ref(
     return dq, dk, dv, dsinks
 
 
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor,
+    sinks: Tensor | None,
+    softmax_scale: float,
+    softcap: float = 0.0,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One document: q `[Tq, H, D]` over k, v `[Tk, Hk, D]`: `(o [Tq, H, Dv], lse [H, Tq])`.
+
+    With scales `[Hk, Tk]` k and v are codes, which are never turned into values: a key's scale
+    multiplies its score, a value's scale its P, before the rounding.
+    """
+    s, _ = _scores(q, _seen(k, visible), visible, softmax_scale, softcap, k_scales)
+    heads, tokens, keys = s.shape
+    top = s.amax(-1) if keys else s.new_full((heads, tokens), NO_KEYS)
+    shift = top.where(top != NO_KEYS, 0.0)
+    p = (s - shift[..., None]).exp()
+    total = p.sum(-1)
+    p = p.view(v.shape[1], heads // v.shape[1] * tokens, keys)
+    p = (p if v_scales is None else p * v_scales[:, None]).to(q.dtype).to(s.dtype)
+    o = (p @ _wide(_seen(v, visible)).transpose(0, 1)).view(heads, tokens, v.shape[2])
+    if sinks is not None:
+        with_sink = torch.maximum(top, sinks[:, None].to(s.dtype))
+        keep = (top - with_sink).exp()
+        total, shift = total * keep + (sinks[:, None] - with_sink).exp(), with_sink
+        o = o * keep[..., None]
+    o = o / total.where(total != 0, 1.0)[..., None]
+    return o.transpose(0, 1).to(q.dtype), total.log() + shift
+
+
 def lse_shape(q: Tensor) -> tuple[int, ...]:
     """`[H, T]` for q `[T, H, D]`, `[B, H, T]` for q `[B, T, H, D]`."""
     return (*q.shape[:-3], q.shape[-2], q.shape[-3])
@@ -126,38 +160,25 @@ def _seen(x: Tensor, visible: Tensor) -> Tensor:
 
 
 def _scores(
-    q: Tensor, k: Tensor, visible: Tensor, softmax_scale: float, softcap: float
+    q: Tensor,
+    k: Tensor,
+    visible: Tensor,
+    softmax_scale: float,
+    softcap: float,
+    k_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | float]:
     """Logits `[H, Tq, Tk]` (-inf where hidden) and their derivative by scale * q.k."""
     # Not q times a broadcast k: torch gives that to a product without blocked sums (3.6 times the
     # error of its own attention with D = 256).
     s = _by_kv_head(q, k) @ _wide(k).permute(1, 2, 0)
+    if k_scales is not None:
+        s = s * k_scales[:, None]
     s = s.view(q.shape[1], q.shape[0], k.shape[0]) * softmax_scale
     slope: Tensor | float = 1.0
     if softcap > 0:
         t = torch.tanh(s / softcap)
         s, slope = softcap * t, 1 - t * t
     return s.masked_fill(~visible, float("-inf")), slope
-
-
-def _attend(
-    s: Tensor, v: Tensor, sinks: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """`(o [Tq, H, Dv], lse [H, Tq])` from the logits of one document."""
-    heads, tokens, keys = s.shape
-    top = s.amax(-1) if keys else s.new_full((heads, tokens), NO_KEYS)
-    shift = top.where(top != NO_KEYS, 0.0)
-    p = (s - shift[..., None]).exp()
-    total = p.sum(-1)
-    p = p.to(dtype).to(s.dtype).view(v.shape[1], heads // v.shape[1] * tokens, keys)
-    o = (p @ _wide(v).transpose(0, 1)).view(heads, tokens, v.shape[2])
-    if sinks is not None:
-        with_sink = torch.maximum(top, sinks[:, None].to(s.dtype))
-        keep = (top - with_sink).exp()
-        total, shift = total * keep + (sinks[:, None] - with_sink).exp(), with_sink
-        o = o * keep[..., None]
-    o = o / total.where(total != 0, 1.0)[..., None]
-    return o.transpose(0, 1).to(dtype), total.log() + shift
 
 
 def _by_kv_head(x: Tensor, k: Tensor) -> Tensor:

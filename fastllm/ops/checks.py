@@ -7,6 +7,8 @@ from torch import Tensor
 
 from .. import _C
 
+MAX_HEAD_DIM = 576  # kMaxHeadDim in csrc/ops.h: of the native attention kernels
+
 
 def values_readable(tensor: Tensor) -> bool:
     """Whether reading `tensor` has no side effect: a real CPU tensor, eager, no graph recorded.

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .paged_cache import CHUNK, PAGE_SIZE, check_index
+from .attention_ref import attend, visible_keys
+from .checks import MAX_HEAD_DIM
+from .paged_cache import CHUNK, PAGE_SIZE, TILE, check_index, native_partials
 from .pages import lazy_zeros
-from .registry import Op, batch_invariant
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from .registry import FLOATS, Op, batch_invariant
 
 
 def new_mla_cache(
@@ -90,21 +90,12 @@ def mla_attention_ref(
         if length == 0 or begin == end:
             continue
         pages = block_table[s, : -(-length // page_size)].long()
-        rows = cache[pages].flatten(0, 1)[:length].float()  # [Tk, R + P]
-        out[begin:end] = _attend(q[begin:end], rows, value_dim, softmax_scale)
+        k = cache[pages].flatten(0, 1)[:length, None]  # [Tk, 1, R + P]
+        visible = visible_keys(q[begin:end], k, None, -1, 0)
+        out[begin:end], _ = attend(
+            q[begin:end], k, k[..., :value_dim], visible, None, softmax_scale
+        )
     return out
-
-
-def _attend(q: Tensor, rows: Tensor, value_dim: int, softmax_scale: float) -> Tensor:
-    """q `[Tq, H, R + P]` over fp32 rows `[Tk, R + P]`, causal, aligned at the ends."""
-    tokens, heads, dim = q.shape
-    scores = (q.float().reshape(-1, dim) @ rows.T).view(tokens, heads, -1) * softmax_scale
-    key = torch.arange(rows.shape[0], device=q.device)
-    visible = key <= key[rows.shape[0] - tokens :, None]
-    scores = scores.masked_fill(~visible[:, None], float("-inf"))
-    p = (scores - scores.amax(-1, keepdim=True)).exp()
-    out = p.to(q.dtype).float().flatten(0, 1) @ rows[:, :value_dim]
-    return (out.view(tokens, heads, -1) / p.sum(-1, keepdim=True)).to(q.dtype)
 
 
 def _nothing(*_: Any) -> None:
@@ -135,12 +126,12 @@ def _rows_contiguous(
     return latent.stride(-1) == 1 and rope_key.stride(-1) == 1 and block_table.stride(-1) == 1
 
 
-@_append_mla.impl("native", "cpu", dtypes=_DTYPES, when=_rows_contiguous)
+@_append_mla.impl("native", "cpu", dtypes=FLOATS, when=_rows_contiguous)
 def _append_mla_cpu(*args: Tensor) -> None:
     _C.append_mla(*args)
 
 
-@_append_mla.impl("triton", "cuda", dtypes=_DTYPES, when=_rows_contiguous)
+@_append_mla.impl("triton", "cuda", dtypes=FLOATS, when=_rows_contiguous)
 def _append_mla_triton(*args: Tensor) -> None:
     from ..kernels import mla_attention as kernel
 
@@ -153,19 +144,14 @@ def _triton_supports(q: Tensor, cache: Tensor, block_table: Tensor, *args: Any) 
     return inner and page_size & (page_size - 1) == 0 and value_dim < width
 
 
-_SPLIT = 512  # positions of a split, the unit that decode may run on another thread
-_TILE = 64  # positions the native kernel takes at once; a page holds a whole number of them
-_MAX_WIDTH = 576  # kMaxHeadDim in csrc/ops.h
-
-
 def _native_mla(q: Tensor, cache: Tensor, block_table: Tensor, *args: Any) -> bool:
     _, page_size, width = cache.shape
-    dims_fit = width % 8 == 0 and args[2] % 8 == 0 and width <= _MAX_WIDTH
+    dims_fit = width % 8 == 0 and args[2] % 8 == 0 and width <= MAX_HEAD_DIM
     inner = q.stride(-1) == 1 and block_table.stride(-1) == 1
-    return dims_fit and inner and page_size % _TILE == 0
+    return dims_fit and inner and page_size % TILE == 0
 
 
-@_mla_attention.impl("native", "cpu", dtypes=_DTYPES, when=_native_mla)
+@_mla_attention.impl("native", "cpu", dtypes=FLOATS, when=_native_mla)
 def _mla_attention_cpu(
     q: Tensor,
     cache: Tensor,
@@ -177,18 +163,13 @@ def _mla_attention_cpu(
 ) -> Tensor:
     tokens, heads, _ = q.shape
     o = torch.empty(tokens, heads, value_dim, dtype=q.dtype)
-    # With few tokens a sequence there are few tasks: let its splits run on several threads.
-    partials = None
-    positions = block_table.shape[1] * cache.shape[1]
-    if tokens <= 4 * block_table.shape[0] and positions > _SPLIT:
-        row = -(-value_dim // 16) * 16 + 16
-        partials = torch.empty(-(-positions // _SPLIT) * tokens * heads * row)
+    partials = native_partials(tokens, heads, value_dim, block_table, cache.shape[1])
     paging = (block_table, cu_seqlens_q, cache_seqlens)
     _C.mla_attention(o, q, cache, *paging, partials, value_dim, softmax_scale)
     return o
 
 
-@_mla_attention.impl("triton", "cuda", dtypes=_DTYPES, when=_triton_supports)
+@_mla_attention.impl("triton", "cuda", dtypes=FLOATS, when=_triton_supports)
 def _mla_attention_triton(*args: Any) -> Tensor:
     from ..kernels import mla_attention as kernel
 
@@ -286,7 +267,7 @@ def mla_attention(
 
 
 def _check_cache(cache: Tensor) -> None:
-    if cache.ndim != 3 or cache.dtype not in _DTYPES or not cache.is_contiguous():
+    if cache.ndim != 3 or cache.dtype not in FLOATS or not cache.is_contiguous():
         raise ValueError(
             "cache must be contiguous float32, bfloat16 or float16 of shape "
             f"[num_pages, page_size, columns], got {cache.dtype} of {tuple(cache.shape)} with "

@@ -15,15 +15,18 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .attention_checks import check_window
+from .attention_checks import check_softcap, check_window
+from .attention_ref import attend, visible_keys
 from .paged_cache import (
     FLOAT,
     INT8,
+    SPLIT,
     KvCache,
     cache_variant,
     check_device,
     check_paging,
     native_cache,
+    native_partials,
     read_pages,
     read_scales,
 )
@@ -44,11 +47,7 @@ def paged_attention_ref(
     window_left: int = -1,
     softcap: float = 0.0,
 ) -> Tensor:
-    """Plain PyTorch definition of `paged_attention`: fp32, but P is rounded to the dtype of q.
-
-    Codes of an int8 cache are never turned into values: a key's scale multiplies its score, a
-    value's scale its P, before the rounding.
-    """
+    """Plain PyTorch definition of `paged_attention`: `attend` over every sequence's pages."""
     page_size = k_cache.shape[2]
     out = q.new_zeros(q.shape[0], q.shape[1], v_cache.shape[3])
     starts = cu_seqlens_q.tolist()
@@ -57,45 +56,14 @@ def paged_attention_ref(
         if length == 0 or begin == end:
             continue
         pages = block_table[s, : -(-length // page_size)]
-        k = read_pages(k_cache, pages, "k")[:, :length].float()
-        v = read_pages(v_cache, pages, "v")[:, :length].float()
+        k = read_pages(k_cache, pages, "k")[:, :length].transpose(0, 1)
+        v = read_pages(v_cache, pages, "v")[:, :length].transpose(0, 1)
         ks = None if k_scales is None else read_scales(k_scales, pages)[:, :length]
         vs = None if v_scales is None else read_scales(v_scales, pages)[:, :length]
         rows = q[begin:end]
-        out[begin:end] = _attend(rows, k, v, ks, vs, sinks, softmax_scale, window_left, softcap)
+        visible = visible_keys(rows, k, None, window_left, 0)
+        out[begin:end], _ = attend(rows, k, v, visible, sinks, softmax_scale, softcap, ks, vs)
     return out
-
-
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, k_scales: Tensor | None, v_scales: Tensor | None,
-    sinks: Tensor | None, softmax_scale: float, window_left: int, softcap: float,
-) -> Tensor:  # fmt: skip
-    """q `[Tq, H, D]` over fp32 k, v `[Hk, Tk, D]`, causal, aligned at the ends: `[Tq, H, Dv]`."""
-    tokens, heads, dim = q.shape
-    rows = q.float().transpose(0, 1).reshape(k.shape[0], -1, dim)  # [Hk, group * Tq, D]
-    # Not q times a broadcast k: torch gives that to a product without blocked sums (3.6 times the
-    # error of its own attention with D = 256).
-    scores = rows @ k.transpose(-1, -2)
-    if k_scales is not None:
-        scores = scores * k_scales[:, None]
-    scores = scores.unflatten(1, (-1, tokens)) * softmax_scale  # [Hk, group, Tq, Tk]
-    if softcap > 0:
-        scores = softcap * (scores / softcap).tanh()
-    key = torch.arange(k.shape[1], device=q.device)
-    query = key[k.shape[1] - tokens :, None]
-    visible = key <= query
-    if window_left >= 0:
-        visible &= key >= query - window_left
-    scores = scores.masked_fill(~visible, float("-inf"))
-    top = scores.amax(-1, keepdim=True)
-    p = (scores - top).exp()
-    total = p.sum(-1, keepdim=True)
-    if sinks is not None:
-        total = total + (sinks.view(k.shape[0], -1, 1, 1) - top).exp()
-    if v_scales is not None:
-        p = p * v_scales[:, None, None]
-    out = (p.to(q.dtype).float().flatten(1, 2) @ v).unflatten(1, (-1, tokens)) / total
-    return out.reshape(heads, tokens, -1).transpose(0, 1).to(q.dtype)
 
 
 def _paged_attention_fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, *_: Any) -> Tensor:
@@ -114,9 +82,6 @@ _paged_attention = Op(
     fake=_paged_attention_fake,
     variant=_variant,
 )
-
-
-_SPLIT = 512  # positions of a split, the unit that decode may run on another thread
 
 
 def _native_attention(
@@ -146,13 +111,7 @@ def _paged_attention_cpu(
     tokens, heads, _ = q.shape
     value_dim = v_cache.shape[3]
     o = torch.empty(tokens, heads, value_dim, dtype=q.dtype)
-    # With few tokens a sequence there are few tasks: let its splits run on several threads. The
-    # bits are the same either way, and what the system has not mapped costs nothing.
-    partials = None
-    positions = block_table.shape[1] * k_cache.shape[2]
-    if tokens <= 4 * block_table.shape[0] and positions > _SPLIT:
-        row = -(-value_dim // 16) * 16 + 16
-        partials = torch.empty(-(-positions // _SPLIT) * tokens * heads * row)
+    partials = native_partials(tokens, heads, value_dim, block_table, k_cache.shape[2])
     _C.paged_attention(
         o,
         q,
@@ -212,7 +171,7 @@ if hasattr(_C, "paged_attention_cuda"):  # the extension was built with CUDA
         tokens, heads, _ = q.shape
         value_dim = v_cache.shape[3]
         o = q.new_empty(tokens, heads, value_dim)
-        splits = -(-block_table.shape[1] * k_cache.shape[2] // _SPLIT)
+        splits = -(-block_table.shape[1] * k_cache.shape[2] // SPLIT)
         partials = None  # of every split: its output, maximum and sum
         if splits > 1:
             size = splits * tokens * heads * (value_dim + 2)
@@ -289,11 +248,12 @@ def paged_attention(
     check_paging(cache, block_table, cu_seqlens_q, cache_seqlens, q.shape[0])
     if softmax_scale is None:
         softmax_scale = q.shape[2] ** -0.5
-    window_left, softcap = _checked_window(window_size), _checked_softcap(softcap)
+    check_softcap(softcap)
+    window_left = _checked_window(window_size)
     lengths = (block_table, cu_seqlens_q, cache_seqlens)
     if sinks is not None:
         sinks = sinks.float()
-    scores = (sinks, float(softmax_scale), window_left, softcap)
+    scores = (sinks, float(softmax_scale), window_left, float(softcap))
     return _paged_attention(q, k_cache, v_cache, *lengths, k_scales, v_scales, *scores)
 
 
@@ -334,9 +294,3 @@ def _checked_window(window_size: tuple[int, int]) -> int:
             f"causal, got {window_size}"
         )
     return left
-
-
-def _checked_softcap(softcap: float) -> float:
-    if not 0.0 <= softcap < float("inf"):
-        raise ValueError(f"softcap must be 0 (none) or a positive number, got {softcap}")
-    return float(softcap)

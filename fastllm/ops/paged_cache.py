@@ -26,7 +26,8 @@ from .registry import FLOATS
 
 PAGE_SIZE = 64
 CHUNK = 16  # tokens interleaved in K
-_TILE = 64  # positions the native kernel takes at once; a page holds a whole number of them
+TILE = 64  # positions the native kernel takes at once; a page holds a whole number of them
+SPLIT = 512  # positions of a split, the unit that decode may run on another thread
 _MAX_HEAD_DIM = 512
 CACHE_DTYPES = (*FLOATS, torch.int8)
 FLOAT, INT8 = "float-cache", "int8-cache"  # the variants of ops on a cache
@@ -156,11 +157,26 @@ def cache_variant(k_cache: Tensor) -> str:
 def native_cache(k_cache: Tensor, v_cache: Tensor, block_table: Tensor) -> bool:
     """Whether the native kernels take this cache."""
     return (
-        k_cache.shape[2] % _TILE == 0
+        k_cache.shape[2] % TILE == 0
         and k_cache.shape[3] % 2 == 0
         and max(k_cache.shape[3], v_cache.shape[3]) <= _MAX_HEAD_DIM
         and block_table.stride(-1) == 1
     )
+
+
+def native_partials(
+    tokens: int, heads: int, value_dim: int, block_table: Tensor, page_size: int
+) -> Tensor | None:
+    """Where the native kernels keep splits that run on several threads; None: they do not.
+
+    With few tokens a sequence there are few tasks. The bits are the same either way, and what the
+    system has not mapped costs nothing.
+    """
+    positions = block_table.shape[1] * page_size
+    if tokens > 4 * block_table.shape[0] or positions <= SPLIT:
+        return None
+    row = -(-value_dim // 16) * 16 + 16
+    return torch.empty(-(-positions // SPLIT) * tokens * heads * row)
 
 
 def check_paging(

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .attention import attention
-from .attention_checks import DTYPES
+from .registry import FLOATS
 
 
 def sdpa(
@@ -68,7 +68,7 @@ def _is_ours(
         return False
     if any(x.is_nested or x.dtype != q.dtype or x.device != q.device for x in (q, k, v)):
         return False
-    if q.dtype not in DTYPES[:3] or not 3 <= q.ndim == k.ndim == v.ndim:
+    if q.dtype not in FLOATS or not 3 <= q.ndim == k.ndim == v.ndim:
         return False
     lead = q.shape[:-3] if q.ndim > 3 else q.shape[:1]
     for x in (k, v):

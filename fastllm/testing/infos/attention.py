@@ -18,9 +18,10 @@ from ...ops.attention_ref import (
     lse_shape,
     visible_keys,
 )
+from ...ops.registry import FLOATS
 from ..opinfo import Args, Case, OpInfo
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = FLOATS
 
 
 @dataclass(frozen=True, kw_only=True)
