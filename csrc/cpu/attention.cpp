@@ -39,8 +39,8 @@ struct NaturalSource {
     int64_t begin, count;
   };
   static Range range(const int32_t* starts, int64_t s, int64_t size) {
-    const int64_t begin = between(0, starts[s], size);
-    return {begin, between(begin, starts[s + 1], size) - begin};
+    const int64_t begin = clamped(starts[s], 0, size);
+    return {begin, clamped(starts[s + 1], begin, size) - begin};
   }
   Range keys_of(int64_t s) const {
     return a.cu_seqlens_k ? range(a.cu_seqlens_k, s, a.keys) : Range{0, a.keys};

@@ -17,6 +17,7 @@
 
 #include "common/scratch.h"
 #include "cpu/attention_backward_tile.h"
+#include "cpu/integers.h"
 #include "cpu/lse.h"
 #include "ops.h"
 
@@ -26,13 +27,6 @@ namespace {
 constexpr int64_t kKeyTiles = 4;            // of a block, at most
 constexpr int64_t kQueryTiles = 4;          // of a task for dQ
 constexpr int64_t kBlockBytes = 512 << 10;  // of key tiles: they share a 1 MB L2 with a query tile
-
-FASTLLM_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-FASTLLM_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-FASTLLM_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-FASTLLM_INLINE int64_t clamped(int64_t x, int64_t low, int64_t high) {
-  return smaller(larger(x, low), high);
-}
 
 // Queries [q_begin, q_begin + queries) and keys [k_begin, k_begin + keys) of one batch.
 struct Document {

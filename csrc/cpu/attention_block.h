@@ -18,6 +18,7 @@
 #include "common/scratch.h"
 #include "cpu/attention_variants.h"
 #include "cpu/attention_words.h"
+#include "cpu/integers.h"
 #include "cpu/lse.h"
 #include "ops.h"
 
@@ -28,13 +29,6 @@ constexpr int64_t kSplit = 512;
 constexpr int64_t kBlockGroups = 8;  // groups of kMaxRows in a block
 // A document with up to so many groups is one block: its tiles are then made only once.
 constexpr int64_t kOneBlockGroups = 12;
-
-FASTLLM_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-FASTLLM_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-FASTLLM_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-FASTLLM_INLINE int64_t between(int64_t low, int64_t x, int64_t high) {
-  return smaller(larger(low, x), high);
-}
 
 // The queries of one document: rows [begin, begin + count) of o.
 struct Document {
@@ -92,7 +86,7 @@ FASTLLM_INLINE int64_t first_key(const AttentionRows& a, int64_t p) {
   return a.window_left < 0 ? 0 : larger(0, p - a.window_left);
 }
 FASTLLM_INLINE int64_t end_key(const AttentionRows& a, int64_t keys, int64_t p) {
-  return a.window_right < 0 ? keys : between(0, p + a.window_right + 1, keys);
+  return a.window_right < 0 ? keys : clamped(p + a.window_right + 1, 0, keys);
 }
 
 // Everything a block needs while it runs, in thread scratch.
@@ -497,7 +491,7 @@ FASTLLM_INLINE int64_t task_run(const AttentionRows& a, const Source& source, bo
   int64_t tasks = 0;
   for (int64_t s = 0; s < documents; ++s)
     tasks += a.kv_heads * (parallel_splits ? divide_up(source.document(s).keys, kSplit) : 1);
-  return between(1, tasks / (kTakesPerThread * team.size), a.kv_heads);
+  return clamped(tasks / (kTakesPerThread * team.size), 1, a.kv_heads);
 }
 
 // All documents of a source. `parallel_splits` may be true only if a.partials is given; all threads
