@@ -34,6 +34,34 @@ class ModelNotFoundError(FastLLMError, LookupError):
     """A model name resolves to nothing here; the message lists what was tried."""
 
 
+class DataError(FastLLMError, ValueError):
+    """A record of a data file cannot be used; without record and field, the file as a whole.
+
+    record: "line 12" of a file of lines, "record 12" of others, counted from 1. field: the path to
+    the value, such as "messages[2].content". remedy: what was expected, or what to do.
+    """
+
+    def __init__(
+        self,
+        file: str | os.PathLike[str],
+        record: str,
+        field: str,
+        problem: str,
+        remedy: str = "",
+    ) -> None:
+        super().__init__(file, record, field, problem, remedy)  # all: it survives pickling
+        self.file = os.fspath(file)
+        self.record = record
+        self.field = field
+        self.problem = problem
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        where = ": ".join(part for part in (self.file, self.record, self.field) if part)
+        text = f"{where}: {self.problem}"
+        return f"{text}. {self.remedy}" if self.remedy else text
+
+
 class ChatTemplateError(FastLLMError, ValueError):
     """A chat template is malformed, refuses the messages, or exceeds the limits of the sandbox."""
 

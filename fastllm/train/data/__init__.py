@@ -1,0 +1,1 @@
+"""Data of training: documents and conversations in, packed micro batches out."""
