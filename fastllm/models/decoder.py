@@ -10,11 +10,12 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from fastllm.models.config import ModelConfig
 from fastllm.models.rope_scaling import rope_tables
 from fastllm.nn.attention import Attention
-from fastllm.nn.batch import Batch
+from fastllm.nn.batch import Batch, Documents
 from fastllm.nn.embedding import Embedding
 from fastllm.nn.linear import Linear, ParallelLinear
 from fastllm.nn.mla import MultiHeadLatentAttention
@@ -37,6 +38,21 @@ class DecoderLayer(nn.Module):
         )
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def feed_forward(
+        self, y: Tensor, residual: Tensor, next_norm: RMSNorm
+    ) -> tuple[Tensor, Tensor]:
+        """From attention's output to the next layer: (its normed input, the residual stream)."""
+        x, residual = self.post_attention_layernorm.after_add(y, residual)
+        return next_norm.after_add(self.mlp(x), residual)
+
+    def over_documents(
+        self, x: Tensor, residual: Tensor, next_norm: RMSNorm, documents: Documents,
+        tables: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The whole layer without a cache, differentiable; as `feed_forward` returns."""
+        y = self.self_attn.over_documents(x, documents, tables)
+        return self.feed_forward(y, residual, next_norm)
 
 
 def make_attention(
@@ -124,15 +140,41 @@ class Decoder(nn.Module):
         cache: pages of every layer; what the batch's tokens leave behind is written to them.
         """
         tables = (self.rope_cos, self.rope_sin)
-        residual = self.model.embed_tokens(batch.ids)  # float32 [T, hidden]
-        layers = self.model.layers
-        norms = [layer.input_layernorm for layer in layers] + [self.model.norm]
-        x = norms[0](residual, self.dtype)
-        for layer, next_norm, pages in zip(layers, norms[1:], cache, strict=True):
+        x, residual = self._embed(batch.ids)
+        for layer, next_norm, pages in zip(
+            self.model.layers, self._next_norms(), cache, strict=True
+        ):
             y = layer.self_attn(x, batch, tables, pages)
-            x, residual = layer.post_attention_layernorm.after_add(y, residual)
-            x, residual = next_norm.after_add(layer.mlp(x), residual)
+            x, residual = layer.feed_forward(y, residual, next_norm)
         return x
+
+    def train_hidden(self, documents: Documents, *, checkpoint: bool = False) -> Tensor:
+        """The final norm's output, [T, hidden] in the compute dtype; differentiable.
+
+        The bits are those of `hidden` for the same tokens (latent attention excepted, which trains
+        in its expanded form).
+
+        checkpoint: keep only what enters each layer and compute its inside again in the backward
+            pass: about a third more time, and memory that hardly grows with the number of layers.
+        """
+        tables = (self.rope_cos, self.rope_sin)
+        x, residual = self._embed(documents.ids)
+        for layer, next_norm in zip(self.model.layers, self._next_norms(), strict=True):
+            args = (x, residual, next_norm, documents, tables)
+            if checkpoint:
+                x, residual = recomputed(layer.over_documents, *args, use_reentrant=False)
+            else:
+                x, residual = layer.over_documents(*args)
+        return x
+
+    def _embed(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The first layer's input in the compute dtype, and the residual stream, float32."""
+        residual = self.model.embed_tokens(ids)
+        return self.model.layers[0].input_layernorm(residual, self.dtype), residual
+
+    def _next_norms(self) -> list[RMSNorm]:
+        """For each layer the norm that follows it: the next layer's first, at last the final."""
+        return [layer.input_layernorm for layer in self.model.layers[1:]] + [self.model.norm]
 
     def logits(self, x: Tensor) -> Tensor:
         """x [R, hidden], from `hidden` -> float32 [R, vocab]."""

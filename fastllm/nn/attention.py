@@ -1,15 +1,21 @@
-"""Grouped-query attention over the paged cache, with rotary positions and optional QK-norm."""
+"""Grouped-query attention with rotary positions and optional QK-norm.
+
+Over the paged cache (`forward`) and over whole documents with gradients (`over_documents`): only
+the middle differs, and a token's bits are the same.
+"""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastllm.nn.batch import Batch
+from fastllm.nn.batch import Batch, Documents
 from fastllm.nn.linear import Linear, ParallelLinear
 from fastllm.nn.norm import RMSNorm
 from fastllm.ops.append_kv import rope_append_kv
+from fastllm.ops.attention import attention
 from fastllm.ops.paged_attention import paged_attention
 from fastllm.ops.paged_cache import KvCache
+from fastllm.ops.rope import rope
 
 
 class Attention(nn.Module):
@@ -42,9 +48,7 @@ class Attention(nn.Module):
         self, x: Tensor, batch: Batch, rope_tables: tuple[Tensor, Tensor], cache: KvCache
     ) -> Tensor:
         """x [T, hidden] -> [T, hidden]; K and V of the tokens are appended to `cache`."""
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv(x))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = self._project(x)
         places = (batch.block_table, batch.cu_seqlens_q, batch.cache_seqlens)
         k_cache, v_cache, k_scales, v_scales = cache
         pages = (k_cache, v_cache, *places)
@@ -54,3 +58,24 @@ class Attention(nn.Module):
             k_scales=k_scales, v_scales=v_scales,
         )  # fmt: skip
         return self.o_proj(o.flatten(1))
+
+    def over_documents(
+        self, x: Tensor, documents: Documents, rope_tables: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """x [T, hidden] -> [T, hidden]: causal within each document, no cache; differentiable."""
+        q, k, v = self._project(x)
+        q = rope(q, documents.positions, *rope_tables)
+        k = rope(k, documents.positions, *rope_tables)
+        o = attention(
+            q, k, v, cu_seqlens_q=documents.cu_seqlens, causal=True,
+            softmax_scale=self.softmax_scale, window_size=(self.window_left, 0),
+        )  # fmt: skip
+        assert isinstance(o, Tensor), "without return_lse there is one result"
+        return self.o_proj(o.flatten(1))
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q [T, heads, D], k and v [T, kv_heads, D], before the rotation."""
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv(x))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v

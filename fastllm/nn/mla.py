@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fastllm.nn.batch import Batch
+from fastllm.nn.batch import Batch, Documents
 from fastllm.nn.linear import DenseLinear, Linear, ParallelLinear
 from fastllm.nn.norm import RMSNorm
 from fastllm.ops.attention import attention
@@ -101,6 +101,10 @@ class MultiHeadLatentAttention(nn.Module):
         """
         parts = self._project(x, positions, rope_tables)
         return self.o_proj(self._expand(*parts, cu_seqlens).flatten(1))
+
+    def over_documents(self, x: Tensor, documents: Documents, rope_tables: Tables) -> Tensor:
+        """x [T, hidden] -> [T, hidden]: causal within each document, no cache; differentiable."""
+        return self.expanded(x, documents.positions, documents.cu_seqlens, rope_tables)
 
     def _expands(self, x: Tensor) -> bool:
         if self.prefill == "auto":
