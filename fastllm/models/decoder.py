@@ -118,6 +118,9 @@ class Decoder(nn.Module):
         self.rope_sin: Tensor
         self.register_buffer("rope_cos", cos.to(device), persistent=False)
         self.register_buffer("rope_sin", sin.to(device), persistent=False)
+        self._caches: list[tuple[int, int]] | None = None  # what the packed caches were made from
+        self._stale = False
+        self.register_load_state_dict_post_hook(lambda *_: self.weights_changed())
 
     @property
     def device(self) -> torch.device:
@@ -130,6 +133,41 @@ class Decoder(nn.Module):
             yield f"model.layers.{i}.self_attn", layer.self_attn.qkv
             yield f"model.layers.{i}.mlp", layer.mlp.gate_up
 
+    def pack_(self) -> None:
+        """Make packed caches of the parameters, for generation on live weights.
+
+        They take the parameters' memory once more. Caches that are there are written in place, so
+        that captured graphs read the new values. GPUs read parameters as they lie: nothing is made.
+        """
+        self._stale = False
+        self._caches = self._parameter_states()
+        if self.device.type != "cpu":
+            return
+        grouped: set[Linear] = set()
+        for _, group in self.parallel_linears():
+            if all(member.weight is not None for member in group.members):
+                group.pack_()
+                grouped.update(group.members)
+        for module in self.modules():
+            if isinstance(module, Linear) and module not in grouped and module.weight is not None:
+                module.pack_()
+
+    def weights_changed(self) -> None:
+        """Say that weights have changed: packed caches are made again before they are next used.
+
+        Whoever writes parameters calls it: an optimizer step, adapters, FSDP. `load_state_dict`
+        does so by itself.
+        """
+        self._stale = self._caches is not None
+
+    def refresh_caches(self) -> None:
+        """Pack again if the weights have changed since, said or seen (writes through torch are)."""
+        if self._caches is not None and (self._stale or self._caches != self._parameter_states()):
+            self.pack_()
+
+    def _parameter_states(self) -> list[tuple[int, int]]:
+        return [(p.data_ptr(), p._version) for p in self.parameters()]
+
     def forward(self, batch: Batch, cache: Sequence[KvCache | Tensor]) -> Tensor:
         """Logits of every token, float32 [T, vocab]."""
         return self.logits(self.hidden(batch, cache))
@@ -139,6 +177,8 @@ class Decoder(nn.Module):
 
         cache: pages of every layer; what the batch's tokens leave behind is written to them.
         """
+        if self._stale:
+            self.pack_()
         tables = (self.rope_cos, self.rope_sin)
         x, residual = self._embed(batch.ids)
         for layer, next_norm, pages in zip(
@@ -179,3 +219,18 @@ class Decoder(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """x [R, hidden], from `hidden` -> float32 [R, vocab]."""
         return self.lm_head(x, torch.float32)
+
+    def loss(
+        self, documents: Documents, targets: Tensor, reduction: str = "sum", *,
+        checkpoint: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """Cross entropy of the next tokens, float32.
+
+        Args:
+            documents: T tokens.
+            targets: `[T]` int64, the id to predict at each place; -100: none.
+            reduction: "sum", "mean" over the targets that count, or "none" (`[T]`).
+            checkpoint: see `train_hidden`.
+        """
+        logits = self.logits(self.train_hidden(documents, checkpoint=checkpoint))
+        return nn.functional.cross_entropy(logits, targets, reduction=reduction)

@@ -90,7 +90,7 @@ def choose_compute(
     activation: str | None,
 ) -> tuple[torch.dtype, str]:  # fmt: skip
     """Compute dtype and activation mode of a load; see `load_model`."""
-    quantized = _is_quantized(source)
+    quantized = is_quantized(source)
     chosen = DTYPES.get(str(dtype).removeprefix("torch.")) if dtype is not None else None
     if dtype is not None and chosen is None:
         raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {dtype!r}")
@@ -113,7 +113,8 @@ def choose_compute(
     return chosen, activation
 
 
-def _is_quantized(source: WeightSource) -> bool:
+def is_quantized(source: WeightSource) -> bool:
+    """Whether matrices of a model are stored in a quantized format."""
     # q and k are left out: looking at them can mean reordering their rows
     kinds = ("o_proj.weight", "v_proj.weight", "up_proj.weight", "down_proj.weight")
     names = [n for n in source.names if n.endswith(kinds) or n == "model.embed_tokens.weight"]

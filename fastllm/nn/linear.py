@@ -2,7 +2,8 @@
 
 A layer owns its weight as a parameter in Hugging Face layout [out, in], or, in inference loads, as
 a `PackedWeight` alone. With both, the packed form is a cache of the parameter: it is never saved,
-and whoever changes the parameter calls `pack_()` afterwards.
+serves where no gradient is recorded, and whoever changes the parameter calls `pack_()` afterwards
+(of a whole model: `Decoder.weights_changed()`). Both forms give the same bits.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from fastllm.ops.linear import linear
 from fastllm.ops.quant_matmul import quant_matmul
-from fastllm.quantize.packed import PackedWeight, pack
+from fastllm.quantize.packed import PackedWeight, pack, repack_
 
 
 class Linear(nn.Module):
@@ -32,14 +33,14 @@ class Linear(nn.Module):
         self.packed: PackedWeight | None = None
 
     def pack_(self) -> None:
-        """Make the packed cache again from the parameter."""
+        """Make the packed cache from the parameter; one that is there is written in place."""
         if self.weight is None:
             raise ValueError("this layer holds a packed weight alone: there is nothing to pack")
-        self.packed = pack_parameter(self.weight)
+        self.packed = pack_parameter(self.weight, self.packed)
 
     def forward(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
         """x [..., in] -> [..., out] in `out_dtype` or the dtype of x."""
-        if self.packed is not None:
+        if self.packed is not None and not records(x, self.weight):
             return packed_product(x, self.packed, self.bias, self.activation, out_dtype)
         assert self.weight is not None, "a loader sets the weight or packs it"
         return linear(x, self.weight, self.bias, out_dtype)
@@ -71,26 +72,31 @@ class ParallelLinear:
         self.bias: Tensor | None = None
 
     def pack_(self) -> None:
-        """Make one packed weight again from the members' parameters."""
+        """Make one packed weight from the members' parameters; one there is written in place."""
         weights = [m.weight for m in self.members if m.weight is not None]
         if len(weights) != len(self.members):
             raise ValueError("a member holds a packed weight alone: there is nothing to pack")
-        self.set_packed(pack_parameter(torch.cat([w.detach() for w in weights])))
+        rows = torch.cat([w.detach() for w in weights])
+        self.set_packed(pack_parameter(rows, self.packed))
 
     def set_packed(self, packed: PackedWeight) -> None:
         """Serve the product from `packed`, the members' rows one after another."""
         self.packed = packed
-        biases = [m.bias for m in self.members]
-        self.bias = None
-        if any(b is not None for b in biases):
-            self.bias = torch.cat([
-                torch.zeros(m.out_features, dtype=torch.float32, device=packed.data.device)
-                if m.bias is None else m.bias.detach().float() for m in self.members
-            ])  # fmt: skip
+        if all(m.bias is None for m in self.members):
+            self.bias = None
+            return
+        bias = torch.cat([
+            torch.zeros(m.out_features, dtype=torch.float32, device=packed.data.device)
+            if m.bias is None else m.bias.detach().float() for m in self.members
+        ])  # fmt: skip
+        if self.bias is None:
+            self.bias = bias
+        else:
+            self.bias.copy_(bias)  # in place: captured graphs hold it
 
     def __call__(self, x: Tensor) -> Sequence[Tensor]:
         """One output [..., size] per member: views of one product if they are packed together."""
-        if self.packed is None:
+        if self.packed is None or any(records(x, member.weight) for member in self.members):
             return [member(x) for member in self.members]
         y = packed_product(x, self.packed, self.bias, self.members[0].activation, None)
         return y.split(self.sizes, dim=-1)
@@ -109,8 +115,23 @@ def packed_product(
     )
 
 
-def pack_parameter(weight: Tensor) -> PackedWeight:
-    """Pack a [out, in] float32 or bfloat16 tensor for its own device."""
+def records(x: Tensor, weight: Tensor | None) -> bool:
+    """Whether autograd records a product of x and a parameter, which it does in the plain form."""
+    return (
+        weight is not None and torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    )
+
+
+def pack_parameter(weight: Tensor, cache: PackedWeight | None = None) -> PackedWeight:
+    """Pack a [out, in] float32 or bfloat16 tensor for its own device.
+
+    cache: an earlier pack, which is written in place and returned if it fits.
+    """
     format = "f32" if weight.dtype == torch.float32 else "bf16"
     rows, columns = weight.shape
+    if cache is not None and (cache.format, cache.n, cache.k, cache.device) == (
+        format, rows, columns, weight.device,
+    ):  # fmt: skip
+        repack_(cache, weight.detach())
+        return cache
     return pack(format, weight.detach(), rows, columns, weight.device)

@@ -100,6 +100,28 @@ def pack(
     return pack_ref(format, rows.to(device), n, k, per_group)
 
 
+def repack_(packed: PackedWeight, rows: Tensor) -> None:
+    """Write other dense values into a packed weight, in place: captured graphs read them at once.
+
+    Args:
+        packed: of format "bf16" or "f32".
+        rows: dense `[n, k]` like those it was packed from.
+
+    Raises:
+        ValueError: on rows of another shape or dtype, or a quantized `packed`.
+    """
+    if packed.format not in layout.DENSE:
+        raise ValueError(f"only dense packs are written again, this one is {packed.format}")
+    _check_rows(packed.format, rows, packed.n, packed.k)
+    if rows.device.type == "cpu" and packed.device.type == "cpu":
+        rows = rows if rows.stride(1) == 1 or packed.k <= 1 else rows.contiguous()
+        index = layout.FORMATS.index(packed.format)
+        _C.pack(packed.data, packed.scales, rows, index, packed.n, packed.k)
+        return
+    rows = rows.to(packed.device)
+    packed.data.copy_(pack_ref(packed.format, rows, packed.n, packed.k, packed.rows_per_group).data)
+
+
 def pack_ref(format: str, rows: Tensor, n: int, k: int, per_group: int) -> PackedWeight:
     """`pack` in plain PyTorch, for any number of interleaved rows, on the device of `rows`."""
     if format in layout.DENSE:
