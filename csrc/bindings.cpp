@@ -175,6 +175,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("attention_backward_scratch", attention_backward_scratch);
   op(m, "quant_matmul", &Kernels::quant_matmul, quant_matmul_args);
   op(m, "linear", &Kernels::linear, linear_args);
+  op(m, "lora_add", &Kernels::linear, lora_add_args);
   op(m, "head_linear", &Kernels::head_linear, head_linear_args);
   op(m, "embedding", &Kernels::embedding, embedding_args);
   op(m, "quant_embedding", &Kernels::embedding, quant_embedding_args);

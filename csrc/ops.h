@@ -29,12 +29,15 @@ RmsNormArgs rms_norm_args(Tensor y, Tensor x, Tensor weight, Tensor residual, Te
 enum class Format : uint8_t { q4_0, q4_1, q8_0, bf16, f32 };
 enum class Activation : uint8_t { int8, bf16, fp32 };
 
-// Where a product goes: y[m, n] = round(sums + bias).
+// Where a product goes: y[m, n] = round(sums + bias), or round(base + scale * sums).
 struct MatmulOutput {
   void* y;           // [m, n], rows contiguous
   const void* bias;  // [n], or null
   DType y_type, bias_type;
   int64_t n, y_stride;
+  const float* base = nullptr;  // [m, n], rows contiguous, or null
+  int64_t base_stride = 0;
+  float scale = 1.f;
 };
 
 // y = x @ W.T + bias with W [n, k] packed. Few rows are bound by the bytes of W, many by
@@ -64,6 +67,10 @@ struct LinearArgs {
   int64_t m, k, x_stride, weight_stride;
 };
 LinearArgs linear_args(Tensor y, Tensor x, Tensor weight, Tensor bias, Tensor scratch);
+
+// y = round(base + scale * (t @ b.T)): the product of a low-rank adapter, summed onto another one
+// of fp32 [m, n] before the one rounding.
+LinearArgs lora_add_args(Tensor y, Tensor t, Tensor b, Tensor base, double scale, Tensor scratch);
 
 // y[t, h] = weight[h] @ x[t, h], and behind it a copy of tail[t, h]: each head has a weight [n, k] of
 // its own, whose rows or whose columns are contiguous. The sums are those of linear.

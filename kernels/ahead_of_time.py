@@ -31,6 +31,7 @@ from . import (
     head_linear,
     linear,
     log_probs,
+    lora_add,
     mla_attention,
     quant_matmul,
     rms_norm,
@@ -51,6 +52,7 @@ KERNEL_MODULES = (
     "head_linear",
     "linear",
     "log_probs",
+    "lora_add",
     "mla_attention",
     "paged_attention",
     "quant_matmul",
@@ -128,6 +130,9 @@ def shipped_launches() -> dict[str, Callable[[], Any]]:
         "rope": lambda: rope.rope(_meta(8, 32, 128), *_rope_tables(64)),
         "rope partial": lambda: rope.rope(_meta(8, 32, 128, dtype=f32), *_rope_tables(32)),
         "swiglu": lambda: swiglu.swiglu(_meta(8, 14336), _meta(8, 14336)),
+        "lora_add": lambda: lora_add.lora_add(
+            _meta(8, 16), _meta(4096, 16), _meta(8, 4096, dtype=f32), 2.0
+        ),
         "embedding": lambda: embedding.embedding(_ids(8), _meta(128256, 4096), f32),
         "quant_embedding q4_1": lambda: _quant_embedding("q4_1"),
         "quant_embedding q8_0": lambda: _quant_embedding("q8_0"),

@@ -128,6 +128,11 @@ _QUANT_FP32 = {
 }
 
 
+# The last product of an adapter: few columns, so bytes of base and y count; 64 x 64 fp32 sums and
+# as many values of base take 64 registers a thread at 4 warps. One tile for any number of tokens.
+LORA_TILE = ProductTile(64, 64, 32, 4, 2)
+
+
 def linear_tile(m: int, dtype: torch.dtype) -> ProductTile:
     """Tile of a dense product of m tokens."""
     return _for_tokens(_LINEAR_FP32 if dtype == torch.float32 else _LINEAR_BF16, m)

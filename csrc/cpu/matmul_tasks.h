@@ -79,13 +79,22 @@ FASTLLM_INLINE void store_row(Y* y, const float* sums, const MatmulOutput& o, in
   }
 }
 
+// sums[c] = base[c] + scale * sums[c], the product rounded before the sum.
+FASTLLM_INLINE void add_to_base(float* sums, const float* base, float scale, int64_t n) {
+  int64_t c = 0;
+  for (; c + VL <= n; c += VL) vstore(sums + c, vload(base + c) + vset(scale) * vload(sums + c));
+  for (; c < n; ++c) sums[c] = base[c] + scale * sums[c];
+}
+
 // Adds the bias and rounds `rows` rows of a tile whose sums lie `stride` apart into y at (row,
 // column).
-FASTLLM_INLINE void store_tile(const MatmulOutput& o, const float* sums, int64_t stride,
-                               int64_t row, int64_t rows, int64_t column) {
+FASTLLM_INLINE void store_tile(const MatmulOutput& o, float* sums, int64_t stride, int64_t row,
+                               int64_t rows, int64_t column) {
   const int64_t n = o.n - column < stride ? o.n - column : stride;
   for (int64_t m = 0; m < rows; ++m) {
     const int64_t at = (row + m) * o.y_stride + column;
+    if (o.base)
+      add_to_base(sums + m * stride, o.base + (row + m) * o.base_stride + column, o.scale, n);
     if (o.y_type == DType::bf16)
       store_row(static_cast<uint16_t*>(o.y) + at, sums + m * stride, o, column, n);
     else

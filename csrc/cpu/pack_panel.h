@@ -32,6 +32,18 @@ static void pack_panel(const char* rows, int64_t stride, int64_t count, int64_t 
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) __builtin_memcpy(panel + (w + i) * kPanelRows, &r[i], 64);
   }
+  if (const int64_t rest = row_bytes / 4 - w; rest > 0) {  // all there is of a low-rank factor
+    const __mmask16 some = static_cast<__mmask16>((1u << rest) - 1);
+    vi r[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i)
+      r[i] = i < count ? (vi)_mm512_maskz_loadu_epi32(some, rows + i * stride + 4 * w) : vi{};
+    transpose_16x16(r);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i)
+      if (i < rest) __builtin_memcpy(panel + (w + i) * kPanelRows, &r[i], 64);
+    w += rest;
+  }
 #endif
   for (int64_t i = 0; i < kPanelRows; ++i) {
     if (i < count)

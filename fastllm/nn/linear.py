@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fastllm.nn.low_rank import LowRank, without_term
 from fastllm.ops.linear import linear
 from fastllm.ops.quant_matmul import quant_matmul
 from fastllm.quantize.packed import PackedWeight, pack, repack_
@@ -31,6 +32,7 @@ class Linear(nn.Module):
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, device="meta"), requires_grad=False)
         self.packed: PackedWeight | None = None
+        self.low_rank: LowRank | None = None  # an adapter; fastllm.nn.lora sets it
 
     def pack_(self) -> None:
         """Make the packed cache from the parameter; one that is there is written in place."""
@@ -40,6 +42,12 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
         """x [..., in] -> [..., out] in `out_dtype` or the dtype of x."""
+        if self.low_rank is None or not self.low_rank.enabled:
+            return self.product(x, out_dtype)
+        return self.low_rank(x, self.product(x, torch.float32), out_dtype or x.dtype)
+
+    def product(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+        """`forward` without the adapter."""
         if self.packed is not None and not records(x, self.weight):
             return packed_product(x, self.packed, self.bias, self.activation, out_dtype)
         assert self.weight is not None, "a loader sets the weight or packs it"
@@ -98,8 +106,19 @@ class ParallelLinear:
         """One output [..., size] per member: views of one product if they are packed together."""
         if self.packed is None or any(records(x, member.weight) for member in self.members):
             return [member(x) for member in self.members]
-        y = packed_product(x, self.packed, self.bias, self.members[0].activation, None)
-        return y.split(self.sizes, dim=-1)
+        low_ranks = [m.low_rank for m in self.members]
+        adapted = any(low_rank is not None and low_rank.enabled for low_rank in low_ranks)
+        dtype = torch.float32 if adapted else None
+        y = packed_product(x, self.packed, self.bias, self.members[0].activation, dtype)
+        parts = y.split(self.sizes, dim=-1)
+        if not adapted:
+            return parts
+        return [
+            low_rank(x, part, x.dtype)
+            if low_rank is not None and low_rank.enabled
+            else without_term(part, x.dtype)
+            for low_rank, part in zip(low_ranks, parts, strict=True)
+        ]
 
 
 def packed_product(

@@ -7,6 +7,7 @@ from .attention import attention
 from .embedding import embedding, quant_embedding
 from .head_linear import head_linear
 from .linear import linear
+from .lora_add import lora_add
 from .mla_attention import append_mla, mla_attention, new_mla_cache
 from .paged_attention import paged_attention
 from .paged_cache import KvCache, new_cache
@@ -27,6 +28,7 @@ __all__ = [
     "head_linear",
     "linear",
     "log_probs",
+    "lora_add",
     "mla_attention",
     "new_cache",
     "new_mla_cache",

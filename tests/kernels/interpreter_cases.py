@@ -470,6 +470,15 @@ def top_log_probs_of_bad_rows() -> float:
     return 0.0 if refused and right else math.inf
 
 
+def lora_add_case(dtype: torch.dtype, sizes: tuple[int, int, int]) -> float:
+    from fastllm.kernels.lora_add import lora_add
+
+    m, n, r = sizes
+    t, b, base = randn(m, r, dtype=dtype), randn(n, r, dtype=dtype), randn(m, n + 9)[:, 3 : n + 3]
+    ref = base.double() + 0.5 * (t.double() @ b.double().T)
+    return excess(lora_add(t, b, base, 0.5), ref, dtype)
+
+
 def log_probs_case(vocab: int) -> float:
     from fastllm.kernels.log_probs import log_probs
 
@@ -501,6 +510,8 @@ def quick_cases() -> dict[str, Case]:
         add(f"quant_embedding {d}", quant_embedding_dense, dtype)
         for m in (0, 1, 17, 40):
             add(f"linear {d} m={m}", linear_case, dtype, m)
+        for sizes in ((3, 70, 8), (66, 33, 40)):
+            add(f"lora_add {d} {sizes}", lora_add_case, dtype, sizes)
         add(f"linear {d} bias", linear_case, dtype, 5, bias=True, out=F32)
         add(f"linear {d} split K", linear_case, dtype, 3, k=1030, bias=True, batch_invariant=False)
         add(f"quant_matmul {d} odd K", quant_matmul_dense, dtype, 37)
