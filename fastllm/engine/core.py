@@ -41,6 +41,11 @@ class Engine:
             for request in requests:
                 self.scheduler.add(request)
 
+    def refresh(self) -> None:
+        """Take note of changed weights, before a generation: see `Runner.refresh`."""
+        with self._lock:
+            self.runner.refresh()
+
     def step(self) -> None:
         """Advance everything that runs by one token, and prompts by one stretch."""
         with self._lock:

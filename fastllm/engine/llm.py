@@ -5,35 +5,37 @@ from __future__ import annotations
 import itertools
 import os
 import secrets
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from fastllm.engine.cache import PAGE_SIZE, PagedCache, page_bytes, pages_for
+from fastllm.engine.arguments import (
+    Params,
+    Prompt,
+    as_list,
+    batched_tokens,
+    cache_budget,
+    cache_dtype,
+    check_count,
+    check_head_dims,
+    context_length,
+    params_of,
+)
+from fastllm.engine.cache import PagedCache, page_bytes, pages_for
 from fastllm.engine.core import Engine
 from fastllm.engine.request import MAX_BANNED, RequestOutput, SamplingParams
 from fastllm.engine.sequence import Request
-from fastllm.errors import ModelFileError
 from fastllm.models.chat_template import CHATML, ChatTemplate
 from fastllm.models.config import ModelConfig
-from fastllm.models.loader import DTYPES, check_device, choose_compute, load_model
+from fastllm.models.decoder import Decoder
+from fastllm.models.loader import check_device, choose_compute, load_model
 from fastllm.models.names import resolve
 from fastllm.models.tokenizer import Tokenizer
-from fastllm.models.weights import GGUFWeights, open_weights
-
-Prompt = str | Sequence[int]
-Params = SamplingParams | Sequence[SamplingParams] | None
-
-_CACHE_DTYPES = DTYPES | {
-    "float16": torch.float16,
-    "fp16": torch.float16,
-    "f16": torch.float16,
-    "int8": torch.int8,
-}
-_BATCHED_TOKENS = {"cpu": 512, "cuda": 8192}  # in one forward: enough to be compute-bound
+from fastllm.models.weights import GGUFWeights, WeightSource, open_weights
 
 
 class LLM:
@@ -71,40 +73,94 @@ class LLM:
         enforce_eager: bool = False,
     ) -> None:
         where = check_device(device)
-        batched = max_num_batched_tokens
-        if batched is None:
-            batched = _BATCHED_TOKENS[where.type]
-        _check_count("max_num_seqs", max_num_seqs, 4096)
-        _check_count("max_num_batched_tokens", batched, 1 << 20)
+        batched = batched_tokens(max_num_batched_tokens, where)
+        check_count("max_num_seqs", max_num_seqs, 4096)
         source = open_weights(resolve(model))
         if where.type == "cpu" and not enforce_eager:
-            _check_head_dims(source.config, source.path)
+            check_head_dims(source.config, source.path)
         compute, mode = choose_compute(source, dtype, where, activation)
-        stored = _cache_dtype(kv_cache_dtype, compute, source.config)
-        self.config: ModelConfig = source.config
-        self._source = source
-        budget = _cache_budget(where, source.path)
-        self.max_model_len = _context(self.config, max_model_len, stored, budget)
-        max_pages = pages_for(self.max_model_len)
-        affordable = int(budget // page_bytes(self.config, stored))
+        stored = cache_dtype(kv_cache_dtype, compute, source.config)
+        budget = cache_budget(where, source.path)
+        longest = context_length(source.config, max_model_len, stored, budget)
+        model_of_file = load_model(source, compute, where, mode, longest)
+        self._serve(
+            model_of_file, longest, stored, budget, max_num_seqs, batched, not enforce_eager
+        )
+        self._tokenizer: Callable[[], Tokenizer] = partial(_read_tokenizer, source)
+
+    @classmethod
+    def from_model(
+        cls,
+        model: Decoder,
+        tokenizer: Tokenizer | None = None,
+        *,
+        max_model_len: int | None = None,
+        max_num_seqs: int = 32,
+        kv_cache_dtype: str = "auto",
+        max_num_batched_tokens: int | None = None,
+        enforce_eager: bool = False,
+    ) -> LLM:
+        """Generation on the live weights of a model in training.
+
+        Weights are not copied: every call of `generate`, `chat` or `logits` uses the parameters as
+        they are when it begins. (On the CPU through packed caches, made again when the weights have
+        changed: see `Decoder.weights_changed`.) Log-probabilities are those of
+        `Decoder.log_probs` bit for bit.
+
+        Args:
+            model: from `initialize`, `load_trainable` or `load_model`.
+            tokenizer: None: prompts are token ids, and sampling parameters say detokenize=False.
+            max_model_len: longest prompt and answer together; default the model's rotary tables,
+                or what fits in memory.
+
+        The other arguments are those of `LLM`. Raises ValueError naming the argument.
+        """
+        where = model.device
+        batched = batched_tokens(max_num_batched_tokens, where)
+        check_count("max_num_seqs", max_num_seqs, 4096)
+        if where.type == "cpu" and not enforce_eager:
+            check_head_dims(model.config, "the model's configuration")
+        stored = cache_dtype(kv_cache_dtype, model.dtype, model.config)
+        budget = cache_budget(where, None)
+        known = replace(
+            model.config,
+            max_position_embeddings=min(model.config.max_position_embeddings, model.max_positions),
+        )
+        longest = context_length(known, max_model_len, stored, budget)
+        llm = cls.__new__(cls)
+        llm._serve(model, longest, stored, budget, max_num_seqs, batched, not enforce_eager)
+        llm._tokenizer = partial(_given_tokenizer, tokenizer)
+        if any(p.requires_grad for p in model.parameters()):
+            model.pack_()
+        return llm
+
+    def _serve(
+        self, model: Decoder, max_model_len: int, cache_dtype: torch.dtype, budget: float,
+        max_num_seqs: int, batched_tokens: int, graphs: bool,
+    ) -> None:  # fmt: skip
+        self.model = model
+        self.config: ModelConfig = model.config
+        self.max_model_len = max_model_len
+        max_pages = pages_for(max_model_len)
+        affordable = int(budget // page_bytes(self.config, cache_dtype))
         pages = min(max_num_seqs * max_pages, max(affordable, max_pages)) + 1
-        self.model = load_model(source, compute, where, mode, self.max_model_len)
         self._engine = Engine(
-            self.model,
-            PagedCache(self.config, pages, stored, where),
+            model,
+            PagedCache(self.config, pages, cache_dtype, model.device),
             max_seqs=max_num_seqs,
             max_pages=max_pages,
-            max_batched_tokens=batched,
-            graphs=not enforce_eager,
+            max_batched_tokens=batched_tokens,
+            graphs=graphs,
         )
         self._numbers = itertools.count()
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer. Raises ModelFileError if the model's files have none."""
-        if isinstance(self._source, GGUFWeights):
-            return Tokenizer.from_gguf(self._source.file.metadata, file=self._source.path)
-        return Tokenizer.from_hf(self._source.path)
+        """The model's tokenizer.
+
+        Raises ModelFileError if the model's files have none, ValueError if `from_model` got none.
+        """
+        return self._tokenizer()
 
     @cached_property
     def chat_template(self) -> ChatTemplate:
@@ -141,7 +197,7 @@ class LLM:
         have grown (`outputs[i].delta` is what is new); closing it stops the generation.
         Raises TypeError or ValueError, naming the prompt, before anything runs.
         """
-        return self._run(self._requests(_as_list(prompts), sampling_params, True), stream)
+        return self._run(self._requests(as_list(prompts), sampling_params, True), stream)
 
     @overload
     def chat(
@@ -182,12 +238,13 @@ class LLM:
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         """Logits of every position of a token sequence, float32 `[len(ids), vocab]`."""
+        self._engine.refresh()
         return self._engine.logits(self._check_ids(ids, "ids", self.max_model_len))
 
     def _requests(
         self, prompts: Sequence[Prompt], sampling_params: Params, add_special_tokens: bool
     ) -> list[Request]:
-        params = _params_of(sampling_params, len(prompts))
+        params = params_of(sampling_params, len(prompts))
         return [
             self._request(prompt, p, f"prompt {i}", add_special_tokens)
             for i, (prompt, p) in enumerate(zip(prompts, params, strict=True))
@@ -287,6 +344,7 @@ class LLM:
 
     def _steps(self, requests: list[Request]) -> Generator[None]:
         """Step the engine until all requests are finished; yields after each step."""
+        self._engine.refresh()
         self._engine.add(requests)
         pending = requests
         try:
@@ -302,110 +360,16 @@ class LLM:
                 self._engine.abort(request)
 
 
-def _as_list(prompts: Any) -> list[Prompt]:
-    """One prompt or several -> a list of prompts."""
-    if isinstance(prompts, Tensor):
-        prompts = prompts.tolist()
-    if isinstance(prompts, str):
-        return [prompts]
-    if isinstance(prompts, bytes | Mapping) or not isinstance(prompts, Sequence):
-        raise TypeError(
-            "prompts must be a string, a list of token ids, or a list of those, got "
-            f"{type(prompts).__name__}"
-        )
-    if prompts and all(isinstance(p, int) and not isinstance(p, bool) for p in prompts):
-        return [list(prompts)]
-    for i, prompt in enumerate(prompts):
-        if isinstance(prompt, bytes | Mapping) or not isinstance(prompt, str | Sequence | Tensor):
-            raise TypeError(
-                f"prompt {i} must be a string or a list of token ids, got {type(prompt).__name__}"
-            )
-    return [p.tolist() if isinstance(p, Tensor) else p for p in prompts]
+def _read_tokenizer(source: WeightSource) -> Tokenizer:
+    if isinstance(source, GGUFWeights):
+        return Tokenizer.from_gguf(source.file.metadata, file=source.path)
+    return Tokenizer.from_hf(source.path)
 
 
-def _params_of(params: Params, count: int) -> list[SamplingParams]:
-    if params is None:
-        params = SamplingParams()
-    if isinstance(params, SamplingParams):
-        return [params] * count
-    params = list(params)
-    for p in params:
-        if not isinstance(p, SamplingParams):
-            raise TypeError(f"sampling_params must hold SamplingParams, got {type(p).__name__}")
-    if len(params) != count:
-        raise ValueError(f"there are {count} prompts and {len(params)} sampling_params")
-    return params
-
-
-def _check_head_dims(config: ModelConfig, path: str | os.PathLike[str]) -> None:
-    sizes = {"head_dim": config.head_dim}
-    most = 512
-    if config.mla is not None:
-        rank, width = config.mla.kv_lora_rank, config.mla.cache_width
-        sizes, most = {"kv_lora_rank": rank, "kv_lora_rank + qk_rope_head_dim": width}, 576
-    for name, size in sizes.items():
-        if size % 8 or size > most:
-            raise ModelFileError(
-                path, name, f"{size} has no attention kernel: multiples of 8 up to {most} do",
-                "Pass enforce_eager=True to run plain PyTorch attention, which is slow"
-            )  # fmt: skip
-
-
-def _check_count(name: str, value: Any, most: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r:.80}")
-    if not 1 <= value <= most:
-        raise ValueError(f"{name} must be from 1 to {most}, got {value}")
-
-
-def _cache_dtype(name: str, compute: torch.dtype, config: ModelConfig) -> torch.dtype:
-    """The dtype of the KV cache of a model that computes in `compute`."""
-    if name == "auto":
-        return compute
-    dtype = _CACHE_DTYPES.get(str(name).removeprefix("torch."))
-    if dtype is None:
+def _given_tokenizer(tokenizer: Tokenizer | None) -> Tokenizer:
+    if tokenizer is None:
         raise ValueError(
-            f"kv_cache_dtype must be 'auto', 'bf16', 'fp16', 'fp32' or 'int8', got {name!r:.80}"
+            "this LLM was made without a tokenizer: give prompts as token ids and "
+            "SamplingParams(detokenize=False), or pass a tokenizer to LLM.from_model"
         )
-    if dtype == torch.int8 and config.mla is not None:
-        raise ValueError(
-            "kv_cache_dtype 'int8' is for keys and values; the latents of this model are small as "
-            "they are: use 'auto'"
-        )
-    if dtype not in (compute, torch.int8):
-        raise ValueError(
-            f"kv_cache_dtype {name!r} does not fit dtype {compute}: queries and keys have one "
-            "dtype. Use 'auto' or 'int8', or load with another dtype"
-        )
-    return dtype
-
-
-def _cache_budget(device: torch.device, path: str | os.PathLike[str]) -> float:
-    """Bytes that the KV cache may come to take."""
-    if device.type == "cuda":
-        files = [path] if os.path.isfile(path) else [e.path for e in os.scandir(path)]
-        weights = sum(os.path.getsize(file) for file in files)
-        return 0.8 * (torch.cuda.mem_get_info(device)[0] - weights)
-    return 0.5 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # mapped when written
-
-
-def _context(config: ModelConfig, asked: int | None, dtype: torch.dtype, budget: float) -> int:
-    """max_model_len: what was asked for, or the model's own length as far as memory allows."""
-    affordable = (int(budget // page_bytes(config, dtype)) - 1) * PAGE_SIZE
-    if asked is None:
-        if affordable < PAGE_SIZE:
-            raise ValueError("there is no memory for a KV cache: free some, or use a smaller model")
-        return min(config.max_position_embeddings, affordable)
-    if isinstance(asked, bool) or not isinstance(asked, int):
-        raise TypeError(f"max_model_len must be an integer, got {asked!r}")
-    if not 2 <= asked <= config.max_position_embeddings:
-        raise ValueError(
-            f"max_model_len must be from 2 to {config.max_position_embeddings}, the positions that "
-            f"the model was made for, got {asked}"
-        )
-    if asked > affordable:
-        raise ValueError(
-            f"max_model_len {asked} needs more memory for the KV cache than there is: at most "
-            f"{max(affordable, 0)} fit"
-        )
-    return asked
+    return tokenizer

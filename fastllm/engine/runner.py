@@ -45,6 +45,21 @@ class Runner:
         )
         self.inputs.arrays["cu_seqlens_q"][:] = np.arange(slots + 1)
         self._steps: dict[int, _Step] = {}
+        self._addresses = self._read_addresses()
+
+    def refresh(self) -> None:
+        """Make stale packed caches again; forget captured steps whose weights lie elsewhere now.
+
+        Weights that changed where they are need no new capture: a step reads them as it runs.
+        """
+        self.model.refresh_caches()
+        addresses = self._read_addresses()
+        if addresses != self._addresses:
+            self._steps.clear()
+            self._addresses = addresses
+
+    def _read_addresses(self) -> list[int]:
+        return [tensor.data_ptr() for tensor in self.model.served_tensors()]
 
     # Slots
 
@@ -76,6 +91,8 @@ class Runner:
         The slots then stand at the next position, with the new token as input. The arrays are
         overwritten by the next step. An id of -1 says that the logits had NaN or no finite value.
         """
+        if self.model.caches_stale:
+            self.refresh()
         step = self._step(count)
         self.inputs.upload()
         self.sampler.static.upload()

@@ -119,7 +119,7 @@ class Decoder(nn.Module):
         self.register_buffer("rope_cos", cos.to(device), persistent=False)
         self.register_buffer("rope_sin", sin.to(device), persistent=False)
         self._caches: list[tuple[int, int]] | None = None  # what the packed caches were made from
-        self._stale = False
+        self.caches_stale = False
         self.register_load_state_dict_post_hook(lambda *_: self.weights_changed())
 
     @property
@@ -139,7 +139,7 @@ class Decoder(nn.Module):
         They take the parameters' memory once more. Caches that are there are written in place, so
         that captured graphs read the new values. GPUs read parameters as they lie: nothing is made.
         """
-        self._stale = False
+        self.caches_stale = False
         self._caches = self._parameter_states()
         if self.device.type != "cpu":
             return
@@ -158,12 +158,27 @@ class Decoder(nn.Module):
         Whoever writes parameters calls it: an optimizer step, adapters, FSDP. `load_state_dict`
         does so by itself.
         """
-        self._stale = self._caches is not None
+        self.caches_stale = self._caches is not None
 
     def refresh_caches(self) -> None:
         """Pack again if the weights have changed since, said or seen (writes through torch are)."""
-        if self._caches is not None and (self._stale or self._caches != self._parameter_states()):
+        if self._caches is not None and (
+            self.caches_stale or self._caches != self._parameter_states()
+        ):
             self.pack_()
+
+    def served_tensors(self) -> Iterator[Tensor]:
+        """Every tensor that holds weights and that a forward pass may read: to see them move."""
+        yield from self.parameters()
+        owners: list[Linear | ParallelLinear | Embedding] = [
+            group for _, group in self.parallel_linears()
+        ]
+        owners += [m for m in self.modules() if isinstance(m, Linear | Embedding)]
+        for owner in owners:
+            if owner.packed is not None:
+                yield from (owner.packed.data, owner.packed.scales)
+            if isinstance(owner, ParallelLinear) and owner.bias is not None:
+                yield owner.bias
 
     def _parameter_states(self) -> list[tuple[int, int]]:
         return [(p.data_ptr(), p._version) for p in self.parameters()]
@@ -177,7 +192,7 @@ class Decoder(nn.Module):
 
         cache: pages of every layer; what the batch's tokens leave behind is written to them.
         """
-        if self._stale:
+        if self.caches_stale:
             self.pack_()
         tables = (self.rope_cos, self.rope_sin)
         x, residual = self._embed(batch.ids)
