@@ -153,6 +153,28 @@ class Tokenizer:
         batch = backend.encode_batch_fast(valid, add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in batch]
 
+    def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], Any]]:
+        """Of each text the ids that `encode(text, add_special_tokens=False)` gives, and where the
+        tokens are in it: [(start, end), ...] in characters. Tokens that share the bytes of one
+        character share its place; the space before a word is part of the word's token."""
+        valid = [_valid_text(text, f"texts[{i}]") for i, text in enumerate(texts)]
+        batch = self._place_backend.encode_batch(valid, add_special_tokens=False)
+        return [(encoding.ids, encoding.offsets) for encoding in batch]
+
+    @cached_property
+    def _place_backend(self) -> tokenizers.Tokenizer:
+        """A twin without post-processing, which adds nothing here but may trim spaces off places."""
+        if self._backend.post_processor is None:
+            return self._backend
+        twin = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        twin.post_processor = None
+        return twin
+
+    @property
+    def special_texts(self) -> frozenset[str]:
+        """The texts of the control tokens, which `decode` leaves out by default."""
+        return self._special_texts
+
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`. Bytes that are not valid UTF-8 become U+FFFD; an id that has no token
         (models pad their embeddings) becomes nothing. Raises ValueError for a negative id."""
