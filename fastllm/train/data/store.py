@@ -28,7 +28,7 @@ from fastllm.errors import DataError
 FORMAT = "fastllm-token-store"
 VERSION = 1
 TOKENS, DOCUMENTS, INDEX = "tokens.bin", "documents.bin", "index.json"
-DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 OFFSETS = np.dtype("<u8")
 
 _REMEDY = "Prepare the store again (fastllm data prepare --overwrite)"

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
@@ -61,8 +62,8 @@ class StoreWriter:
         self._dtype = DTYPES[vocabulary.dtype]
         self._overwrite = overwrite
         check_target(self.directory, overwrite=overwrite)
-        self._splits: dict[str, Split] = {}
-        self._lengths: list[int] = []
+        self._splits: dict[str, list[int]] = {}  # name -> the four numbers of Split
+        self._lengths = array("q")
         self._done = False
 
     def __enter__(self) -> StoreWriter:
@@ -87,11 +88,10 @@ class StoreWriter:
         """The documents that follow belong to split `name`."""
         if name in self._splits:
             raise ValueError(f"split {name!r} was written already")
-        self._splits[name] = Split(len(self._lengths), 0, 0, 0)
+        self._splits[name] = self._counts = [len(self._lengths), 0, 0, 0]
 
     def add(self, tokens: Sequence[int] | NDArray[Any], text_bytes: int = 0) -> None:
         """Append a document: its tokens with the end token, and the bytes of its text as UTF-8."""
-        name, split = next(reversed(self._splits.items()))
         wide = np.asarray(tokens, np.int64)
         if not wide.size:
             raise ValueError(f"document {len(self._lengths)} has no tokens")
@@ -100,15 +100,10 @@ class StoreWriter:
                 f"document {len(self._lengths)} holds a token id outside the vocabulary of "
                 f"{self.vocabulary.vocab_size}"
             )
-        stored = wide.astype(self._dtype)
-        stored.tofile(self._file)
-        self._lengths.append(stored.size)
-        self._splits[name] = Split(
-            split.first,
-            split.documents + 1,
-            split.tokens + stored.size,
-            split.text_bytes + text_bytes,
-        )
+        self._file.write(wide.astype(self._dtype).data)
+        self._lengths.append(wide.size)
+        for i, more in enumerate((0, 1, wide.size, text_bytes)):
+            self._counts[i] += more
 
     def finish(
         self,
@@ -152,7 +147,7 @@ class StoreWriter:
             "dtype": self.vocabulary.dtype,
             "documents": len(self._lengths),
             "tokens": sum(self._lengths),
-            "splits": {name: asdict(split) for name, split in self._splits.items()},
+            "splits": {name: asdict(Split(*counts)) for name, counts in self._splits.items()},
             "files": files,
             "tokenizer": asdict(self.vocabulary),
             "settings": dict(settings or {}),
