@@ -68,3 +68,7 @@ class ChatTemplateError(FastLLMError, ValueError):
 
 class NumericalError(FastLLMError, ArithmeticError):
     """A computation gave NaN or infinity where a number is needed."""
+
+
+class CheckpointError(FastLLMError, ValueError):
+    """A checkpoint is missing, damaged, or of another run; the message says what differs."""
