@@ -217,7 +217,7 @@ class _Reader:
         if not isinstance(turn, dict):
             self.fail(where, _is(turn), "an object {'from': ..., 'value': ...}")
         speaker = turn.get("from")
-        role = _SHAREGPT_ROLES.get(speaker) if _is_str(speaker) else None
+        role = _SHAREGPT_ROLES.get(speaker) if isinstance(speaker, str) else None
         if role is None:
             self.fail(f"{where}.from", f"is {speaker!r}", _one_of(speaker, _SHAREGPT_ROLES))
         value = self.string(turn, "value", where)

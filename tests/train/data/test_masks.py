@@ -41,7 +41,8 @@ PHI3 = """{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|
 {%- if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"""
 DEEPSEEK = """{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}
 {{- '<\uff5cUser\uff5c>' + m.content }}{% elif m.role == 'assistant' %}
-{{- '<\uff5cAssistant\uff5c>' + m.content + eos_token }}{% else %}{{ m.content }}{% endif %}{% endfor %}
+{{- '<\uff5cAssistant\uff5c>' + m.content + eos_token }}
+{%- else %}{{ m.content }}{% endif %}{% endfor %}
 {%- if add_generation_prompt %}{{ '<\uff5cAssistant\uff5c>' }}{% endif %}"""
 # The thinking of a turn is written, empty too, while no question of the user follows it.
 QWEN3 = """{%- set ns = namespace(last=0) %}
@@ -95,7 +96,8 @@ STYLES = {
 SPECIAL = [
     "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|python_tag|>",
     "<|start_header_id|>", "<|end_header_id|>", "<start_of_turn>", "<end_of_turn>", "<|end|>",
-    "<|user|>", "<|assistant|>", "<\uff5cUser\uff5c>", "<\uff5cAssistant\uff5c>", "[INST]", "[/INST]",
+    "<|user|>", "<|assistant|>", "<\uff5cUser\uff5c>", "<\uff5cAssistant\uff5c>", "[INST]",
+    "[/INST]",
 ]  # fmt: skip
 WORDS = ["Hello there, friend!", "It's 12.5 °C in 北京 🎉.", "a\n\n- b\n", "x"]
 
@@ -161,7 +163,7 @@ def test_learned_tokens_are_the_answers_and_their_end_tokens(
         assert text.endswith(after)
 
 
-@given(texts=st.lists(st.text(max_size=12), min_size=2, max_size=6), style=st.sampled_from(
+@given(texts=st.lists(st.text(min_size=1, max_size=12), min_size=2, max_size=6), style=st.sampled_from(
     [s for s in STYLES if s not in ("llama3", "gemma")]  # these trim
 ))  # fmt: skip
 @settings(max_examples=60, deadline=None)
