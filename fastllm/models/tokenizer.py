@@ -163,7 +163,7 @@ class Tokenizer:
 
     @cached_property
     def _place_backend(self) -> tokenizers.Tokenizer:
-        """A twin without post-processing, which here adds nothing but may trim spaces off places."""
+        """A twin without post-processing: it adds nothing here but may trim spaces off places."""
         if self._backend.post_processor is None:
             return self._backend
         twin = tokenizers.Tokenizer.from_str(self._backend.to_str())
