@@ -1,0 +1,103 @@
+"""More than one process: the group that torchrun describes, sums over it, sharded parameters.
+
+A run in one process never touches torch.distributed: sums return what they were given.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+
+
+def rank() -> int:
+    """This process's number, 0 without a group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextmanager
+def process_group(device: str = "cpu") -> Iterator[torch.device]:
+    """Join the processes that torchrun started, if it started this one; gives this one's device.
+
+    Tensors of a CPU are summed by gloo, of GPUs by NCCL; checkpoints always plan over gloo.
+    Raises ValueError for a GPU that is not there.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ and "RANK" not in os.environ:
+        yield torch.device(device)
+        return
+    where = torch.device(device)
+    if where.type == "cuda":
+        where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if where.index >= torch.cuda.device_count():
+            raise ValueError(
+                f"process {where.index} of this machine has no GPU: there are "
+                f"{torch.cuda.device_count()}; start as many processes with --nproc-per-node"
+            )
+        torch.cuda.set_device(where)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo")
+    try:
+        yield where
+    finally:
+        host_group.cache_clear()
+        host_mesh.cache_clear()
+        dist.destroy_process_group()
+
+
+@functools.cache
+def host_group() -> Any:
+    """A gloo group of all processes for the checkpoint thread alone; None without processes.
+
+    Collectives of two threads in one group would meet in an order that differs between processes.
+    Every process must make the first call at the same point.
+    """
+    return dist.new_group(backend="gloo") if dist.is_initialized() else None
+
+
+@functools.cache
+def host_mesh() -> DeviceMesh:
+    """All processes in a row, for tensors in host memory."""
+    return init_device_mesh("cpu", (world(),), mesh_dim_names=("shard",))
+
+
+def sum_(values: Tensor) -> Tensor:
+    """Sum a tensor over all processes, in place."""
+    if world() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def gather(value: Any, group: Any = None) -> list[Any]:
+    """One picklable value of each process, in order, on every process."""
+    if world() == 1:
+        return [value]
+    found: list[Any] = [None] * world()
+    dist.all_gather_object(found, value, group=group)
+    return found
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that may be sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be sharded; every process must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def is_master(parameter: Tensor) -> bool:
+    """Whether a sharded parameter holds float32 values that blocks read as bfloat16."""
+    return getattr(parameter, "is_master", False)
