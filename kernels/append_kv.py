@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .triton_compat import divide, round_even
-from .varlen import sequence_of_tile
+from .varlen import page_at, sequence_of_tile
 
 
 @triton.jit
@@ -44,6 +44,7 @@ def append_kv_kernel(
     n_tokens,
     n_seqs,
     max_pages,
+    n_pages,
     KV_HEADS: tl.constexpr,
     DK: tl.constexpr,
     DV: tl.constexpr,
@@ -61,8 +62,11 @@ def append_kv_kernel(
     position = cache_len - n_new + token
     if (cache_len == 0) | (position < 0) | (position >= max_pages * PAGE):
         return
-    page = tl.load(block_table_ptr + seq.to(tl.int64) * max_pages + position // PAGE)
-    row = (page.to(tl.int64) * KV_HEADS + head) * PAGE + position % PAGE
+    entry = seq.to(tl.int64) * max_pages + position // PAGE
+    page, known = page_at(block_table_ptr, entry, True, n_pages)
+    if not known:
+        return
+    row = (page * KV_HEADS + head) * PAGE + position % PAGE
     d = tl.arange(0, BLOCK_D)
     source = t.to(tl.int64)
     k = tl.load(k_ptr + source * stride_kt + head * stride_kh + d, mask=d < DK, other=0.0)
@@ -87,7 +91,7 @@ def append_kv(
     k[T, Hk, D], v[T, Hk, Dv]: any strides of T and Hk, K after RoPE; k_cache [pages, Hk,
     page_size, D] and v_cache [pages, Hk, page_size, Dv]: contiguous, of the same dtype, or int8
     with k_scales, v_scales[pages, Hk, page_size], fp32, written too; the rest as in
-    `paged_attention`. Nothing is written for a dead slot.
+    `paged_attention`. Nothing is written for a dead slot, nor to a page that the cache has not.
     """
     n_tokens, kv_heads, dim_k = k.shape
     dim_v = v.shape[-1]
@@ -111,6 +115,7 @@ def append_kv(
         n_tokens,
         n_seqs,
         max_pages,
+        k_cache.shape[0],
         KV_HEADS=kv_heads,
         DK=dim_k,
         DV=dim_v,

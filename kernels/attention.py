@@ -34,7 +34,7 @@ from torch import Tensor
 from . import tuning
 from .online_softmax import LOG2_E, SPLIT_POSITIONS, finish, merge_splits, update
 from .triton_compat import cast, dot, recomputed, tanh
-from .varlen import sequence_of_tile
+from .varlen import page_at, sequence_of_tile
 
 
 @triton.jit
@@ -106,21 +106,28 @@ def key_rows(
     position,
     stored,
     pages_ptr,
+    n_pages,
     kv_head,
     KV_HEADS: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """(row of the tile's first key, offsets[N] from it) in the cache, or in a document's keys."""
+    """(row of the tile's first key, offsets[N] from it, stored, whether the pages of all are known)
+
+    in the cache, or in a document's keys. Keys of a page that the cache has not are not stored.
+    """
     n = tl.arange(0, BLOCK_N)
     if pages_ptr is None:
-        return tl.full((), 0, tl.int64) + start, n  # the interpreter's start is a Python int
+        # the interpreter's start is a Python int
+        return tl.full((), 0, tl.int64) + start, n, stored, tl.full((), True, tl.int1)
     elif PAGE % BLOCK_N == 0:
-        page = tl.load(pages_ptr + start // PAGE).to(tl.int64)
-        return (page * KV_HEADS + kv_head) * PAGE + start % PAGE, n
+        page, known = page_at(pages_ptr, start // PAGE, True, n_pages)
+        return (page * KV_HEADS + kv_head) * PAGE + start % PAGE, n, stored & known, known
     else:
-        page = tl.load(pages_ptr + position // PAGE, mask=stored, other=0).to(tl.int64)
-        return tl.full((), 0, tl.int64), (page * KV_HEADS + kv_head) * PAGE + position % PAGE
+        # Several pages: that all are known would be a reduction; saying no costs a comparison.
+        page, known = page_at(pages_ptr, position // PAGE, stored, n_pages)
+        row = (page * KV_HEADS + kv_head) * PAGE + position % PAGE
+        return tl.full((), 0, tl.int64), row, stored & known, tl.full((), False, tl.int1)
 
 
 @triton.jit
@@ -175,6 +182,7 @@ def attention_kernel(
     n_rows,
     n_seqs,
     max_pages,
+    n_pages,
     factor,
     softcap_scale,
     left,
@@ -221,7 +229,9 @@ def attention_kernel(
     last_position = (
         len_k - n_tokens + tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, n_tokens - 1)
     )
-    k_begin, k_end = visible_range(first_position, last_position, len_k, left, right, LEFT, RIGHT)
+    k_begin, k_end = visible_range(
+        first_position, last_position, tl.minimum(len_k, Tk), left, right, LEFT, RIGHT
+    )
     if MERGE == "kernel":
         k_begin = tl.maximum(k_begin, split * SPLIT)
         k_end = tl.minimum(k_end, (split + 1) * SPLIT)
@@ -283,7 +293,9 @@ def attention_kernel(
         stored = (position >= k_begin) & (position < k_end)
         if key_mask_ptr is not None:
             stored &= tl.load(key_mask_ptr + position, mask=stored, other=0) != 0
-        first, row = key_rows(start, position, stored, pages_ptr, kv_head, KV_HEADS, PAGE, BLOCK_N)
+        first, row, stored, known = key_rows(
+            start, position, stored, pages_ptr, n_pages, kv_head, KV_HEADS, PAGE, BLOCK_N
+        )
         k_rows = k_ptr + first * STRIDE_KT + (row * STRIDE_KT)[:, None]
         k = load_columns(k_rows, d, stored, BLOCK_D <= D, D)
         s = product(q, tl.trans(cast(k, FACTOR)), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
@@ -300,6 +312,8 @@ def attention_kernel(
             # Selected outside the branch too: else the compiler does not see that both products
             # work on the same rows, and on sm_80 lays them out so that P crosses shared memory.
             edge = (start < inner) | (start >= outer)
+            if LAYOUT == "paged":
+                edge |= not known
             s_seen = s
             if edge:
                 s_seen = hide(s, position, stored, q_position, left, right, LEFT, RIGHT)
@@ -370,7 +384,9 @@ def combine_splits_kernel(
     if seq > n_seqs:
         return
     position = len_k - n_tokens + token
-    k_begin, k_end = visible_range(position, position, len_k, left, right, LEFT, RIGHT)
+    k_begin, k_end = visible_range(
+        position, position, tl.minimum(len_k, Tk), left, right, LEFT, RIGHT
+    )
     t = (first_token + token).to(tl.int64)
     row = (entry * T + t) * H + head
     dv = tl.arange(0, BLOCK_DV)[None, :]
@@ -521,7 +537,8 @@ def launch(
     attention_kernel[(n_tiles, kv_heads, parallel)](
         o, lse, partial, m, total, q, k, v, k_scales, v_scales, pages, cu_seqlens_q, lengths_k,
         key_mask, sinks, *strides, n_tokens, max_keys, n_rows, n_seqs,
-        0 if pages is None else pages.shape[1], factor, softcap_scale, left, right,
+        0 if pages is None else pages.shape[1], 0 if pages is None else k.shape[0],
+        factor, softcap_scale, left, right,
         STRIDE_KT=stride_kt,
         STRIDE_VT=stride_vt,
         LAYOUT=layout,

@@ -21,7 +21,7 @@ from . import tuning
 from .attention import combine_splits_kernel, locate
 from .online_softmax import LOG2_E, SPLIT_POSITIONS, finish, merge_splits, update
 from .triton_compat import cast, dot
-from .varlen import sequence_of_tile
+from .varlen import page_at, sequence_of_tile
 
 
 @triton.jit
@@ -48,6 +48,7 @@ def mla_attention_kernel(
     T,
     n_seqs,
     max_pages,
+    n_pages,
     factor,
     H: tl.constexpr,
     V: tl.constexpr,
@@ -79,6 +80,7 @@ def mla_attention_kernel(
 
     # Positions that some row of the tile can see: [k_begin, k_end).
     k_end = tl.minimum(cache_len, cache_len - n_tokens + (tile * BLOCK_M + BLOCK_M - 1) // H + 1)
+    k_end = tl.minimum(k_end, max_pages * PAGE)
     k_begin = 0  # k_end is 0 or less where nothing is seen: a dead slot, tokens of no sequence
     split = tl.program_id(1)
     if MERGE == "kernel":
@@ -104,17 +106,18 @@ def mla_attention_kernel(
                 total = tl.zeros((BLOCK_M,), tl.float32)
                 acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
         start = k_tile * TILE
-        page = tl.load(block_table_ptr + seq.to(tl.int64) * max_pages + start // PAGE)
+        entry = seq.to(tl.int64) * max_pages + start // PAGE
+        page, known = page_at(block_table_ptr, entry, True, n_pages)
         position = start + kv
         # Rows past the sequence's end hold whatever was there: 0 * NaN would reach the output.
-        stored = position < cache_len
-        base = cache_ptr + (page.to(tl.int64) * PAGE + start % PAGE) * (V + R)
+        stored = (position < cache_len) & known
+        base = cache_ptr + (page * PAGE + start % PAGE) * (V + R)
         kv_rows = kv[:, None] * (V + R)
         latent = load_columns(base, kv_rows + dv[None, :], stored, dv, V, BLOCK_V)
         rotated = load_columns(base + V, kv_rows + dr[None, :], stored, dr, R, BLOCK_R)
         s = dot(q_latent, tl.trans(latent), tl.zeros((BLOCK_M, TILE), tl.float32))
         s = dot(q_rotated, tl.trans(rotated), s)
-        visible = position[None, :] <= q_position[:, None]
+        visible = (position[None, :] <= q_position[:, None]) & known
         s = tl.where(visible, s * factor, float("-inf"))
         p, alpha, m, total = update(s, m, total, 1.0)
         acc = dot(cast(p, latent.dtype), latent, acc * alpha[:, None])
@@ -147,6 +150,7 @@ def append_mla_kernel(
     T,
     n_seqs,
     max_pages,
+    n_pages,
     V: tl.constexpr,
     R: tl.constexpr,
     PAGE: tl.constexpr,
@@ -163,8 +167,11 @@ def append_mla_kernel(
     position = cache_len - n_tokens + token
     if (cache_len == 0) | (position < 0) | (position >= max_pages * PAGE):
         return
-    page = tl.load(block_table_ptr + seq.to(tl.int64) * max_pages + position // PAGE)
-    row = cache_ptr + (page.to(tl.int64) * PAGE + position % PAGE) * (V + R)
+    entry = seq.to(tl.int64) * max_pages + position // PAGE
+    page, known = page_at(block_table_ptr, entry, True, n_pages)
+    if not known:
+        return
+    row = cache_ptr + (page * PAGE + position % PAGE) * (V + R)
     source = t.to(tl.int64)
     d = tl.arange(0, BLOCK_V)
     latent = tl.load(latent_ptr + source * stride_latent + d, mask=d < V, other=0.0)
@@ -190,7 +197,8 @@ def mla_attention(
     q[T, H, D]: any strides of T and H; cache [pages, page_size, D]: q's dtype, contiguous,
     page_size a power of two from 16; value_dim < D; block_table[S, P], cu_seqlens_q[S + 1],
     cache_seqlens[S]: int32 in device memory, read there alone. cache_seqlens includes this step's
-    tokens; 0 marks a dead slot, whose rows are 0. T must be cu_seqlens_q[S].
+    tokens; 0 marks a dead slot, whose rows are 0. T must be cu_seqlens_q[S]. Positions of a page
+    that the cache has not, or past the block table, are not seen.
     """
     n_tokens, n_heads, dim = q.shape
     page = cache.shape[1]
@@ -212,7 +220,8 @@ def mla_attention(
     n_tiles = n_tokens * n_heads // tile.m + n_seqs + 1
     mla_attention_kernel[(n_tiles, n_splits if tile.merge == "kernel" else 1)](
         o, partial, m, total, q, cache, block_table, cu_seqlens_q, cache_seqlens,
-        q.stride(0), q.stride(1), n_tokens, n_seqs, max_pages, softmax_scale * LOG2_E,
+        q.stride(0), q.stride(1), n_tokens, n_seqs, max_pages, cache.shape[0],
+        softmax_scale * LOG2_E,
         H=n_heads,
         V=value_dim,
         R=dim - value_dim,
@@ -255,7 +264,8 @@ def append_mla(
     """Writes token i of sequence s to position cache_seqlens[s] - len_q(s) + i of its pages.
 
     latent[T, V] and rope_key[T, R]: rows contiguous, any distance; cache [pages, page_size, V + R]:
-    contiguous, of the same dtype; the rest as in `mla_attention`. A dead slot writes nothing.
+    contiguous, of the same dtype; the rest as in `mla_attention`. Nothing is written for a dead
+    slot, nor to a page that the cache has not.
     """
     n_tokens, value_dim = latent.shape
     rope_dim = rope_key.shape[1]
@@ -265,6 +275,7 @@ def append_mla(
     append_mla_kernel[(n_tokens,)](
         cache, latent, rope_key, block_table, cu_seqlens_q, cache_seqlens,
         latent.stride(0), rope_key.stride(0), n_tokens, n_seqs, max_pages,
+        cache.shape[0],
         V=value_dim,
         R=rope_dim,
         PAGE=cache.shape[1],

@@ -35,8 +35,9 @@ def paged_attention(
     page_size, Dv]: contiguous, of q's dtype, or int8 with k_scales, v_scales[pages, Hk,
     page_size] in fp32; block_table[S, P], cu_seqlens_q[S + 1], cache_seqlens[S]: int32 in device
     memory, read there alone. cache_seqlens includes this step's tokens; 0 marks a dead slot, whose
-    rows are 0, as are the rows past cu_seqlens_q[S]. window_left: keys further back than this are
-    not seen; -1 is no window. sinks[H] and softcap as in `attention`. Parallel splits are launched
+    rows are 0, as are the rows past cu_seqlens_q[S]. Positions of a page that the cache has not,
+    or past the block table, are not seen. window_left: keys further back than this are not seen; -1
+    is no window. sinks[H] and softcap as in `attention`. Parallel splits are launched
     for P * page_size positions: a captured graph should carry a block table of its bucket's width.
     """
     o = torch.empty((*q.shape[:2], v_cache.shape[3]), dtype=q.dtype, device=q.device)

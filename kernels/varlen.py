@@ -1,9 +1,21 @@
-"""Finding a program's sequence from lengths that lie in device memory."""
+"""Finding a program's sequence, and its pages, from numbers that lie in device memory.
+
+They are read while kernels run, so nothing trusts a page: one that the cache does not have holds
+no keys, and nothing is written to it.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def page_at(pages_ptr, index, wanted, n_pages):
+    """(page, whether it is one of the cache's) of entries of a block table; 0 where it is not."""
+    page = tl.load(pages_ptr + index, mask=wanted, other=-1)
+    known = (page >= 0) & (page < n_pages)
+    return tl.where(known, page, 0).to(tl.int64), known
 
 
 @triton.jit

@@ -290,6 +290,43 @@ def dead_slots() -> float:
     return excess(cache.attend(q, cu_seqlens, lens), ref) if untouched else math.inf
 
 
+def strange_pages(p: Paged) -> float:
+    """Positions of pages that the cache has not, and past the table, are neither read nor written.
+
+    The cache lies between pages of infinities, which reading a next page would meet. The last
+    sequence fills its row of the table and claims to be longer.
+    """
+    from fastllm.kernels.append_kv import append_kv
+
+    cache = Cache(p)
+    cache.fill(p.end)
+    around = [torch.full((len(x) + 2, *x.shape[1:]), math.inf, dtype=p.dtype) for x in cache.pages]
+    for i, pages in enumerate(cache.pages):
+        around[i][1:-1] = pages.nan_to_num(7.0)
+        cache.pages[i] = around[i][1:-1]
+    table, n_pages = cache.block_table, len(cache.pages[0])
+    hidden = torch.zeros(table.shape, dtype=torch.bool)
+    for i, page in zip(range(0, table.numel(), 2), (-1, n_pages, -(2**31), 2**31 - 1), strict=False):
+        table.view(-1)[i], hidden.view(-1)[i] = page, True
+    width = table.shape[1] * p.page
+    cu_seqlens, lens = cache.lengths()
+    lens[-1] = width + 9
+    q = randn(int(cu_seqlens[-1]), p.heads[0], p.dims[0], dtype=p.dtype, seed=7)
+    ref = []
+    for seq, pages in enumerate(table.where(~hidden, 0).long()):
+        rows = q[cu_seqlens[seq] : cu_seqlens[seq + 1]].double()
+        k, v = (x[pages].transpose(1, 2).flatten(0, 1).double() for x in cache.pages)
+        position = torch.arange(int(lens[seq]) - len(rows), int(lens[seq]))[:, None]
+        visible = (torch.arange(width) <= position) & ~hidden[seq].repeat_interleave(p.page)
+        ref.append(dense_attention(rows, k, v, visible, None, p.dims[0] ** -0.5, 0.0)[0])
+    worst = excess(cache.attend(q, cu_seqlens, lens), torch.cat(ref), p.dtype)
+    before = [x.clone() for x in around]
+    table[~hidden] = n_pages
+    k, v = (randn(len(q), p.heads[1], dim, dtype=p.dtype) for dim in p.dims)
+    append_kv(k, v, *cache.pages, table, *cache.lengths())
+    return max(worst, *(same(a, b) for a, b in zip(around, before, strict=True)))
+
+
 # --- the same bits ------------------------------------------------------------------------------
 
 
@@ -362,6 +399,13 @@ def quick_cases() -> dict[str, Case]:
         add(p.name, paged_case, p)
     add("append_kv int8 bf16", append_codes, BF16)
     add("paged_attention dead slots", dead_slots)
+    for p in (
+        Paged((127, 60, 127), (128, 64, 128)),
+        Paged((560,), (576,), BF16),
+        Paged((60, 90), (96, 96), page=16),
+        Paged((511, 1087), (512, 1088), mode={"batch_invariant": False}),
+    ):
+        add(p.name + " of strange pages", strange_pages, p)
     bits = Paged((490,), (560,), BF16, heads=(2, 1))
     add("attention same bits f32", same_bits, replace(bits, dtype=F32))
     add("attention same bits bf16", same_bits, replace(bits, window=100, sinks=True, softcap=2.0))

@@ -116,6 +116,35 @@ def dead_slots() -> float:
     return excess(o, ref) if untouched else math.inf
 
 
+def strange_pages(**mode: bool) -> float:
+    """Positions of pages that the cache has not, and past the table, are neither read nor written.
+
+    The cache lies between pages of infinities, which reading a next page would meet. The second
+    sequence fills its row of the table and claims to be longer.
+    """
+    cache = Cache([70, 576], (32, 16), F32, 64)
+    cache.block_table = cache.block_table[:, :9].contiguous()
+    cache.fill([70, 576])
+    around = torch.full((len(cache.cache) + 2, *cache.cache.shape[1:]), math.inf)
+    around[1:-1] = cache.cache.nan_to_num(7.0)
+    cache.cache = around[1:-1]
+    table, n_pages = cache.block_table, len(cache.cache)
+    for seq, entry, page in ((0, 1, -1), (1, 0, 2**31 - 1), (1, 4, n_pages), (1, 8, -(2**31))):
+        table[seq, entry] = page
+    starts = torch.tensor([0, 1, 2], dtype=torch.int32)
+    q = randn(2, 2, 48, seed=8)
+    o = cache.attend(q, starts, torch.tensor([70, 585], dtype=torch.int32), **mode)
+    known = torch.ones(576, dtype=torch.bool).view(9, 64)
+    known[[0, 4, 8]] = False
+    # mla_ref's last token sees all rows; the others than the hidden ones are left to it
+    rows = cache.rows[0][:64], cache.rows[1][known.flatten()]
+    ref = [mla_ref(q[i : i + 1], x, 32) for i, x in enumerate(rows)]
+    before = around.clone()
+    table.fill_(n_pages)
+    cache.append([60, 570], [70, 576])
+    return max(excess(o, torch.cat(ref)), same(around, before))
+
+
 def same_bits(dtype: torch.dtype) -> float:
     """A long stretch, a chunk of it, single tokens by parallel splits: the same bits."""
     cache = Cache([560], (32, 16), dtype, 64)
@@ -165,6 +194,8 @@ def quick_cases() -> dict[str, Case]:
     cases["mla f16 chunks"] = lambda: mla_case(F16, [64, 5], [130, 30], page=128)
     cases["mla bf16 fast"] = lambda: mla_case(BF16, [500, 5], [520, 6], 16, batch_invariant=False)
     cases["mla f32 dead slots"] = dead_slots
+    cases["mla f32 strange pages"] = strange_pages
+    cases["mla f32 strange pages fast"] = lambda: strange_pages(batch_invariant=False)
     return cases
 
 
