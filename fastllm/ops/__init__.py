@@ -7,6 +7,9 @@ from .attention import attention
 from .embedding import embedding, quant_embedding
 from .head_linear import head_linear
 from .linear import linear
+from .linear_cross_entropy import linear_cross_entropy
+from .linear_kl import linear_kl
+from .linear_logprob import linear_logprob
 from .lora_add import lora_add
 from .mla_attention import append_mla, mla_attention, new_mla_cache
 from .paged_attention import paged_attention
@@ -27,6 +30,9 @@ __all__ = [
     "embedding",
     "head_linear",
     "linear",
+    "linear_cross_entropy",
+    "linear_kl",
+    "linear_logprob",
     "log_probs",
     "lora_add",
     "mla_attention",
