@@ -11,6 +11,7 @@ a row of ordinary characters.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -206,6 +207,15 @@ class Tokenizer:
         """Whether the id is a control token, which `decode` leaves out by default."""
         return token_id in self._special_ids
 
+    def to_json(self) -> str:
+        """The contents of tokenizer.json: what another process needs to encode the same way."""
+        return self._backend.to_str(pretty=False)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of `to_json`: equal for tokenizers that give equal ids."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
     def save(self, directory: str | PathLike[str]) -> None:
         """Write tokenizer.json, tokenizer_config.json, special_tokens_map.json and, if there is
         a template, chat_template.jinja: a directory that AutoTokenizer.from_pretrained reads.
@@ -219,7 +229,7 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False,
             **self.special_tokens,
         }
-        _write(path / "tokenizer.json", self._backend.to_str(pretty=False))
+        _write(path / "tokenizer.json", self.to_json())
         _write(path / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=2))
         _write(
             path / "special_tokens_map.json",
