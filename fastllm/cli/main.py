@@ -16,10 +16,14 @@ from ..errors import FastLLMError
 
 # command -> what it does, in the order of `fastllm --help`
 COMMANDS = {
+    "sft": "fine-tune a model on conversations",
     "generate": "answer prompts",
     "chat": "talk with a model",
+    "pretrain": "train a model from random weights on a token store",
     "models": "list the model names that resolve on this machine",
     "inspect": "show what a model file holds: metadata, tensors, formats, memory",
+    "tokenizer": "train a tokenizer, or measure one on files",
+    "data": "turn text into a token store; show what a batch holds",
     "doctor": "show hardware, libraries and the backend table, and test every op",
     "bench": "measure fastllm beside PyTorch, transformers and llama.cpp",
     "demo": "three answers and a table of speeds, in a few minutes",

@@ -15,7 +15,7 @@ import difflib
 import os
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -27,24 +27,36 @@ _TRUE, _FALSE, _NONE = ("true", "yes", "on"), ("false", "no", "off"), ("none", "
 
 
 def load_config(
-    cls: type[T], path: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()
+    cls: type[T],
+    path: str | os.PathLike[str] | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    derive: Callable[[T, Set[str]], Mapping[str, Any]] | None = None,
+    aliases: Mapping[str, str] | None = None,
 ) -> T:
     """A `cls` from its defaults, then the YAML file, then the overrides, each over the one before.
 
     overrides: command-line words: `key=value`, `--key=value`, `--key value`, or `--key` alone for a
-    switch that is to be on.
+        switch that is to be on.
+    derive: gives values by key for what the file and the overrides leave open, from the
+        configuration that they make with the defaults, and the keys that they name.
+    aliases: short names of keys, for overrides: {"depth": "model.depth"}.
     Raises ValueError naming the file or the option, the key and, for an unknown key, the nearest.
     """
     values: dict[str, Any] = {}
     if path is not None:
         for key, value in _flatten(cls, _read_yaml(Path(path)), str(path)):
             values[key] = value
-    known = keys(cls)
-    for key, value in parse_overrides(overrides, known):
-        if key not in known:
-            raise ValueError(_unknown(key, known, f"option {key}"))
-        values[key] = value
-    return _build(cls, values, "")
+    known, short = keys(cls), dict(aliases or {})
+    spelled = known | {name: known[key] for name, key in short.items()}
+    for key, value in parse_overrides(overrides, spelled):
+        if key not in spelled:
+            raise ValueError(_unknown(key, spelled, f"option {key}"))
+        values[short.get(key, key)] = value
+    config = _build(cls, values, "")
+    if derive is None:
+        return config
+    return _build(cls, {**derive(config, values.keys()), **values}, "")
 
 
 def save_config(config: Any, path: str | os.PathLike[str]) -> None:

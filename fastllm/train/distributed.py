@@ -15,7 +15,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
+
+from fastllm.models.decoder import Decoder
 
 
 def rank() -> int:
@@ -96,6 +104,38 @@ def local(tensor: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor that may be sharded; every process must ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shard(model: Decoder) -> Decoder:
+    """Divide a model's parameters among all processes (FSDP2), in place; one process: nothing.
+
+    Each attention and each feed-forward is gathered for its turn; embedding, norms and LM head stay
+    whole within a step. Gradients are summed, not averaged: the loop divides by the tokens of all
+    processes. bfloat16 parameters become float32 ones, which blocks read as bfloat16: each process
+    holds its part of the masters, and no bfloat16 copy beside them.
+    """
+    if world() == 1:
+        return model
+    mesh = init_device_mesh(model.device.type, (world(),), mesh_dim_names=("shard",))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float()
+    policy = MixedPrecisionPolicy(
+        param_dtype=model.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for layer in model.model.layers:
+        fully_shard(layer.self_attn, mesh=mesh, mp_policy=policy)
+        register_fsdp_forward_method(layer.self_attn, "over_documents")
+        fully_shard(layer.mlp, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    for method in ("loss", "log_probs"):
+        register_fsdp_forward_method(model, method)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sums
+    for parameter in model.parameters():
+        parameter.is_master = model.dtype != torch.float32  # type: ignore[attr-defined]
+    return model
 
 
 def is_master(parameter: Tensor) -> bool:

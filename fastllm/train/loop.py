@@ -159,6 +159,8 @@ class _Loop:
             self.evaluation = dict(saved.evaluation)
             self.task.weights_changed()
         self.metrics.open(step=self.progress.step)
+        for line in self.task.describe():
+            self.metrics.say(line)
         if found is not None:
             self.metrics.say(f"resumed from {found.path}")
 
@@ -168,6 +170,7 @@ class _Loop:
         while progress.step < progress.steps and not stop:
             stop = self.step(signals)
             self.after_step(last=stop or progress.step >= progress.steps)
+        self.metrics.report()
         finished = progress.step >= progress.steps
         if not finished:
             self.metrics.say(f"{signals.name}: stopped after step {progress.step}, saved")

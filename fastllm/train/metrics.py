@@ -17,11 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
+import yaml
+
 from fastllm.train import distributed
 from fastllm.train.config import flat
+from fastllm.train.report import write_report
 from fastllm.train.sinks import Sink, open_sinks
 
-FILE = "metrics.jsonl"
+FILE, SETTINGS = "metrics.jsonl", "config.yaml"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +52,7 @@ class Metrics:
     def __init__(self, out: Path, config: MetricsConfig, settings: Mapping[str, Any]) -> None:
         self.out = out
         self.config = config
-        self._settings = flat(settings)
+        self._settings = dict(settings)
         self._first = distributed.rank() == 0
         self._file: TextIO | None = None
         self._sinks: list[Sink] = []
@@ -61,9 +64,11 @@ class Metrics:
         if not self._first:
             return
         self.out.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(self._settings, sort_keys=False, allow_unicode=True)
+        (self.out / SETTINGS).write_text("# every value of the run\n" + text, encoding="utf-8")
         drop_after(self.out / FILE, step)
         self._file = (self.out / FILE).open("a", encoding="utf-8")
-        self._sinks = open_sinks(self.config, self.out, self._settings)
+        self._sinks = open_sinks(self.config, self.out, flat(self._settings))
         kind = self.config.progress
         if kind == "auto":
             kind = "rich" if sys.stderr.isatty() else "plain"
@@ -97,6 +102,11 @@ class Metrics:
                 print(text, file=sys.stderr, flush=True)
         else:
             self._view.say(text)
+
+    def report(self) -> None:
+        """Draw the curves, where the configuration asks for it."""
+        if self._first and self.config.report:
+            write_report(self.out, read(self.out / FILE), self._settings, self.say)
 
     def close(self) -> None:
         """Let go of the terminal, the file and the trackers."""

@@ -12,6 +12,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from fastllm.train import distributed
+from fastllm.train.state import load_into
+
 
 class Micro(Protocol):
     """What one forward and backward pass reads."""
@@ -68,6 +71,10 @@ class Task:
         """(prompt, continuation) pairs from the live weights; called without gradients."""
         return []
 
+    def describe(self) -> list[str]:
+        """What the run is about to do, in a few lines."""
+        return []
+
     def flops(self, micro: Any) -> float:
         """Floating-point operations of a micro batch, forward and backward; 0: not known."""
         return 0.0
@@ -96,9 +103,9 @@ class Task:
 
     def read_weights(self, directory: Path) -> None:
         """Fill the live tensors of `weights()` from the safetensors files in `directory`."""
-        from fastllm.train.state import load_into
-
-        load_into(self.weights(), directory)
+        # Masters are read with the optimizer's state: the files hold what blocks read of them.
+        weights = self.weights().items()
+        load_into({n: t for n, t in weights if not distributed.is_master(t)}, directory)
 
     @property
     def device(self) -> torch.device:
