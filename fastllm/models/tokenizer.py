@@ -176,13 +176,6 @@ class Tokenizer:
         """The texts of the control tokens, which `decode` leaves out by default."""
         return self._special_texts
 
-    def encode_offsets(self, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
-        """The characters [begin, end) that each token of each text comes from, control tokens
-        read as text. Tokens that are parts of one character have the same."""
-        valid = [_valid_text(text, f"texts[{i}]") for i, text in enumerate(texts)]
-        batch = self._literal_backend.encode_batch(valid, add_special_tokens=False)
-        return [encoding.offsets for encoding in batch]
-
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`. Bytes that are not valid UTF-8 become U+FFFD; an id that has no token
         (models pad their embeddings) becomes nothing. Raises ValueError for a negative id."""

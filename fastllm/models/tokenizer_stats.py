@@ -64,7 +64,8 @@ def tokenizer_stats(
     """
     counts = np.zeros((3, len(_NAMES)), np.int64)
     for text, is_code in texts:
-        counts += _count(text, tokenizer.encode_offsets([text])[0], is_code)
+        ((_, offsets),) = tokenizer.encode_with_offsets([text])
+        counts += _count(text, offsets, is_code)
     rows = [
         ScriptStats(name, *column) for name, column in zip(_NAMES, counts.T.tolist(), strict=True)
     ]
