@@ -34,7 +34,7 @@ from torch import Tensor
 from . import tuning
 from .online_softmax import LOG2_E, SPLIT_POSITIONS, finish, merge_splits, update
 from .triton_compat import cast, dot, recomputed, tanh
-from .varlen import page_at, sequence_of_tile
+from .varlen import page_at, page_known, sequence_of_tile
 
 
 @triton.jit
@@ -112,22 +112,21 @@ def key_rows(
     PAGE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """(row of the tile's first key, offsets[N] from it, stored, whether the pages of all are known)
+    """(row of the tile's first key, offsets[N] from it, whether a stored key is there).
 
-    in the cache, or in a document's keys. Keys of a page that the cache has not are not stored.
+    Rows of the cache, where keys of a page that the cache has not are not there, or of a document.
     """
     n = tl.arange(0, BLOCK_N)
     if pages_ptr is None:
         # the interpreter's start is a Python int
-        return tl.full((), 0, tl.int64) + start, n, stored, tl.full((), True, tl.int1)
+        return tl.full((), 0, tl.int64) + start, n, stored
     elif PAGE % BLOCK_N == 0:
         page, known = page_at(pages_ptr, start // PAGE, True, n_pages)
-        return (page * KV_HEADS + kv_head) * PAGE + start % PAGE, n, stored & known, known
+        return (page * KV_HEADS + kv_head) * PAGE + start % PAGE, n, stored & known
     else:
-        # Several pages: that all are known would be a reduction; saying no costs a comparison.
         page, known = page_at(pages_ptr, position // PAGE, stored, n_pages)
         row = (page * KV_HEADS + kv_head) * PAGE + position % PAGE
-        return tl.full((), 0, tl.int64), row, stored & known, tl.full((), False, tl.int1)
+        return tl.full((), 0, tl.int64), row, stored & known
 
 
 @triton.jit
@@ -293,17 +292,17 @@ def attention_kernel(
         stored = (position >= k_begin) & (position < k_end)
         if key_mask_ptr is not None:
             stored &= tl.load(key_mask_ptr + position, mask=stored, other=0) != 0
-        first, row, stored, known = key_rows(
+        first, row, there = key_rows(
             start, position, stored, pages_ptr, n_pages, kv_head, KV_HEADS, PAGE, BLOCK_N
         )
         k_rows = k_ptr + first * STRIDE_KT + (row * STRIDE_KT)[:, None]
-        k = load_columns(k_rows, d, stored, BLOCK_D <= D, D)
+        k = load_columns(k_rows, d, there, BLOCK_D <= D, D)
         s = product(q, tl.trans(cast(k, FACTOR)), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
         if BLOCK_REST > 0:
-            k = load_columns(k_rows, d_rest, stored, BLOCK_D + BLOCK_REST <= D, D)
+            k = load_columns(k_rows, d_rest, there, BLOCK_D + BLOCK_REST <= D, D)
             s = product(q_rest, tl.trans(cast(k, FACTOR)), s)
         if k_scales_ptr is not None:
-            s *= tl.load(k_scales_ptr + first + row, mask=stored, other=0.0)[None, :]
+            s *= tl.load(k_scales_ptr + first + row, mask=there, other=0.0)[None, :]
         if SOFTCAP:
             s = tanh(s * softcap_scale)
         if key_mask_ptr is not None:
@@ -313,17 +312,23 @@ def attention_kernel(
             # work on the same rows, and on sm_80 lays them out so that P crosses shared memory.
             edge = (start < inner) | (start >= outer)
             if LAYOUT == "paged":
-                edge |= not known
+                if PAGE % BLOCK_N == 0:
+                    known = page_known(pages_ptr, start // PAGE, True, n_pages)
+                    edge |= not known
+                else:  # several pages: that all are known would be a reduction
+                    known = page_known(pages_ptr, position // PAGE, stored, n_pages)
+                    edge = True
+                stored &= known
             s_seen = s
             if edge:
                 s_seen = hide(s, position, stored, q_position, left, right, LEFT, RIGHT)
             s = tl.where(edge, s_seen, s)
         p, alpha, m, total = update(s, m, total, factor)
         if v_scales_ptr is not None:
-            p *= tl.load(v_scales_ptr + first + row, mask=stored, other=0.0)[None, :]
+            p *= tl.load(v_scales_ptr + first + row, mask=there, other=0.0)[None, :]
         # A value that no row sees is read as 0: 0 * NaN would reach the output.
         v_rows = v_ptr + first * STRIDE_VT + (row * STRIDE_VT)[:, None]
-        v = load_columns(v_rows, dv, stored, BLOCK_DV <= DV, DV)
+        v = load_columns(v_rows, dv, there, BLOCK_DV <= DV, DV)
         acc = product(cast(p, q.dtype), cast(v, FACTOR), acc * alpha[:, None])
 
     rows = recomputed(tile) * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -21,7 +21,7 @@ from . import tuning
 from .attention import combine_splits_kernel, locate
 from .online_softmax import LOG2_E, SPLIT_POSITIONS, finish, merge_splits, update
 from .triton_compat import cast, dot
-from .varlen import page_at, sequence_of_tile
+from .varlen import page_at, page_known, sequence_of_tile
 
 
 @triton.jit
@@ -117,7 +117,8 @@ def mla_attention_kernel(
         rotated = load_columns(base + V, kv_rows + dr[None, :], stored, dr, R, BLOCK_R)
         s = dot(q_latent, tl.trans(latent), tl.zeros((BLOCK_M, TILE), tl.float32))
         s = dot(q_rotated, tl.trans(rotated), s)
-        visible = (position[None, :] <= q_position[:, None]) & known
+        visible = position[None, :] <= q_position[:, None]
+        visible &= page_known(block_table_ptr, entry, True, n_pages)
         s = tl.where(visible, s * factor, float("-inf"))
         p, alpha, m, total = update(s, m, total, 1.0)
         acc = dot(cast(p, latent.dtype), latent, acc * alpha[:, None])

@@ -19,6 +19,18 @@ def page_at(pages_ptr, index, wanted, n_pages):
 
 
 @triton.jit
+def page_known(pages_ptr, index, wanted, n_pages):
+    """Whether an entry of a block table is a page of the cache, read apart from `page_at`.
+
+    Apart, for what follows the products: where it uses the entry that addresses come from, the
+    pipeline no longer reads that entry ahead. The modifier, which is the default, keeps the two
+    reads from becoming one.
+    """
+    page = tl.load(pages_ptr + index, mask=wanted, other=-1, cache_modifier=".ca")
+    return (page >= 0) & (page < n_pages)
+
+
+@triton.jit
 def sequence_of_tile(
     cu_seqlens_ptr,
     tile,

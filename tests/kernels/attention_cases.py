@@ -306,7 +306,9 @@ def strange_pages(p: Paged) -> float:
         cache.pages[i] = around[i][1:-1]
     table, n_pages = cache.block_table, len(cache.pages[0])
     hidden = torch.zeros(table.shape, dtype=torch.bool)
-    for i, page in zip(range(0, table.numel(), 2), (-1, n_pages, -(2**31), 2**31 - 1), strict=False):
+    for i, page in zip(
+        range(0, table.numel(), 2), (-1, n_pages, -(2**31), 2**31 - 1), strict=False
+    ):
         table.view(-1)[i], hidden.view(-1)[i] = page, True
     width = table.shape[1] * p.page
     cu_seqlens, lens = cache.lengths()
