@@ -212,6 +212,8 @@ class Decoder(nn.Module):
         checkpoint: keep only what enters each layer and compute its inside again in the backward
             pass: about a third more time, and memory that hardly grows with the number of layers.
         """
+        if self.caches_stale and not torch.is_grad_enabled():  # products then read the caches
+            self.pack_()
         tables = (self.rope_cos, self.rope_sin)
         x, residual = self._embed(documents.ids)
         for layer, next_norm in zip(self.model.layers, self._next_norms(), strict=True):
