@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -49,7 +50,7 @@ def run(argv: Sequence[str]) -> int:
             raise
         note(f"fastllm: error: {error}")
         return 1
-    if result.checkpoint is not None:
+    if result.checkpoint is not None and os.environ.get("RANK", "0") == "0":
         note(f"{result.status} at step {result.step}: {result.checkpoint}")
     return 0
 

@@ -37,6 +37,7 @@ from fastllm.train.state import (
     load_random_state,
     optimizer_state,
     random_state,
+    seed_all,
     write_sharded,
 )
 from fastllm.train.task import Task
@@ -155,7 +156,7 @@ class Checkpoint:
         else:
             say(f"{saved.world} processes wrote it, {distributed.world()} read it: random states "
                 "(dropout) start from the seed and the step")  # fmt: skip
-            torch.manual_seed(torch.initial_seed() + (saved.step << 20))
+            seed_all(torch.initial_seed() + (saved.step << 20))
         return saved
 
 

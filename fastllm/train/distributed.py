@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -122,13 +123,14 @@ def shard(model: Decoder) -> Decoder:
     policy = MixedPrecisionPolicy(
         param_dtype=model.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
+    # Outputs of linears are views; nothing writes into them in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for layer in model.model.layers:
         fully_shard(layer.self_attn, mesh=mesh, mp_policy=policy)
         register_fsdp_forward_method(layer.self_attn, "over_documents")
         fully_shard(layer.mlp, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    for method in ("loss", "log_probs"):
-        register_fsdp_forward_method(model, method)
+    register_fsdp_forward_method(model, "loss")
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

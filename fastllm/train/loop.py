@@ -34,7 +34,7 @@ from fastllm.train.optim import clip_grad_norm_
 from fastllm.train.peak import peak_flops
 from fastllm.train.schedule import ScheduleConfig, factor
 from fastllm.train.signals import StopSignals
-from fastllm.train.state import preserved_random_state
+from fastllm.train.state import preserved_random_state, seed_all
 from fastllm.train.task import Task
 
 __all__ = ["LoopConfig", "MetricsConfig", "Progress", "Result", "ScheduleConfig", "Task", "run"]
@@ -106,7 +106,7 @@ def run(task: Task, config: LoopConfig, *, settings: Mapping[str, Any] | None = 
     finite, CheckpointError if `config.out` holds another run or a checkpoint cannot be resumed,
     and OSError if the last checkpoint cannot be written.
     """
-    torch.manual_seed(config.seed + distributed.rank())
+    seed_all(config.seed + distributed.rank())
     loop = _Loop(task, config, settings or {"loop": to_dict(config)})
     try:
         loop.start()

@@ -71,6 +71,13 @@ def load_optimizer_state(
                 state[key] = value
 
 
+def seed_all(seed: int) -> None:
+    """Seed every generator of this process: torch's, Python's, NumPy's."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % (1 << 32))
+
+
 def random_state() -> dict[str, Tensor]:
     """Every generator's state of this process, as bytes by `rng.KIND.RANK`."""
     rank = distributed.rank()
