@@ -259,20 +259,20 @@ def _splits(
     """The documents of each split in their order.
 
     A document is held out if its digest is below a limit: a text does not change sides when others
-    come. Where none is, the lowest is taken, so that two documents are enough for both splits.
+    come. Two documents are enough for both splits: where none or all are below, the lowest is held
+    out and the others are not.
     """
     names = np.frombuffer(bytes(spool.digests), np.uint64).reshape(-1, 2)[kept]
-    held = mix(names[:, 0]) < np.uint64(min(int(config.holdout * 2.0**64), 2**64 - 1))
-    if config.holdout and not held.any():
+    values = mix(names[:, 0])
+    held = values < np.uint64(min(int(config.holdout * 2.0**64), 2**64 - 1))
+    if config.holdout and (held.all() or not held.any()):
+        held[:] = False
+        held[np.argmin(values)] = len(kept) > 1
         if len(kept) == 1:
             warn(
                 "there is one document, so none is held out and training cannot be evaluated; "
                 "--document-separator divides a text into documents"
             )
-        else:
-            held[np.argmin(mix(names[:, 0]))] = True
-    if held.all():
-        raise ValueError(f"holdout {config.holdout} leaves no document to train on")
     order = np.argsort(mix(names[:, 1] ^ np.uint64(key(config.seed))), kind="stable")
     return {"train": kept[order[~held[order]]], "holdout": kept[order[held[order]]]}
 

@@ -36,7 +36,8 @@ TEXT_SUFFIXES = frozenset({".txt", ".text", ".md", ".rst", ".tex"}) | CODE_SUFFI
 _CHUNK = 1 << 20
 _BORDER = 256  # characters in which a separator across two pieces is looked for
 _FOREIGN = 0.05  # share of replaced bytes in a file's first MiB from which it is not UTF-8 at all
-_BLANK_LINES = re.compile(r"\r?\n[ \t]*(?:\r?\n[ \t]*)+")
+_BLANK_LINES = re.compile(r"\r?\n(?:[ \t]*\r?\n)+")
+_AT_ENDS = re.compile(r"\A(?:[ \t]*\r?\n)+|(?:\r?\n[ \t]*)+\Z")
 
 
 class Document(NamedTuple):
@@ -178,7 +179,7 @@ class Reader:
                 yield _decode_utf16(path, data + file.read())
                 return
             at = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
-            data, replaced = data[at:], 0
+            data, replaced = data[at:] or _read(path, file), 0
             while data:
                 ahead = _read(path, file)
                 text, used, count, first = _decode(path, data, at, final=not ahead)
@@ -225,7 +226,7 @@ def _documents_of(texts: Iterable[str], separator: str | None) -> Iterator[str]:
     """Those that hold more than space; blank lines at their ends belong to the separator."""
     for text in texts:
         if text and not text.isspace():
-            yield text.strip("\r\n") if separator == BLANK_LINE else text
+            yield _AT_ENDS.sub("", text) if separator == BLANK_LINE else text
 
 
 class _NotText(Exception):
