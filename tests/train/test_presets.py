@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastllm.models.trainable import initialize
+from fastllm.train import presets
+from fastllm.train.presets import ShapeConfig
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4, 7, 8, 12, 15, 16, 20, 24, 32])
+def test_every_depth_gives_a_model_that_fits(depth: int) -> None:
+    config = presets.model_config(
+        ShapeConfig(depth=depth), vocab_size=1000, bos=0, eos=(0,), context=64
+    )
+    assert config.num_hidden_layers == depth
+    assert config.hidden_size == config.num_attention_heads * config.head_dim
+    assert config.head_dim in (64, 128)
+    total, body = presets.parameters(config)
+    assert 0.8 < body / (12 * depth * config.hidden_size**2) < 1.3  # the usual estimate
+    assert total > body
+
+
+def test_what_is_given_is_not_derived_and_what_follows_follows() -> None:
+    full = presets.shape(ShapeConfig(depth=8, width=256, kv_heads=2))
+    assert (full.layers, full.width, full.heads, full.kv_heads, full.inner, full.tied) == (
+        8, 256, 4, 2, 704, True,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="width 100 is not a multiple of head_dim 64"):
+        presets.shape(ShapeConfig(width=100))
+    with pytest.raises(ValueError, match="kv_heads must be at least 1"):
+        ShapeConfig(kv_heads=0)
+
+
+def test_the_budget_is_that_of_the_formulas() -> None:
+    # By hand for 10M parameters: 200M tokens, C = 1.2e16.
+    plan = presets.budget(10_000_000, 1024)
+    assert plan.tokens == 200_000_000
+    assert plan.lr == pytest.approx(0.3118 * 1.2e16**-0.125, rel=0.01) == 3.06e-3
+    assert abs(plan.batch_tokens - 0.2920 * 1.2e16**0.3271) <= 512
+    assert plan.batch_tokens % 1024 == 0
+    assert plan.steps * plan.batch_tokens == pytest.approx(plan.tokens, rel=0.01)
+    assert plan.warmup == pytest.approx(0.05 * plan.steps, abs=1)
+
+
+def test_fewer_tokens_give_smaller_batches_and_higher_rates() -> None:
+    long, short = presets.budget(10**7, 256), presets.budget(10**7, 256, tokens=2 * 10**6)
+    assert short.batch_tokens < long.batch_tokens and short.lr > long.lr
+
+
+@pytest.mark.parametrize("batch", [None, 8192])
+def test_given_steps_are_kept(batch: int | None) -> None:
+    plan = presets.budget(10**7, 256, steps=300, batch_tokens=batch)
+    assert plan.steps == 300
+    assert plan.tokens == pytest.approx(300 * plan.batch_tokens, rel=0.05)
+    if batch:
+        assert plan.batch_tokens == batch
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_counts_are_those_of_the_model(family: str) -> None:
+    shape = ShapeConfig(depth=1, width=64, family=family)  # type: ignore[arg-type]
+    config = presets.model_config(shape, vocab_size=100, bos=None, eos=(), context=32)
+    model = initialize(config, dtype=torch.float32)
+    total, body = presets.parameters(config)
+    assert total == sum(p.numel() for p in model.parameters())
+    assert total - body == model.model.embed_tokens.weight.numel()
+    assert presets.flops_per_token(config) == 6 * total
