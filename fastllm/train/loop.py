@@ -229,6 +229,7 @@ class _Loop:
             raise ValueError(f"step {step} has no target that counts: check the masks of the data")
         if math.isfinite(loss_sum) and math.isfinite(self.norm):
             return
+        self.checkpoints.wait(self.metrics.say)
         kept = self.checkpoints.newest()
         raise NumericalError(
             f"step {step}: the loss is {loss_sum / tokens:g} and the gradient's norm {self.norm:g}"

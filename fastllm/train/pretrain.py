@@ -203,7 +203,7 @@ class Pretraining(Task):
         there, optim = self.store.split("train").tokens, self.config.optim
         seen = self.loader.rows_per_step * self.loader.seq_len * plan.steps
         return [
-            f"model: {total / 1e6:.1f}M parameters ({body / 1e6:.1f}M without embeddings), "
+            f"model: {total / 1e6:.3g}M parameters ({body / 1e6:.3g}M without embeddings), "
             f"{shape.num_hidden_layers} layers of {shape.hidden_size}, {self.config.dtype}",
             f"data: {there:,} tokens in rows of {data.seq_len}, {data.batch_tokens:,} a step; "
             f"{plan.steps:,} steps read {seen:,} ({seen / there:.2f} epochs)",
