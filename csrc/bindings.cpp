@@ -163,8 +163,11 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "fastllm's native kernels; called by fastllm.ops only";
 
   op(m, "rms_norm", &Kernels::rms_norm, rms_norm_args);
+  op(m, "rms_norm_backward", &Kernels::rms_norm_backward, rms_norm_backward_args);
+  m.def("rms_norm_backward_scratch", rms_norm_backward_scratch);
   op(m, "rope", &Kernels::rope, rope_args);
   op(m, "swiglu", &Kernels::swiglu, swiglu_args);
+  op(m, "swiglu_backward", &Kernels::swiglu_backward, swiglu_backward_args);
   op(m, "append_kv", &Kernels::append_kv, append_kv_args);
   op(m, "append_mla", &Kernels::append_mla, append_mla_args);
   op(m, "rope_append_kv", &Kernels::rope_append_kv, rope_append_kv_args);
@@ -179,6 +182,10 @@ PYBIND11_MODULE(_C, m) {
   op(m, "head_linear", &Kernels::head_linear, head_linear_args);
   op(m, "embedding", &Kernels::embedding, embedding_args);
   op(m, "quant_embedding", &Kernels::embedding, quant_embedding_args);
+  op(m, "embedding_backward", &Kernels::embedding_backward, embedding_backward_args);
+  op(m, "adamw_step", &Kernels::adamw_step, adamw_step_args);
+  op(m, "sum_of_squares", &Kernels::sum_of_squares, sum_of_squares_args);
+  m.def("sum_of_squares_scratch", sum_of_squares_scratch);
   op(m, "pack", &Kernels::pack, pack_args);
   op(m, "log_probs", &Kernels::log_probs, log_probs_args);
   op(m, "top_log_probs", &Kernels::top_log_probs, top_log_probs_args);

@@ -25,6 +25,32 @@ struct RmsNormArgs {
 };
 RmsNormArgs rms_norm_args(Tensor y, Tensor x, Tensor weight, Tensor residual, Tensor h, double eps);
 
+// The gradients of the norm: with n = x * rstd and g = dy * weight,
+//   dx = rstd * (g - n * mean(g * n)) [+ dh],  dweight = sum over rows of dy * n.
+// Rows are taken in chunks of rms_norm_chunk_rows(n); `partial` gets the dweight of each.
+struct RmsNormBackwardArgs {
+  void* dx;          // [outer, inner, n] contiguous, or null: not wanted
+  float* dresidual;  // the same in fp32, or null
+  void* dweight;     // [n], or null
+  float* partial;    // [chunks, n], with dweight
+  const void* dy;    // [outer, inner, n] contiguous
+  const float* dh;   // [outer, inner, n] contiguous, or null
+  const void* x;     // [outer, inner, n], rows contiguous
+  const void* weight;
+  DType dx_type, dweight_type, dy_type, x_type, weight_type;
+  int64_t outer, inner, n, x_outer_stride, x_inner_stride;
+  float eps;
+};
+RmsNormBackwardArgs rms_norm_backward_args(Tensor dx, Tensor dresidual, Tensor dweight,
+                                           Tensor partial, Tensor dy, Tensor dh, Tensor x,
+                                           Tensor weight, double eps);
+// A chunk's sums are 1/16 of its rows or less, and a few hundred rows are work for many threads.
+constexpr int64_t rms_norm_chunk_rows(int64_t n) {
+  const int64_t rows = 16384 / (n > 0 ? n : 1);
+  return rows < 16 ? 16 : rows > 256 ? 256 : rows;
+}
+int64_t rms_norm_backward_scratch(int64_t rows, int64_t n);  // floats of `partial`
+
 // How a weight is packed; the layouts are described in fastllm/ops/packed_layout.py.
 enum class Format : uint8_t { q4_0, q4_1, q8_0, bf16, f32 };
 enum class Activation : uint8_t { int8, bf16, fp32 };
@@ -102,6 +128,45 @@ EmbeddingArgs embedding_args(Tensor y, Tensor ids, Tensor weight);
 EmbeddingArgs quant_embedding_args(Tensor y, Tensor ids, Tensor data, Tensor scales, int64_t format,
                                    int64_t n);
 
+// dweight[id] = sum of the rows of dy with that id, in their order. Ids are sorted by counting, then
+// ranges of the table are shared among the threads.
+struct EmbeddingBackwardArgs {
+  void* dweight;    // [n, k] contiguous
+  const void* dy;   // [count, k] contiguous
+  const void* ids;  // [count]
+  int32_t* order;   // [n + 1] ends of the ids' runs, then [count] tokens sorted by id
+  DType dweight_type, dy_type, ids_type;
+  int64_t count, n, k;
+};
+EmbeddingBackwardArgs embedding_backward_args(Tensor dweight, Tensor dy, Tensor ids, Tensor order);
+
+// One step of AdamW on every element; see fastllm/ops/adamw.py. Bound by memory: 30 bytes an
+// element of a bf16 parameter with fp32 gradient and master.
+struct AdamwStepArgs {
+  void* param;
+  float *master, *exp_avg, *exp_avg_sq;  // master null: the parameter is fp32 and its own
+  const void* grad;
+  const float* grad_scale;  // one value, or null
+  DType param_type, grad_type;
+  int64_t count;
+  float decay, new_share, keep_sq, new_share_sq, rate, inverse_root, eps;
+};
+AdamwStepArgs adamw_step_args(Tensor param, Tensor master, Tensor exp_avg, Tensor exp_avg_sq,
+                              Tensor grad, Tensor grad_scale, double lr, double beta1, double beta2,
+                              double eps, double weight_decay, int64_t step);
+
+// The sum of squares: of chunks of kSquaresChunk elements, then of the chunks in order.
+struct SumOfSquaresArgs {
+  float* total;    // one value
+  float* partial;  // [chunks]
+  const void* x;
+  DType dtype;
+  int64_t count;
+};
+SumOfSquaresArgs sum_of_squares_args(Tensor total, Tensor partial, Tensor x);
+constexpr int64_t kSquaresChunk = 16384;
+int64_t sum_of_squares_scratch(int64_t count);  // floats of `partial`
+
 // Rows of a file (GGUF blocks) or of a dense tensor into panels of 16 interleaved rows.
 struct PackArgs {
   void* data;
@@ -133,6 +198,16 @@ struct SwigluArgs {
   int64_t outer, inner, n, gate_outer, gate_inner, up_outer, up_inner;
 };
 SwigluArgs swiglu_args(Tensor y, Tensor gate, Tensor up);
+
+// The gradients of gate and up, side by side in one row of 2 n. Bound by memory.
+struct SwigluBackwardArgs {
+  void* both;      // [outer, inner, 2 n] contiguous
+  const void* dy;  // [outer, inner, n] contiguous
+  const void *gate, *up;
+  DType dtype;
+  int64_t outer, inner, n, gate_outer, gate_inner, up_outer, up_inner;
+};
+SwigluBackwardArgs swiglu_backward_args(Tensor both, Tensor dy, Tensor gate, Tensor up);
 
 // Where the tokens of each sequence lie: rows of q, k, v and pages of the cache (see cpu/paging.h).
 struct Paging {
@@ -330,8 +405,10 @@ SamplingArgs sampling_args(Tensor ids, Tensor logprob, Tensor logprob_t, Tensor 
 
 struct Kernels {
   Kernel<RmsNormArgs>* rms_norm;
+  Kernel<RmsNormBackwardArgs>* rms_norm_backward;
   Kernel<RopeArgs>* rope;
   Kernel<SwigluArgs>* swiglu;
+  Kernel<SwigluBackwardArgs>* swiglu_backward;
   Kernel<AppendKvArgs>* append_kv;
   Kernel<AppendMlaArgs>* append_mla;
   Kernel<RopeAppendKvArgs>* rope_append_kv;
@@ -343,6 +420,9 @@ struct Kernels {
   Kernel<LinearArgs>* linear;
   Kernel<HeadLinearArgs>* head_linear;
   Kernel<EmbeddingArgs>* embedding;
+  Kernel<EmbeddingBackwardArgs>* embedding_backward;
+  Kernel<AdamwStepArgs>* adamw_step;
+  Kernel<SumOfSquaresArgs>* sum_of_squares;
   Kernel<PackArgs>* pack;
   Kernel<LogProbsArgs>* log_probs;
   Kernel<TopLogProbsArgs>* top_log_probs;

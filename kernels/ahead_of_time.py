@@ -27,7 +27,9 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from . import (
+    adamw,
     embedding,
+    embedding_backward,
     head_linear,
     linear,
     log_probs,
@@ -35,20 +37,25 @@ from . import (
     mla_attention,
     quant_matmul,
     rms_norm,
+    rms_norm_backward,
     rope,
     sampling,
+    sum_of_squares,
     swiglu,
+    swiglu_backward,
     tuning,
 )
 from .attention_launches import attention_launches
 
 KERNEL_MODULES = (
+    "adamw",
     "append_kv",
     "attention",
     "attention_backward",
     "attention_key_gradients",
     "attention_query_gradients",
     "embedding",
+    "embedding_backward",
     "head_linear",
     "linear",
     "log_probs",
@@ -57,9 +64,12 @@ KERNEL_MODULES = (
     "paged_attention",
     "quant_matmul",
     "rms_norm",
+    "rms_norm_backward",
     "rope",
     "sampling",
+    "sum_of_squares",
     "swiglu",
+    "swiglu_backward",
 )
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 _TYPE_NAMES = {
@@ -134,6 +144,23 @@ def shipped_launches() -> dict[str, Callable[[], Any]]:
             _meta(8, 16), _meta(4096, 16), _meta(8, 4096, dtype=f32), 2.0
         ),
         "embedding": lambda: embedding.embedding(_ids(8), _meta(128256, 4096), f32),
+        "swiglu_backward": lambda: swiglu_backward.swiglu_backward(
+            *(_meta(2048, 14336) for _ in range(3))
+        ),
+        "rms_norm_backward": lambda: rms_norm_backward.rms_norm_backward(
+            _meta(2048, 4096), _meta(2048, 4096), _meta(4096), 1e-5, bf16
+        ),
+        "rms_norm_backward heads": lambda: rms_norm_backward.rms_norm_backward(
+            _meta(2048, 32, 128), _meta(2048, 32, 128), _meta(128), 1e-5, f32
+        ),
+        "add_rms_norm_backward": lambda: _add_rms_norm_backward(4096),
+        "add_rms_norm_backward wide": lambda: _add_rms_norm_backward(16384),
+        "embedding_backward": lambda: embedding_backward.embedding_backward(
+            _meta(2048, 4096, dtype=f32), _ids(2048), 128256, bf16
+        ),
+        "adamw bf16": lambda: _adamw(bf16, f32),
+        "adamw f32": lambda: _adamw(f32, f32),
+        "sum_of_squares": lambda: sum_of_squares.sum_of_squares(_meta(4096, 4096, dtype=f32)),
         "quant_embedding q4_1": lambda: _quant_embedding("q4_1"),
         "quant_embedding q8_0": lambda: _quant_embedding("q8_0"),
         "sampling": lambda: _sampling(8, 128256),
@@ -279,6 +306,20 @@ def _quant_embedding(format: str) -> Tensor:
 def _quant_matmul(x: Tensor, format: str, activation: str) -> Tensor:
     data, scales = _packed(format, 4096, x.shape[-1])
     return quant_matmul.quant_matmul(x, data, scales, format, 4096, None, activation)
+
+
+def _add_rms_norm_backward(n: int) -> tuple[Tensor, Tensor, Tensor]:
+    stream = _meta(2048, n, dtype=torch.float32)
+    return rms_norm_backward.add_rms_norm_backward(
+        _meta(2048, n), stream, stream, _meta(n), 1e-5, torch.bfloat16, torch.bfloat16
+    )
+
+
+def _adamw(dtype: torch.dtype, grad: torch.dtype) -> None:
+    f32 = _meta(4096, 4096, dtype=torch.float32)
+    master = None if dtype == torch.float32 else f32
+    param, gradient, scale = _meta(4096, 4096, dtype=dtype), f32.to(grad), _meta(dtype=f32.dtype)
+    adamw.adamw_step(param, master, f32, f32, gradient, scale, 1e-3, 0.9, 0.95, 1e-8, 0.1, 7)
 
 
 def _head_linear(n_tokens: int, k: int, n: int, tail_dim: int) -> Tensor:

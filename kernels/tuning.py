@@ -71,6 +71,16 @@ class AttentionShape:
 # 1,024 elements over 4 warps are 8 a thread: one 16-byte access of bf16, two of fp32.
 ELEMENTWISE_BLOCK = 1024
 
+# Gradients of weights and of tables, in a fixed order. A program's sum of dweight costs 8 bytes a
+# column, written and read: over 16 rows of bf16 (6 bytes an element) 8%, and 2,048 rows of 4,096
+# are still 128 programs for 132 SMs. Sums of columns and of ids load some rows at once.
+NORM_GRADIENT_TILES = 16
+NORM_GRADIENT_COLUMNS = 8192  # 16 values a thread of 16 warps; rows above are read twice
+COLUMN_SUMS_ROWS = 32
+COLUMN_SUMS_BLOCK = 64
+EMBEDDING_TOKENS = 4
+SQUARES_TILES = 16  # 16 x 1,024 elements a program
+
 # Weight tiles that share their token tiles through L2: 8 x 128 rows x K of 4,096 in bf16 are 8 MB
 # of 40 to 50 MB.
 TILE_GROUP = 8

@@ -4,8 +4,10 @@
 namespace fastllm::FASTLLM_ISA {
 
 Kernel<RmsNormArgs> rms_norm;
+Kernel<RmsNormBackwardArgs> rms_norm_backward;
 Kernel<RopeArgs> rope;
 Kernel<SwigluArgs> swiglu;
+Kernel<SwigluBackwardArgs> swiglu_backward;
 Kernel<AppendKvArgs> append_kv;
 Kernel<AppendMlaArgs> append_mla;
 Kernel<RopeAppendKvArgs> rope_append_kv;
@@ -17,6 +19,9 @@ Kernel<QuantMatmulArgs> quant_matmul;
 Kernel<LinearArgs> linear;
 Kernel<HeadLinearArgs> head_linear;
 Kernel<EmbeddingArgs> embedding;
+Kernel<EmbeddingBackwardArgs> embedding_backward;
+Kernel<AdamwStepArgs> adamw_step;
+Kernel<SumOfSquaresArgs> sum_of_squares;
 Kernel<PackArgs> pack;
 Kernel<LogProbsArgs> log_probs;
 Kernel<TopLogProbsArgs> top_log_probs;
@@ -24,8 +29,10 @@ Kernel<SamplingArgs> sampling;
 
 const Kernels kernels = {
     .rms_norm = rms_norm,
+    .rms_norm_backward = rms_norm_backward,
     .rope = rope,
     .swiglu = swiglu,
+    .swiglu_backward = swiglu_backward,
     .append_kv = append_kv,
     .append_mla = append_mla,
     .rope_append_kv = rope_append_kv,
@@ -37,6 +44,9 @@ const Kernels kernels = {
     .linear = linear,
     .head_linear = head_linear,
     .embedding = embedding,
+    .embedding_backward = embedding_backward,
+    .adamw_step = adamw_step,
+    .sum_of_squares = sum_of_squares,
     .pack = pack,
     .log_probs = log_probs,
     .top_log_probs = top_log_probs,

@@ -58,6 +58,15 @@ FASTLLM_INLINE float sfma(float a, float b, float c) {
 
 FASTLLM_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
 FASTLLM_INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
+FASTLLM_INLINE vf vsqrt(vf a) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_sqrt_ps((__m512)a);
+#elif defined(__AVX2__)
+  return (vf)_mm256_sqrt_ps((__m256)a);
+#else
+  return (vf)_mm_sqrt_ps((__m128)a);
+#endif
+}
 FASTLLM_INLINE vf vabs(vf a) { return vbits(vbits(a) & vseti(0x7fffffff)); }
 
 // bf16 <-> f32. Rounding is to nearest even in integers at every level (vcvtneps2bf16 would flush

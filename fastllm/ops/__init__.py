@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .adamw import adamw_step_
 from .append_kv import append_kv, rope_append_kv
 from .attention import attention
 from .embedding import embedding, quant_embedding
@@ -19,10 +20,12 @@ from .rms_norm import add_rms_norm, rms_norm
 from .rope import rope
 from .sampling import log_probs, sampling, top_log_probs
 from .sdpa import sdpa
+from .sum_of_squares import sum_of_squares
 from .swiglu import swiglu
 
 __all__ = [
     "KvCache",
+    "adamw_step_",
     "add_rms_norm",
     "append_kv",
     "append_mla",
@@ -46,6 +49,7 @@ __all__ = [
     "rope_append_kv",
     "sampling",
     "sdpa",
+    "sum_of_squares",
     "swiglu",
     "top_log_probs",
 ]

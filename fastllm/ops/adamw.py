@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _C
+from .registry import Op
+
 
 def adamw_step_ref(
     param: Tensor,
@@ -40,6 +43,38 @@ def adamw_step_ref(
     weight.mul_(1 - lr * weight_decay).sub_(exp_avg * rate / denominator)
     if master is not None:
         param.copy_(master)
+
+
+def _nothing(*_: Any) -> None:
+    return None
+
+
+_adamw_step = Op(
+    "adamw_step_(Tensor(a!) param, Tensor(b!)? master, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq,"
+    " Tensor grad, Tensor? grad_scale, float lr, float beta1, float beta2, float eps,"
+    " float weight_decay, int step) -> ()",
+    adamw_step_ref,
+    fake=_nothing,
+)
+
+
+def _native(
+    param: Tensor, master: Tensor | None, m: Tensor, v: Tensor, grad: Tensor, *_: Any
+) -> bool:
+    given = (param, m, v, grad) if master is None else (param, master, m, v, grad)
+    return all(t.is_contiguous() for t in given)
+
+
+@_adamw_step.impl("native", "cpu", when=_native)
+def _adamw_step_cpu(*args: Any) -> None:
+    _C.adamw_step(*args)
+
+
+@_adamw_step.impl("triton", "cuda", when=_native)
+def _adamw_step_triton(*args: Any) -> None:
+    from ..kernels import adamw as kernel
+
+    kernel.adamw_step(*args)
 
 
 def adamw_step_(
@@ -78,7 +113,7 @@ def adamw_step_(
     _check(param, master, (exp_avg, exp_avg_sq), grad, step)
     scale = as_scale(grad_scale, param.device)
     values = (lr, *betas, eps, weight_decay, step)
-    adamw_step_ref(param, master, exp_avg, exp_avg_sq, grad, scale, *values)
+    _adamw_step(param, master, exp_avg, exp_avg_sq, grad, scale, *values)
 
 
 def as_scale(scale: Tensor | float | None, device: torch.device) -> Tensor | None:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .. import _C
 from . import packed_layout as layout
-from .registry import Op
+from .embedding_backward import embedding_backward
+from .registry import Op, gradient_dtype
 
 _TABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -52,22 +53,19 @@ def _quant_embedding_fake(
 def _save_embedding(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ids, weight, _ = inputs
     ctx.save_for_backward(ids)
-    ctx.shape, ctx.dtype = weight.shape, weight.dtype
+    ctx.rows, ctx.dtype = weight.shape[0], gradient_dtype(weight)
 
 
-def _embedding_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+def _embedding_grads(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     (ids,) = ctx.saved_tensors
-    safe, inside = _clamp(ids.reshape(-1), ctx.shape[0])
-    rows = torch.where(inside.unsqueeze(-1), dy.float().reshape(-1, ctx.shape[1]), 0.0)
-    dweight = torch.zeros(ctx.shape, dtype=torch.float32, device=dy.device)
-    return None, dweight.index_add_(0, safe, rows).to(ctx.dtype), None
+    return None, embedding_backward(dy.contiguous(), ids.contiguous(), ctx.rows, ctx.dtype), None
 
 
 _embedding = Op(
     "embedding(Tensor ids, Tensor weight, ScalarType out_dtype) -> Tensor",
     embedding_ref,
     fake=_embedding_fake,
-    backward=_embedding_backward,
+    backward=_embedding_grads,
     setup_context=_save_embedding,
 )
 _quant_embedding = Op(

@@ -201,6 +201,16 @@ class Op:
         return f"Op({self.schema})"
 
 
+def gradient_dtype(parameter: Tensor) -> torch.dtype:
+    """The dtype in which a backward should give the gradient of an input of its op.
+
+    A parameter's `grad_dtype`, where its owner set one: gradients of bfloat16 parameters that are
+    added up in float32 are then not rounded on the way. Otherwise the dtype of the input.
+    """
+    wanted = parameter.grad_dtype if parameter.is_leaf else None
+    return parameter.dtype if wanted is None else wanted
+
+
 def _describe(arg: Any) -> str:
     if isinstance(arg, Tensor):
         return f"{_short(arg.dtype)}{list(arg.shape)} strides {list(arg.stride())} on {arg.device}"

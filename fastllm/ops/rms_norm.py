@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .registry import Op
+from .registry import Op, gradient_dtype
+from .rms_norm_backward import add_rms_norm_backward, rms_norm_backward
 
 
 def rms_norm_ref(
@@ -32,40 +33,40 @@ def add_rms_norm_ref(
     return rms_norm_ref(h, weight, eps, x.dtype), h
 
 
-def _norm_gradients(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    # With n = x * rstd and g = dy * weight:
-    #   dx = rstd * (g - n * mean(g * n)),  dweight = sum(dy * n).
-    x32, dy32 = x.float(), dy.float()
-    rstd = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
-    n = x32 * rstd
-    g = dy32 * weight.float()
-    dx = rstd * (g - n * (g * n).mean(-1, keepdim=True))
-    dweight = (dy32 * n).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
-    return dx, dweight
-
-
 def _save_rms_norm(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, weight, ctx.eps, _ = inputs
     ctx.save_for_backward(x, weight)
+    ctx.weight_gradient = gradient_dtype(weight)
 
 
 def _rms_norm_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     x, weight = ctx.saved_tensors
-    dx, dweight = _norm_gradients(dy, x, weight, ctx.eps)
-    return dx.to(x.dtype), dweight, None, None
+    wanted = ctx.weight_gradient if ctx.needs_input_grad[1] else None
+    dx, dweight = rms_norm_backward(dy.contiguous(), x, weight, ctx.eps, wanted)
+    return dx, None if wanted is None else dweight, None, None
 
 
 def _save_add_rms_norm(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, _, weight, ctx.eps = inputs
     ctx.save_for_backward(output[1], weight)
-    ctx.x_dtype = x.dtype
+    ctx.x_dtype, ctx.weight_gradient = x.dtype, gradient_dtype(weight)
+    ctx.set_materialize_grads(False)
 
 
-def _add_rms_norm_backward(ctx: Any, dy: Tensor, dh: Tensor) -> tuple[Any, ...]:
+def _add_rms_norm_backward(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Any, ...]:
     h, weight = ctx.saved_tensors
-    dx, dweight = _norm_gradients(dy, h, weight, ctx.eps)
-    dx = dx + dh
-    return dx.to(ctx.x_dtype), dx, dweight, None
+    dy = torch.zeros_like(h, dtype=ctx.x_dtype) if dy is None else dy.contiguous()
+    dh = None if dh is None else dh.contiguous()
+    wanted = ctx.weight_gradient if ctx.needs_input_grad[2] else None
+    # In float32 the two gradients are one.
+    narrow = None if ctx.x_dtype == torch.float32 else ctx.x_dtype
+    dx, dresidual, dweight = add_rms_norm_backward(dy, dh, h, weight, ctx.eps, narrow, wanted)
+    return (
+        dresidual if narrow is None else dx,
+        dresidual,
+        None if wanted is None else dweight,
+        None,
+    )
 
 
 _rms_norm = Op(

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from .. import _C
 from .registry import Op
+from .swiglu_backward import swiglu_backward
 
 
 def swiglu_ref(gate: Tensor, up: Tensor) -> Tensor:
@@ -25,20 +26,16 @@ def _save_swiglu(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _swiglu_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    # d silu(g) / dg = sigmoid(g) (1 + g (1 - sigmoid(g)))
+def _swiglu_grads(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     gate, up = ctx.saved_tensors
-    gate32, dy32 = gate.float(), dy.float()
-    sigmoid = torch.sigmoid(gate32)
-    dgate = dy32 * up.float() * sigmoid * (1 + gate32 * (1 - sigmoid))
-    return dgate.to(gate.dtype), (dy32 * gate32 * sigmoid).to(up.dtype)
+    return swiglu_backward(dy.contiguous(), gate, up).split(gate.shape[-1], dim=-1)
 
 
 _swiglu = Op(
     "swiglu(Tensor gate, Tensor up) -> Tensor",
     swiglu_ref,
     fake=_swiglu_fake,
-    backward=_swiglu_backward,
+    backward=_swiglu_grads,
     setup_context=_save_swiglu,
 )
 

@@ -119,6 +119,100 @@ def embedding_case(dtype: torch.dtype, out: torch.dtype, ids_dtype: torch.dtype)
     return same(embedding(ids, weight, out), ref.to(out))
 
 
+# --- gradients and optimizer steps --------------------------------------------------------------
+
+
+def rms_norm_gradients_ref(
+    dy: Tensor, x: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    x = x.double()
+    rstd = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    n, g = x * rstd, dy.double() * weight.double()
+    dx = rstd * (g - n * (g * n).mean(-1, keepdim=True))
+    return dx, (dy.double() * n).flatten(0, -2).sum(0)
+
+
+def rms_norm_backward_case(shape: tuple[int, ...], dtype: torch.dtype, strided: bool) -> float:
+    from fastllm.kernels.rms_norm_backward import rms_norm_backward
+
+    dy, weight = randn(*shape, dtype=dtype), randn(shape[-1], dtype=dtype, seed=1)
+    x = randn(*shape[:-2], 2 * shape[-2], shape[-1], dtype=dtype, seed=2)
+    x = x[..., : shape[-2], :] if strided else x[..., : shape[-2], :].contiguous()
+    dx, dweight = rms_norm_backward(dy, x, weight, 1e-5, F32)
+    ref, dweight_ref = rms_norm_gradients_ref(dy, x, weight, 1e-5)
+    return max(excess(dx, ref, dtype), excess(dweight, dweight_ref, F32))
+
+
+def add_rms_norm_backward_case(
+    shape: tuple[int, ...], dtype: torch.dtype, with_dh: bool, frozen: bool
+) -> float:
+    from fastllm.kernels.rms_norm_backward import add_rms_norm_backward
+
+    dy, weight = randn(*shape, dtype=dtype), randn(shape[-1], dtype=dtype, seed=1)
+    dh, h = randn(*shape, seed=2) if with_dh else None, randn(*shape, seed=3)
+    narrow, wanted = None if dtype == F32 else dtype, None if frozen else dtype
+    found = add_rms_norm_backward(dy, dh, h, weight, 1e-5, narrow, wanted)
+    ref, dweight_ref = rms_norm_gradients_ref(dy, h, weight, 1e-5)
+    if dh is not None:
+        ref = ref + dh.double()
+    dx, dresidual, dweight = found
+    assert (dx.numel() == 0) == (narrow is None) and (dweight.numel() == 0) == frozen
+    errors = [excess(dresidual, ref, F32)]
+    errors += [excess(dx, ref, dtype)] if narrow else []
+    errors += [excess(dweight, dweight_ref, dtype)] if not frozen else []
+    return max(errors)
+
+
+def swiglu_backward_case(shape: tuple[int, ...], dtype: torch.dtype) -> float:
+    from fastllm.kernels.swiglu_backward import swiglu_backward
+
+    both, dy = randn(*shape[:-1], 2 * shape[-1], dtype=dtype), randn(*shape, dtype=dtype, seed=1)
+    gate, up = both.chunk(2, -1)
+    g, d = gate.double(), dy.double()
+    s = torch.sigmoid(g)
+    ref = torch.cat((d * up.double() * s * (1 + g * (1 - s)), d * g * s), -1)
+    return excess(swiglu_backward(dy, gate, up), ref, dtype)
+
+
+def embedding_backward_case(dtype: torch.dtype, out: torch.dtype, ids_dtype: torch.dtype) -> float:
+    from fastllm.kernels.embedding_backward import embedding_backward
+
+    ids = torch.tensor([[0, 10, 3, 3], [3, 11, -1, 3], [3, 0, 3, 3]], dtype=ids_dtype)
+    dy = randn(3, 4, 70, dtype=dtype)
+    ref = torch.zeros(11, 70, dtype=torch.float64)
+    for i, j in product(range(3), range(4)):
+        if 0 <= ids[i, j] < 11:
+            ref[ids[i, j]] += dy[i, j].double()
+    return excess(embedding_backward(dy, ids, 11, out), ref, out)
+
+
+def adamw_case(dtype: torch.dtype, grad_dtype: torch.dtype, scaled: bool) -> float:
+    from fastllm.kernels.adamw import adamw_step
+
+    weight, mean, grad = (randn(1100, seed=i) for i in range(3))
+    square = randn(1100, seed=3).square()
+    param, grad = weight.to(dtype), grad.to(grad_dtype)
+    master = None if dtype == F32 else weight.clone()
+    scale = torch.tensor(0.25) if scaled else None
+    g = grad.double() * (0.25 if scaled else 1.0)
+    new_mean = 0.9 * mean.double() + 0.1 * g
+    new_square = 0.95 * square.double() + 0.05 * g * g
+    root = (new_square / (1 - 0.95**3)).sqrt() + 1e-8
+    ref = weight.double() * (1 - 0.01 * 0.1) - 0.01 * new_mean / (1 - 0.9**3) / root
+    adamw_step(param, master, mean, square, grad, scale, 0.01, 0.9, 0.95, 1e-8, 0.1, 3)
+    rounded = 0.0 if master is None else same(param, master.to(dtype))
+    stepped = param if master is None else master
+    errors = [excess(stepped, ref, F32), excess(mean, new_mean), excess(square, new_square)]
+    return max(rounded, *errors)
+
+
+def sum_of_squares_case(shape: tuple[int, ...], dtype: torch.dtype) -> float:
+    from fastllm.kernels.sum_of_squares import sum_of_squares
+
+    x = randn(*shape, dtype=dtype)
+    return excess(sum_of_squares(x), x.double().square().sum(), F32)
+
+
 # --- packed weights -----------------------------------------------------------------------------
 
 
@@ -515,6 +609,21 @@ def quick_cases() -> dict[str, Case]:
         add(f"linear {d} bias", linear_case, dtype, 5, bias=True, out=F32)
         add(f"linear {d} split K", linear_case, dtype, 3, k=1030, bias=True, batch_invariant=False)
         add(f"quant_matmul {d} odd K", quant_matmul_dense, dtype, 37)
+        for shape in ((3, 100), (300, 24)):
+            add(f"rms_norm_backward {d} {shape}", rms_norm_backward_case, shape, dtype, False)
+        add(f"rms_norm_backward {d} strided", rms_norm_backward_case, (5, 3, 64), dtype, True)
+        add(f"add_rms_norm_backward {d}", add_rms_norm_backward_case, (5, 64), dtype, True, False)
+        alone = ((40, 100), dtype, False, d == "bf16")
+        add(f"add_rms_norm_backward {d} alone", add_rms_norm_backward_case, *alone)
+        add(f"swiglu_backward {d}", swiglu_backward_case, (2, 2, 1030), dtype)
+        add(f"sum_of_squares {d}", sum_of_squares_case, (3, 6000), dtype)
+        add(f"adamw {d}", adamw_case, dtype, F32, True)
+    wide = ((17, 9000), BF16, True, False)
+    add("add_rms_norm_backward wide", add_rms_norm_backward_case, *wide)
+    add("adamw bf16 gradient", adamw_case, BF16, BF16, False)
+    add("sum_of_squares empty", sum_of_squares_case, (0, 4), F32)
+    add("embedding_backward bf16", embedding_backward_case, BF16, F32, torch.int64)
+    add("embedding_backward f32", embedding_backward_case, F32, BF16, torch.int32)
     add("rms_norm f32 to bf16", rms_norm_case, (3, 100), F32, BF16)
     add("rms_norm strided", rms_norm_strided)
     add("embedding bf16", embedding_case, BF16, F32, torch.int64)

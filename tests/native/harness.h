@@ -183,5 +183,6 @@ void test_products();
 void test_attention();
 void test_attention_backward();
 void test_sampling();
+void test_training();
 
 }  // namespace fastllm::test

@@ -16,7 +16,8 @@ int main(int argc, char** argv) {
                 {"products", test_products},
                 {"attention", test_attention},
                 {"attention_backward", test_attention_backward},
-                {"sampling", test_sampling}};
+                {"sampling", test_sampling},
+                {"training", test_training}};
   std::printf("runtime: %s; levels:", thread_runtime());
   for (const std::string& level : supported_isas()) std::printf(" %s", level.c_str());
   std::printf("\n");
