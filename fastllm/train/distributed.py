@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     FSDPModule,
@@ -138,6 +138,13 @@ def shard(model: Decoder) -> Decoder:
     for parameter in model.parameters():
         parameter.is_master = model.dtype != torch.float32  # type: ignore[attr-defined]
     return model
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of what a forward pass without a backward pass has left whole."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def is_master(parameter: Tensor) -> bool:

@@ -293,6 +293,7 @@ class _Loop:
             with preserved_random_state(), torch.no_grad():
                 yield
         finally:
+            distributed.reshard(model)
             model.train(before)
 
     def plan(self) -> None:

@@ -64,11 +64,11 @@ class Metrics:
         if not self._first:
             return
         self.out.mkdir(parents=True, exist_ok=True)
+        self._sinks = open_sinks(self.config, self.out, flat(self._settings))
         text = yaml.safe_dump(self._settings, sort_keys=False, allow_unicode=True)
         (self.out / SETTINGS).write_text("# every value of the run\n" + text, encoding="utf-8")
         drop_after(self.out / FILE, step)
         self._file = (self.out / FILE).open("a", encoding="utf-8")
-        self._sinks = open_sinks(self.config, self.out, flat(self._settings))
         kind = self.config.progress
         if kind == "auto":
             kind = "rich" if sys.stderr.isatty() else "plain"

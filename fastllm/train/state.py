@@ -37,7 +37,10 @@ def optimizer_state(model: nn.Module, optimizer: Any) -> tuple[dict[str, Tensor]
     """
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
-    for name, parameter in model.named_parameters():
+    named = dict(model.named_parameters())
+    if not set(optimizer.state) <= set(named.values()):
+        raise RuntimeError("the optimizer holds parameters that the model does not have (any more)")
+    for name, parameter in named.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor) and value.dim():
                 tensors[f"optim.{name}.{key}"] = value
