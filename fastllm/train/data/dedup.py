@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,22 +61,29 @@ def signatures(texts: Sequence[str]) -> NDArray[np.uint32]:
     return result
 
 
-def near_duplicates(signatures: NDArray[np.uint32], threshold: float) -> NDArray[np.bool_]:
+def near_duplicates(
+    signatures: NDArray[np.uint32], threshold: float, chosen: NDArray[np.int64] | None = None
+) -> NDArray[np.bool_]:
     """[texts] bool: True for a text whose estimated similarity to an earlier one is at least
     `threshold`, or that a chain of such pairs connects with an earlier one.
 
-    signatures: [texts, 125] uint32; may be a memory map, which is read 25 times in part.
+    signatures: [all texts, 125] uint32; may be a memory map, which is read 25 times in part and
+    never held whole. chosen: rows of it to look at (default: all).
     """
-    parent = np.arange(len(signatures))
+    rows = np.arange(len(signatures)) if chosen is None else chosen
+    parent = np.arange(len(rows))
     compared: set[int] = set()
     for band in range(BANDS):
-        pairs = _candidates(signatures[:, band * BAND_ROWS : (band + 1) * BAND_ROWS])
+        pairs = _candidates(signatures[:, band * BAND_ROWS : (band + 1) * BAND_ROWS][rows])
         # A pair that agrees on many bands is compared once.
-        names = pairs[:, 0] * len(signatures) + pairs[:, 1]
+        names = pairs[:, 0] * len(rows) + pairs[:, 1]
         fresh = np.array([name not in compared for name in names.tolist()], bool)
         compared.update(names[fresh].tolist())
-        for left, right in _similar(signatures, pairs[fresh], threshold):
-            _join(parent, left, right)
+        for low in range(0, np.count_nonzero(fresh), _PAIRS):
+            part = pairs[fresh][low : low + _PAIRS]
+            agree = signatures[rows[part[:, 0]]] == signatures[rows[part[:, 1]]]
+            for left, right in part[agree.mean(axis=1) >= threshold].tolist():
+                _join(parent, left, right)
     roots = np.array([_root(parent, i) for i in range(len(parent))], np.int64)
     return roots != np.arange(len(parent))
 
@@ -130,15 +137,6 @@ def _candidates(band: NDArray[np.uint32]) -> NDArray[np.int64]:
     with_first = np.stack([order[leader[here]], order[here]], axis=1)
     with_last = np.stack([order[here - 1], order[here]], axis=1)
     return np.concatenate([with_first, with_last[leader[here] != here - 1]])
-
-
-def _similar(
-    signatures: NDArray[np.uint32], pairs: NDArray[np.int64], threshold: float
-) -> Iterator[tuple[int, int]]:
-    for low in range(0, len(pairs), _PAIRS):
-        part = pairs[low : low + _PAIRS]
-        agree = (signatures[part[:, 0]] == signatures[part[:, 1]]).mean(axis=1)
-        yield from map(tuple, part[agree >= threshold].tolist())
 
 
 def _root(parent: NDArray[np.int64], i: int) -> int:

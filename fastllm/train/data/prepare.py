@@ -247,7 +247,7 @@ def _without_duplicates(
         kept = np.sort(np.unique(names, return_index=True)[1])
         spool.drop("exact duplicate", count=len(names) - len(kept))
     if config.near_duplicates:
-        similar = near_duplicates(spool.signatures()[kept], config.near_duplicates)
+        similar = near_duplicates(spool.signatures(), config.near_duplicates, kept)
         kept = kept[~similar]
         spool.drop("near duplicate", count=int(similar.sum()))
     return kept

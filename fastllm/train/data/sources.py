@@ -35,6 +35,7 @@ TEXT_SUFFIXES = frozenset({".txt", ".text", ".md", ".rst", ".tex"}) | CODE_SUFFI
 
 _CHUNK = 1 << 20
 _BORDER = 256  # characters in which a separator across two pieces is looked for
+_SAID = 5  # files that are named, of those skipped for one reason
 _FOREIGN = 0.05  # share of replaced bytes in a file's first MiB from which it is not UTF-8 at all
 _BLANK_LINES = re.compile(r"\r?\n(?:[ \t]*\r?\n)+")
 _AT_ENDS = re.compile(r"\A(?:[ \t]*\r?\n)+|(?:\r?\n[ \t]*)+\Z")
@@ -113,10 +114,16 @@ class Reader:
             except _NotText as error:
                 if named:
                     raise error.error from error
-                self.skipped["not text"] += 1
-                self.warn(f"skipped: {error.error}")
+                self._skip("not text", str(error.error))
             before += size
             self.bytes_done = before
+
+    def _skip(self, why: str, text: str) -> None:
+        """Count a file; the first ones are said."""
+        self.skipped[why] += 1
+        if self.skipped[why] <= _SAID:
+            more = " (further ones are only counted)" if self.skipped[why] == _SAID else ""
+            self.warn(f"skipped: {text}{more}")
 
     def _paths(self) -> list[tuple[Path, bool]]:
         if self._found is None:
@@ -168,8 +175,7 @@ class Reader:
             empty = False
             yield Document(text, str(path), "")
         if empty:
-            self.skipped["empty"] += 1
-            self.warn(f"skipped: {path}: the file is empty")
+            self._skip("empty", f"{path}: the file is empty")
 
     def _decoded(self, path: Path) -> Iterator[str]:
         """The text of a file in pieces of about 1 MiB; bad bytes by `options.bad_bytes`."""

@@ -187,3 +187,12 @@ def test_pieces_of_a_long_text_join_to_it(text: str) -> None:
     assert "".join(pieces) == text
     assert all(piece.endswith("\n") for piece in pieces[:-1])
     assert not any(piece[:1].isspace() for piece in pieces[1:])
+
+
+def test_of_many_empty_files_a_few_are_named(tmp_path: Path) -> None:
+    for number in range(9):
+        file(tmp_path / f"{number}.txt", "")
+    said: list[str] = []
+    reader = Reader([str(tmp_path)], warn=said.append)
+    assert list(reader) == [] and reader.skipped == {"empty": 9}
+    assert len(said) == 5 and said[-1].endswith("(further ones are only counted)")
