@@ -118,7 +118,8 @@ def train_tokenizer(
         )
     return Tokenizer(
         _with_visible_spans(backend),
-        special_tokens={"eos_token": END_OF_TEXT, "pad_token": PAD},
+        # A document begins after the end of the one before it; encoding adds nothing by itself.
+        special_tokens={"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "pad_token": PAD},
         eos_token_ids=[backend.token_to_id(TURN_END)],
         chat_template=chat_template,
     )

@@ -26,7 +26,7 @@ from fastllm.models.trainable import initialize
 from fastllm.train import distributed, loop, presets
 from fastllm.train.config import load_config, to_dict
 from fastllm.train.data.loader import Loader, MicroBatch
-from fastllm.train.data.store import TokenStore, sha256_file
+from fastllm.train.data.store import TokenStore
 from fastllm.train.loop import LoopConfig, Result, Task
 from fastllm.train.optim import OptimConfig, make_optimizer
 from fastllm.train.peak import peak_flops
@@ -280,12 +280,13 @@ def _tokenizer(data: DataConfig, store: TokenStore) -> Tokenizer:
             f"data.tokenizer {data.tokenizer!r} is not a directory: give the one that the store "
             f"{data.store} was made with (--tokenizer DIR)"
         )
-    if store.tokenizer_hash and sha256_file(path / "tokenizer.json") != store.tokenizer_hash:
+    tokenizer = Tokenizer.from_hf(path)
+    if store.tokenizer_hash and tokenizer.fingerprint != store.tokenizer_hash:
         raise ValueError(
             f"data.tokenizer {path} is not the tokenizer that {data.store} was made with: its "
-            "tokenizer.json has another hash. Give that one, or prepare the data again"
+            "fingerprint is another. Give that one, or prepare the data again"
         )
-    return Tokenizer.from_hf(path)
+    return tokenizer
 
 
 def main(config: PretrainConfig) -> Result:

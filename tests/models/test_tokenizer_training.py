@@ -91,7 +91,7 @@ def test_special_tokens_have_their_roles(trained: Tokenizer, peer: Any, director
     assert [trained.encode(token) for token in (*CONTROL, *SPANS)] == [[i] for i in range(10)]
     assert trained.decode(range(10)) == "".join(SPANS)  # answers show thoughts, not turns
     assert trained.eos_token_ids == {0, 2} and trained.pad_token_id == 3
-    assert (peer.eos_token_id, peer.pad_token_id) == (0, 3)
+    assert (peer.bos_token_id, peer.eos_token_id, peer.pad_token_id) == (0, 0, 3)
     config = json.loads((directory / "generation_config.json").read_text())
     assert config == {"eos_token_id": [0, 2], "pad_token_id": 3}
 

@@ -103,7 +103,7 @@ class TokenStore:
 
     @property
     def tokenizer_hash(self) -> str:
-        """SHA-256 of the tokenizer.json that made the tokens."""
+        """`Tokenizer.fingerprint` of the tokenizer that made the tokens; empty: not known."""
         return self.index["tokenizer"]["sha256"]
 
     def split(self, name: str) -> Split:

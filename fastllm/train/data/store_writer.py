@@ -40,7 +40,7 @@ class Vocabulary:
     vocab_size: int
     start_token_id: int  # read before a document's first token
     end_token_id: int  # stored after its last one
-    sha256: str = ""  # of tokenizer.json
+    sha256: str = ""  # Tokenizer.fingerprint
     name: str = ""  # the directory it was read from
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -16,7 +17,7 @@ from fastllm.train.data.sources import Reader, SourceOptions, split_documents
 from fastllm.train.data.tokenizing import pieces_of
 
 
-def read(*inputs: Path, warnings: list[str] | None = None, **options: object) -> list[str]:
+def read(*inputs: Path, warnings: list[str] | None = None, **options: Any) -> list[str]:
     said: list[str] = [] if warnings is None else warnings
     reader = Reader([str(path) for path in inputs], SourceOptions(**options), said.append)
     texts = [document.text for document in reader]
