@@ -18,7 +18,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from fastllm.models.tokenizer import Tokenizer
-from fastllm.train.data.store_writer import StoreWriter, Vocabulary, sha256_file
+from fastllm.train.data.store_writer import StoreWriter, Vocabulary
 
 END = "<|endoftext|>"
 WORDS = "the cat sat on a mat and saw one red bird sing in that old tree all day long".split()
@@ -61,7 +61,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     tokenizer.save(path)
     vocabulary = Vocabulary(
         vocab_size=tokenizer.vocab_size, start_token_id=0, end_token_id=0,
-        sha256=sha256_file(path / "tokenizer.json"), name=str(path),
+        sha256=tokenizer.fingerprint, name=str(path),
     )  # fmt: skip
     g = np.random.default_rng(0)
     with StoreWriter(folder / "store", vocabulary) as writer:
