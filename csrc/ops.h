@@ -82,6 +82,21 @@ struct QuantMatmulArgs {
 QuantMatmulArgs quant_matmul_args(Tensor y, Tensor x, Tensor data, Tensor scales, int64_t format,
                                   int64_t n, Tensor bias, int64_t activation, Tensor scratch);
 
+// dx = dy @ W with W [n, k] packed in a quantized format: the gradient of quant_matmul's input.
+struct QuantMatmulInputGradArgs {
+  MatmulOutput out;  // dx [m, k]
+  const void* dy;    // [m, n], rows contiguous
+  const void* data;
+  const uint16_t* scales;
+  void* scratch;  // as in QuantMatmulArgs, for rows of n
+  DType type;     // of dy, and what values of W are rounded to
+  Format format;
+  int64_t m, n, dy_stride;
+};
+QuantMatmulInputGradArgs quant_matmul_input_grad_args(Tensor dx, Tensor dy, Tensor data,
+                                                      Tensor scales, int64_t format,
+                                                      Tensor scratch);
+
 // y = x @ weight.T + bias, weight [n, k] in rows: panels are packed on the way, with the sums of
 // quant_matmul.
 struct LinearArgs {
@@ -417,6 +432,7 @@ struct Kernels {
   Kernel<PagedAttentionArgs>* paged_attention;
   Kernel<AttentionBackwardArgs>* attention_backward;
   Kernel<QuantMatmulArgs>* quant_matmul;
+  Kernel<QuantMatmulInputGradArgs>* quant_matmul_input_grad;
   Kernel<LinearArgs>* linear;
   Kernel<HeadLinearArgs>* head_linear;
   Kernel<EmbeddingArgs>* embedding;

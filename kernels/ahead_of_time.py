@@ -36,6 +36,7 @@ from . import (
     lora_add,
     mla_attention,
     quant_matmul,
+    quant_matmul_input_grad,
     rms_norm,
     rms_norm_backward,
     rope,
@@ -63,6 +64,7 @@ KERNEL_MODULES = (
     "mla_attention",
     "paged_attention",
     "quant_matmul",
+    "quant_matmul_input_grad",
     "rms_norm",
     "rms_norm_backward",
     "rope",
@@ -173,6 +175,9 @@ def shipped_launches() -> dict[str, Callable[[], Any]]:
             for mode in ("int8", "bf16"):
                 key = f"quant_matmul {format} {mode} m={m}"
                 calls[key] = lambda x=x, f=format, a=mode: _quant_matmul(x, f, a)
+    for format in ("q4_0", "q4_1", "q8_0"):
+        calls[f"quant_matmul_input_grad {format}"] = lambda f=format: _input_grad(f, bf16)
+    calls["quant_matmul_input_grad q4_1 f32"] = lambda: _input_grad("q4_1", f32)
     for m in (1, 64):
         x = _meta(m, 576, dtype=f32)
         calls[f"linear f32 m={m}"] = lambda x=x: linear.linear(x, _meta(576, 576, dtype=f32))

@@ -138,6 +138,11 @@ _QUANT_FP32 = {
 }
 
 
+# Input gradient of a packed weight: n columns of dx, m rows, k rows of W a step. Codes and scales
+# become an operand through registers, so the step is short; one tile for any number of tokens.
+INPUT_GRAD_BF16 = ProductTile(128, 128, 32, 8, 3)
+INPUT_GRAD_FP32 = ProductTile(64, 64, 16, 4, 2)
+
 # The last product of an adapter: few columns, so bytes of base and y count; 64 x 64 fp32 sums and
 # as many values of base take 64 registers a thread at 4 warps. One tile for any number of tokens.
 LORA_TILE = ProductTile(64, 64, 32, 4, 2)

@@ -16,6 +16,7 @@ Kernel<MlaAttentionArgs> mla_attention;
 Kernel<PagedAttentionArgs> paged_attention;
 Kernel<AttentionBackwardArgs> attention_backward;
 Kernel<QuantMatmulArgs> quant_matmul;
+Kernel<QuantMatmulInputGradArgs> quant_matmul_input_grad;
 Kernel<LinearArgs> linear;
 Kernel<HeadLinearArgs> head_linear;
 Kernel<EmbeddingArgs> embedding;
@@ -41,6 +42,7 @@ const Kernels kernels = {
     .paged_attention = paged_attention,
     .attention_backward = attention_backward,
     .quant_matmul = quant_matmul,
+    .quant_matmul_input_grad = quant_matmul_input_grad,
     .linear = linear,
     .head_linear = head_linear,
     .embedding = embedding,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -79,33 +79,42 @@ def add_lora(model: nn.Module, config: LoraConfig, seed: int = 0) -> list[nn.Par
     Raises:
         ValueError: if the model has adapters, or a target names none of its layers.
     """
-    if next(adapted(model), None) is not None:
-        raise ValueError("the model has an adapter: merge it or load the model anew")
-    targets = target_layers(model, config.target_modules)
-    model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    parameters = []
-    for _, layer in targets:
-        dtype, device = compute_type(model, layer)
+    factors = {}
+    for name, layer in target_layers(model, config.target_modules):
         bound = layer.in_features**-0.5
         a = torch.empty(config.r, layer.in_features).uniform_(-bound, bound, generator=generator)
-        b = torch.zeros(layer.out_features, config.r)
-        attach(layer, a.to(device, dtype), b.to(device, dtype), config)
-        assert layer.low_rank is not None, "attach sets it"
-        parameters += [layer.low_rank.a.weight, layer.low_rank.b.weight]
+        factors[name] = a, torch.zeros(layer.out_features, config.r)
+    return attach_all(model, config, factors)
+
+
+def attach_all(
+    model: nn.Module, config: LoraConfig, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+) -> list[nn.Parameter]:
+    """Freeze `model` and give its layers the adapters A `[r, in]` and B `[out, r]` by name.
+
+    Returns:
+        The adapter's parameters, copies in the compute dtype.
+
+    Raises:
+        ValueError: if the model has adapters already.
+    """
+    if next(adapted(model), None) is not None:
+        raise ValueError("the model has an adapter: merge it or load the model anew")
+    model.requires_grad_(False)
+    for name, (a, b) in factors.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, Linear), "callers take names from target_layers"
+        dtype, device = _compute_type(model, layer)
+        first = layer.lora_A = Factor(a.to(device, dtype, copy=True))
+        second = layer.lora_B = Factor(b.to(device, dtype, copy=True))
+        layer.train(layer.training)
+        layer.low_rank = LowRank(first, second, scale=config.scale, dropout=config.dropout)
     vars(model)[_CONFIG] = config
-    return parameters
+    return list(lora_parameters(model).values())
 
 
-def attach(layer: Linear, a: torch.Tensor, b: torch.Tensor, config: LoraConfig) -> None:
-    """Give `layer` the adapter with A `[r, in]` and B `[out, r]`."""
-    layer.lora_A, layer.lora_B = Factor(a), Factor(b)
-    for factor in (layer.lora_A, layer.lora_B):
-        factor.train(layer.training)
-    layer.low_rank = LowRank(layer.lora_A, layer.lora_B, scale=config.scale, dropout=config.dropout)
-
-
-def compute_type(model: nn.Module, layer: Linear) -> tuple[torch.dtype, torch.device]:
+def _compute_type(model: nn.Module, layer: Linear) -> tuple[torch.dtype, torch.device]:
     """The dtype that `layer` computes in, and where it lies."""
     if layer.weight is not None and not layer.weight.is_meta:
         return layer.weight.dtype, layer.weight.device

@@ -16,6 +16,7 @@ from .mla_attention import append_mla, mla_attention, new_mla_cache
 from .paged_attention import paged_attention
 from .paged_cache import KvCache, new_cache
 from .quant_matmul import quant_matmul
+from .quant_matmul_input_grad import quant_matmul_input_grad
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import rope
 from .sampling import log_probs, sampling, top_log_probs
@@ -44,6 +45,7 @@ __all__ = [
     "paged_attention",
     "quant_embedding",
     "quant_matmul",
+    "quant_matmul_input_grad",
     "rms_norm",
     "rope",
     "rope_append_kv",

@@ -296,6 +296,16 @@ def quant_matmul_case(
     return excess(y, ref, F32)
 
 
+def input_grad_case(format: str, dtype: torch.dtype, sizes: tuple[int, int, int]) -> float:
+    from fastllm.kernels.quant_matmul_input_grad import quant_matmul_input_grad
+
+    m, n, k = sizes
+    data, scales, value = pack(format, n, k)
+    dy = randn(m, n, dtype=dtype)
+    ref = dy.double() @ value.float().to(dtype).double()
+    return excess(quant_matmul_input_grad(dy, data, scales, format, F32), ref, F32)
+
+
 def quant_matmul_dense(dtype: torch.dtype, k: int) -> float:
     from fastllm.kernels.quant_matmul import quant_matmul
 
@@ -632,6 +642,9 @@ def quick_cases() -> dict[str, Case]:
         add(f"quant_embedding {format}", quant_embedding_case, format, BF16)
         for mode, m in (("int8", 1), ("int8", 19), ("bf16", 1), ("bf16", 19), ("fp32", 3)):
             add(f"quant_matmul {format} {mode} m={m}", quant_matmul_case, format, mode, m)
+        add(f"quant_matmul_input_grad {format}", input_grad_case, format, BF16, (9, 70, 160))
+    add("quant_matmul_input_grad f32", input_grad_case, "q4_1", F32, (3, 20, 96))
+    add("quant_matmul_input_grad empty", input_grad_case, "q4_0", F32, (0, 20, 96))
     add("quant_matmul q4_1 bias", quant_matmul_case, "q4_1", "bf16", 2, bias=True)
     for mode in ("int8", "bf16"):
         fast = {"k": 1056, "bias": True, "batch_invariant": False}

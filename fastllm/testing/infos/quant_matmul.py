@@ -87,7 +87,8 @@ def _cases(dtype: torch.dtype) -> Iterator[Case]:
     yield Case(label="zero-blocks-3d-bf16-out", make=blocks_of_zeros)
 
 
-def _weight64(data: Tensor, scales: Tensor, format: str, n: int, k: int) -> Tensor:
+def weight64(data: Tensor, scales: Tensor, format: str, n: int, k: int) -> Tensor:
+    """The packed weight's values in float64 [n, k]."""
     if format in layout.DENSE:
         return layout.dense_rows(data, format, n, k).double()
     d, m = layout.block_scales(scales, n)
@@ -113,7 +114,7 @@ def _exact(
         q, dx = quantize_activation_ref(x.detach().float().reshape(-1, x.shape[-1]))
         rounded = (q.double() * dx.double().unsqueeze(-1)).reshape(x.shape)
         x64 = x64 + (rounded - x64.detach())
-    y = x64 @ _weight64(data, scales, format, n, x.shape[-1]).T
+    y = x64 @ weight64(data, scales, format, n, x.shape[-1]).T
     return y if bias is None else y + bias.double()
 
 
