@@ -25,6 +25,7 @@ using Bf16Dense = Bf16Float;
 template <class D>
 struct DenseRows {
   static constexpr int rows = kDenseRows, strip = kDenseStrip, few = 4;
+  static constexpr int64_t row_block = kRowBlockBytes;
   const void* x;
   DType x_type;
   int64_t m, k, x_stride;

@@ -38,12 +38,12 @@ constexpr int64_t kRowBlockBytes = 512 << 10;
 constexpr int64_t kTasksPerThread = 8;
 
 FASTLLM_INLINE Tasks make_tasks(const RowGroups& rows, int64_t n, int strip_panels,
-                                const Team& team) {
+                                int64_t block_bytes, const Team& team) {
   const int64_t columns = static_cast<int64_t>(strip_panels) * kPanelRows;
   Tasks t;
   t.strips = (n + columns - 1) / columns;
   const int64_t groups = rows.groups();
-  int64_t fit = kRowBlockBytes / (rows.group_bytes() + 1);
+  int64_t fit = block_bytes / (rows.group_bytes() + 1);
   if (fit < 1) fit = 1;
   t.blocks = (groups + fit - 1) / fit;
   const int64_t wanted = kTasksPerThread * team.size;
@@ -183,7 +183,7 @@ static void product(const P& p, const MatmulOutput& o, int64_t rows, void* share
     return strips_times_groups(p, o, x, 1, begin, end, 0, x.groups());
   }
   const RowGroups x = prepare_rows(p, rows, shared, team);
-  const Tasks tasks = make_tasks(x, o.n, P::strip, team);
+  const Tasks tasks = make_tasks(x, o.n, P::strip, P::row_block, team);
   for (int64_t t; (t = next_task(team)) < tasks.count();) {
     const int64_t first = t / tasks.runs * tasks.groups_per_block, run = t % tasks.runs;
     const int64_t last =

@@ -19,6 +19,7 @@ constexpr int kRows = 1, kStrip = 1, kFew = 4;
 template <class F>
 struct Blocks {
   static constexpr int rows = kRows, strip = kStrip, few = kFew;
+  static constexpr int64_t row_block = kRowBlockBytes;
   const QuantMatmulArgs& a;
   int64_t blocks = a.k / kBlock;
 

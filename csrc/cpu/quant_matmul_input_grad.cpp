@@ -107,6 +107,9 @@ struct FloatWords {
 
 template <class F, class D>
 struct InputGradProduct : DenseRows<D> {
+  // Rows of dy that a dequantized strip meets: all of a training batch's, which then stream from the
+  // L3 cache. With blocks of 512 KB, as in linear, 1024 x 1536 x 576 takes 4.5 ms, not 4.0.
+  static constexpr int64_t row_block = 8 << 20;
   using Words = std::conditional_t<D::columns == 2, PairWords, FloatWords>;
   const QuantMatmulInputGradArgs& a;
   uint32_t* panels;

@@ -12,7 +12,7 @@ import torch
 
 from fastllm.models.gguf import DEFAULT_ALIGNMENT, MAGIC
 from fastllm.models.gguf_metadata import MetadataArray
-from fastllm.models.stored_tensor import StoredTensor
+from fastllm.models.stored_tensor import LazyTensor, StoredTensor
 from fastllm.quantize.gguf_blocks import TYPE_IDS
 
 _NUMPY_TYPES = {
@@ -26,7 +26,7 @@ _INTEGER_CHOICES = ((4, "<I", 0, 1 << 32), (5, "<i", -(1 << 31), 1 << 31),
 def write_gguf(
     path: str | os.PathLike[str],
     metadata: Mapping[str, object],
-    tensors: Mapping[str, StoredTensor],
+    tensors: Mapping[str, StoredTensor | LazyTensor],
     alignment: int = DEFAULT_ALIGNMENT,
 ) -> None:
     """Write a little-endian GGUF v3 file, aside first and then renamed into place.
@@ -54,7 +54,7 @@ def write_gguf(
 
 
 def _chunks(
-    metadata: Mapping[str, object], tensors: Mapping[str, StoredTensor], alignment: int
+    metadata: Mapping[str, object], tensors: Mapping[str, StoredTensor | LazyTensor], alignment: int
 ) -> Iterator[bytes | memoryview]:
     header = bytearray(MAGIC + struct.pack("<IQQ", 3, len(tensors), len(metadata)))
     for key, value in metadata.items():

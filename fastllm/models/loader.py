@@ -232,10 +232,10 @@ def hf_tensors(model: Decoder) -> dict[str, Tensor]:
         packed = getattr(module, "packed", None)
         if isinstance(packed, PackedWeight) and f"{name}.weight" not in found:
             found[f"{name}.weight"] = _dense(packed, [name])
-    return {name: _in_file_order(found[name], name, model.config) for name in _names(model.config)}
+    return {name: in_file_order(found[name], name, model.config) for name in _names(model.config)}
 
 
-def _in_file_order(tensor: Tensor, name: str, config: ModelConfig) -> Tensor:
+def in_file_order(tensor: Tensor, name: str, config: ModelConfig) -> Tensor:
     """Undo what `WeightSource.get` does to the order of rows."""
     index = None
     if config.mla is not None:

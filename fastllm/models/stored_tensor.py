@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -45,3 +47,28 @@ class StoredTensor:
         if self.format in DENSE_DTYPES:
             return self.data.float()
         return dequantize(self.format, self.data)
+
+
+@dataclass(frozen=True, slots=True)
+class LazyTensor:
+    """A weight that is made when it is written, so that a file is never in memory as a whole."""
+
+    format: str
+    shape: tuple[int, ...]
+    make: Callable[[], StoredTensor]  # of that format and shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the tensor takes in a file."""
+        return math.prod(self.shape[:-1]) * row_bytes(self.format, self.shape[-1])
+
+    @property
+    def data(self) -> Tensor:
+        """As `StoredTensor.data`; made anew at each access."""
+        stored = self.make()
+        if (stored.format, stored.shape) != (self.format, self.shape):
+            raise ValueError(
+                f"a {self.format} tensor of shape {self.shape} was announced, and a "
+                f"{stored.format} of {stored.shape} made"
+            )
+        return stored.data

@@ -136,5 +136,3 @@ def _special_ids(tokenizer: Tokenizer, end_ids: tuple[int, ...]) -> dict[str, ob
                 "one beginning-of-sequence and one end-of-sequence token alone"
             )
     return known | {"add_bos_token": bool(head), "add_eos_token": bool(tail)}
-
-

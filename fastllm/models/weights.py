@@ -26,12 +26,12 @@ from fastllm.models.safetensors_files import SafetensorsFiles
 from fastllm.models.stored_tensor import StoredTensor
 from fastllm.quantize.gguf_blocks import DENSE_DTYPES, SUPPORTED_FORMATS, row_bytes
 
-_GGUF_MODEL_NAMES = {
+GGUF_MODEL_NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
 }
-_GGUF_LAYER_NAMES = {
+GGUF_LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -150,10 +150,10 @@ class GGUFWeights:
     def _hf_name(self, tensor: GGUFTensor) -> str:
         if match := _GGUF_LAYER.fullmatch(tensor.name):
             layer, stem, kind = match.groups()
-            if stem in _GGUF_LAYER_NAMES:
-                return f"model.layers.{layer}.{_GGUF_LAYER_NAMES[stem]}.{kind}"
-        elif (match := _GGUF_TOP.fullmatch(tensor.name)) and match[1] in _GGUF_MODEL_NAMES:
-            return f"{_GGUF_MODEL_NAMES[match[1]]}.{match[2]}"
+            if stem in GGUF_LAYER_NAMES:
+                return f"model.layers.{layer}.{GGUF_LAYER_NAMES[stem]}.{kind}"
+        elif (match := _GGUF_TOP.fullmatch(tensor.name)) and match[1] in GGUF_MODEL_NAMES:
+            return f"{GGUF_MODEL_NAMES[match[1]]}.{match[2]}"
         raise ModelFileError(
             self.path,
             tensor.name,

@@ -68,9 +68,7 @@ def _one_row_per_group(dy: Tensor, data: Tensor, scales: Tensor, format: str, *_
     return layout.rows_of(data, format) == 1
 
 
-@_quant_matmul_input_grad.impl(
-    "triton", "cuda", variants=layout.QUANTIZED, when=_one_row_per_group
-)
+@_quant_matmul_input_grad.impl("triton", "cuda", variants=layout.QUANTIZED, when=_one_row_per_group)
 def _quant_matmul_input_grad_cuda(
     dy: Tensor, data: Tensor, scales: Tensor, format: str, out_dtype: torch.dtype | None = None
 ) -> Tensor:

@@ -69,9 +69,7 @@ INFOS = [
         ),
         bench_peer=(_bench_inputs, torch.matmul),
         bytes_moved=lambda dy, data, scales, *_: dy.nbytes + data.nbytes + scales.nbytes,
-        flops=lambda dy, data, scales, format, *_: (
-            2 * dy.numel() * layout.columns_of(data, format)
-        ),
+        flops=lambda dy, data, scales, format, *_: 2 * dy.numel() * layout.columns_of(data, format),
         variants=layout.QUANTIZED,
     ),
 ]
