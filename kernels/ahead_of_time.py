@@ -36,7 +36,6 @@ from . import (
     lora_add,
     mla_attention,
     quant_matmul,
-    quant_matmul_input_grad,
     rms_norm,
     rms_norm_backward,
     rope,

@@ -33,6 +33,7 @@ def load(options: Namespace) -> LLM:
         activation=options.activation,
         max_model_len=options.max_model_len,
         kv_cache_dtype=options.kv_cache_dtype,
+        adapter=options.adapter,
     )
     note(f"{options.model} loaded in {time.perf_counter() - start:.2f} s")
     return llm

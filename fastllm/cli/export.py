@@ -42,8 +42,8 @@ def run(argv: Sequence[str]) -> int:
     options = parser.parse_args(list(argv))
     from ..models.adapters import read_adapter
     from ..models.gguf_export import export_gguf, export_hf, weights_of
-    from ..models.names import resolve
     from ..models.loader import read_tokenizer
+    from ..models.names import resolve
     from ..models.weights import open_weights
 
     source = open_weights(resolve(options.model))

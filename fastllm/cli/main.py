@@ -22,6 +22,7 @@ COMMANDS = {
     "pretrain": "train a model from random weights on a token store",
     "models": "list the model names that resolve on this machine",
     "inspect": "show what a model file holds: metadata, tensors, formats, memory",
+    "export": "write a model as GGUF or for Hugging Face, adapters merged",
     "tokenizer": "train a tokenizer, or measure one on files",
     "data": "turn text into a token store; show what a batch holds",
     "doctor": "show hardware, libraries and the backend table, and test every op",

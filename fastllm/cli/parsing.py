@@ -80,6 +80,9 @@ def add_model_options(parser: Parser) -> None:
         help="longest prompt plus answer, in tokens (default: what the model declares)",
     )
     group.add_argument(
+        "--adapter", default=None, metavar="DIR", help="a LoRA adapter, put on the model"
+    )
+    group.add_argument(
         "--threads", type=int, default=None, metavar="N", help="CPU threads (default: PyTorch's)"
     )
 

@@ -29,13 +29,14 @@ from fastllm.engine.cache import PagedCache, page_bytes, pages_for
 from fastllm.engine.core import Engine
 from fastllm.engine.request import MAX_BANNED, RequestOutput, SamplingParams
 from fastllm.engine.sequence import Request
+from fastllm.models.adapters import load_adapter
 from fastllm.models.chat_template import CHATML, ChatTemplate
 from fastllm.models.config import ModelConfig
 from fastllm.models.decoder import Decoder
-from fastllm.models.loader import check_device, choose_compute, load_model
+from fastllm.models.loader import check_device, choose_compute, load_model, read_tokenizer
 from fastllm.models.names import resolve
 from fastllm.models.tokenizer import Tokenizer
-from fastllm.models.weights import GGUFWeights, WeightSource, open_weights
+from fastllm.models.weights import open_weights
 
 
 class LLM:
@@ -55,6 +56,7 @@ class LLM:
         max_num_seqs: how many samples decode together; more wait.
         max_num_batched_tokens: prompt tokens in one forward pass.
         enforce_eager: run decode steps op by op, without captured graphs (same bits, slower).
+        adapter: directory of a LoRA adapter in PEFT's format: put on the model, not merged.
 
     Raises ModelNotFoundError, ModelFileError or ValueError naming the culprit and the remedy.
     """
@@ -71,6 +73,7 @@ class LLM:
         max_num_seqs: int = 32,
         max_num_batched_tokens: int | None = None,
         enforce_eager: bool = False,
+        adapter: str | os.PathLike[str] | None = None,
     ) -> None:
         where = check_device(device)
         batched = batched_tokens(max_num_batched_tokens, where)
@@ -83,10 +86,13 @@ class LLM:
         budget = cache_budget(where, source.path)
         longest = context_length(source.config, max_model_len, stored, budget)
         model_of_file = load_model(source, compute, where, mode, longest)
+        if adapter is not None:
+            load_adapter(model_of_file, adapter)
+            model_of_file.requires_grad_(False)
         self._serve(
             model_of_file, longest, stored, budget, max_num_seqs, batched, not enforce_eager
         )
-        self._tokenizer: Callable[[], Tokenizer] = partial(_read_tokenizer, source)
+        self._tokenizer: Callable[[], Tokenizer] = partial(read_tokenizer, source)
 
     @classmethod
     def from_model(
@@ -358,12 +364,6 @@ class LLM:
         finally:
             for request in pending:
                 self._engine.abort(request)
-
-
-def _read_tokenizer(source: WeightSource) -> Tokenizer:
-    if isinstance(source, GGUFWeights):
-        return Tokenizer.from_gguf(source.file.metadata, file=source.path)
-    return Tokenizer.from_hf(source.path)
 
 
 def _given_tokenizer(tokenizer: Tokenizer | None) -> Tokenizer:

@@ -158,7 +158,9 @@ class Decoder(nn.Module):
         Whoever writes parameters calls it: an optimizer step, adapters, FSDP. `load_state_dict`
         does so by itself.
         """
-        self.caches_stale = self._caches is not None
+        if self._caches is not None:
+            trained = any(p.requires_grad for p in self._packed_parameters())
+            self.caches_stale |= trained or self._caches != self._parameter_states()
 
     def refresh_caches(self) -> None:
         """Pack again if the weights have changed since, said or seen (writes through torch are)."""
@@ -181,7 +183,13 @@ class Decoder(nn.Module):
                 yield owner.bias
 
     def _parameter_states(self) -> list[tuple[int, int]]:
-        return [(p.data_ptr(), p._version) for p in self.parameters()]
+        return [(p.data_ptr(), p._version) for p in self._packed_parameters()]
+
+    def _packed_parameters(self) -> Iterator[Tensor]:
+        """All but those of adapters, which are read as they lie: a frozen base stays packed."""
+        for name, parameter in self.named_parameters():
+            if ".lora_" not in name:
+                yield parameter
 
     def forward(self, batch: Batch, cache: Sequence[KvCache | Tensor]) -> Tensor:
         """Logits of every token, float32 [T, vocab]."""

@@ -20,7 +20,7 @@ from fastllm.models.names import resolve
 from fastllm.models.safetensors_files import save_directory
 from fastllm.models.stored_tensor import StoredTensor
 from fastllm.models.tokenizer import Tokenizer
-from fastllm.models.weights import WeightSource, open_weights
+from fastllm.models.weights import GGUFWeights, WeightSource, open_weights
 from fastllm.nn.linear import DenseLinear, Linear, ParallelLinear
 from fastllm.ops.pages import Arena
 from fastllm.quantize.gguf_blocks import QUANTIZED_FORMATS
@@ -203,6 +203,13 @@ class _Loader:
 
     def _format(self, stored: StoredTensor) -> str:
         return stored.format if stored.format in QUANTIZED_FORMATS else self.dense
+
+
+def read_tokenizer(source: WeightSource) -> Tokenizer:
+    """The tokenizer of a model's files. Raises ModelFileError if they have none."""
+    if isinstance(source, GGUFWeights):
+        return Tokenizer.from_gguf(source.file.metadata, file=source.path)
+    return Tokenizer.from_hf(source.path)
 
 
 def save_pretrained(

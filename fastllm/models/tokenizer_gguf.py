@@ -7,7 +7,7 @@ below gives, for each name, the expression that the model's own tokenizer.json s
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from typing import Any, TypeVar
 
@@ -92,6 +92,9 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
     "smollm": PreTokenizer(digits=True),
     "qwen2": _QWEN2,
     "deepseek-r1-qwen": _QWEN2,
+    # Qwen's expression without its normalizer, which llama.cpp applies under no name: so are
+    # tokenizers written whose text is to come back byte for byte.
+    "stablelm2": replace(_QWEN2, nfc=False),
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
+
 from fastllm.models.tokenizer import Tokenizer
 from fastllm.models.tokenizer_gguf import PRE_TOKENIZERS
 
@@ -44,7 +46,7 @@ def tokenizer_metadata(
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": name,
         "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.token_type": np.array(types, np.int32),  # llama.cpp takes no other type
         "tokenizer.ggml.merges": [
             rule if isinstance(rule, str) else " ".join(rule) for rule in model["merges"]
         ],
