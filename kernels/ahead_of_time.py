@@ -36,6 +36,7 @@ from . import (
     lora_add,
     mla_attention,
     quant_matmul,
+    quant_matmul_input_grad,
     rms_norm,
     rms_norm_backward,
     rope,
@@ -324,6 +325,12 @@ def _adamw(dtype: torch.dtype, grad: torch.dtype) -> None:
     master = None if dtype == torch.float32 else f32
     param, gradient, scale = _meta(4096, 4096, dtype=dtype), f32.to(grad), _meta(dtype=f32.dtype)
     adamw.adamw_step(param, master, f32, f32, gradient, scale, 1e-3, 0.9, 0.95, 1e-8, 0.1, 7)
+
+
+def _input_grad(format: str, dtype: torch.dtype) -> Tensor:
+    data, scales = _packed(format, 4096, 14336)
+    dy = _meta(2048, 4096, dtype=dtype)
+    return quant_matmul_input_grad.quant_matmul_input_grad(dy, data, scales, format)
 
 
 def _head_linear(n_tokens: int, k: int, n: int, tail_dim: int) -> Tensor:

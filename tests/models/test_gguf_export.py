@@ -34,7 +34,7 @@ from fastllm.nn.lora import LoraConfig, add_lora, lora_parameters
 TEXT = [
     "The cat sat on the mat, and the dog barked at 1234 cats.",
     "She sells sea shells by the sea shore; the shells she sells are sea shells I'm sure.",
-    "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich. 你好，世界。",
+    "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich. 你好 世界。",
 ]
 PROMPT = "The dog sat on 12 shells"
 TEMPLATE = (
