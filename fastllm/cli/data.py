@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from .console import facts, human_bytes, note
-from .data_show import show
+from .console import note
+from .data_show import describe, show
 from .groups import run_group
 from .parsing import Parser, add_config, command_parser
 from .reading import add_source_options, source_options
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from ..train.data.filters import Filters
     from ..train.data.prepare import Progress
-    from ..train.data.store import TokenStore
 
 DESCRIPTION = """
 Prepares the data of training, and shows what training reads.
@@ -98,7 +97,7 @@ def prepare(argv: Sequence[str]) -> int:
 
 def _add_options(parser: Parser) -> None:
     parser.add_argument(
-        "--tokenizer", required=True, metavar="DIR", help="directory with tokenizer.json"
+        "--tokenizer", required=True, metavar="DIR", help="directory, GGUF file or model name"
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="the store to write")
     parser.add_argument("--overwrite", action="store_true", help="replace a store at --out")
@@ -141,28 +140,6 @@ def _filters(options: Any) -> Filters | None:
     if options.no_filters:
         return None
     return Filters(**{name: getattr(options, name) for name in RULES})
-
-
-def describe(store: TokenStore) -> None:
-    """Print what is in a store and what was left out."""
-    report = store.index["report"]
-    print(f"{store.directory}: {store.index['dtype']}, vocabulary of {store.vocab_size}")
-    for name, split in store.splits.items():
-        per_token = split.text_bytes / split.tokens if split.tokens else 0.0
-        facts(
-            [
-                (f"{name} documents", f"{split.documents:,}"),
-                (f"{name} tokens", f"{split.tokens:,}"),
-                (f"{name} text", f"{human_bytes(split.text_bytes)}, {per_token:.2f} bytes a token"),
-            ]
-        )
-    for reason, count in report.get("dropped", {}).items():
-        if count:
-            print(f"  dropped, {reason}: {count:,} of {report['documents_read']:,}")
-    for reason, count in report.get("skipped_files", {}).items():
-        print(f"  files skipped, {reason}: {count:,}")
-    if report.get("replaced_places"):
-        print(f"  places that are not UTF-8, replaced: {report['replaced_places']:,}")
 
 
 @contextmanager

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .console import console, facts, heading, table
+from .console import console, facts, heading, human_bytes, table
 from .parsing import Parser, command_parser
 
 if TYPE_CHECKING:
     from ..models.tokenizer import Tokenizer
     from ..train.data.batch import MicroBatch
+    from ..train.data.store import TokenStore
 
 DESCRIPTION = """
 Prints one micro batch as training reads it: from a token store, or from a file of conversations by
@@ -67,6 +68,11 @@ def show(argv: Sequence[str]) -> int:
         heading(f"{shown.places[number]}: {len(ids) - 1} places, {sum(learned)} learned")
         _print_document(tokenizer, ids, learned, options.max_chars)
     _print_facts(shown)
+    if is_store:
+        from ..train.data.store import TokenStore
+
+        heading("store")
+        describe(TokenStore.open(options.data))
     return 0
 
 
@@ -96,16 +102,17 @@ def _add_options(parser: Parser) -> None:
         default="assistant",
         help="of conversations: what is learned (default: assistant)",
     )
+    parser.add_argument("--verify", action="store_true", help="read the whole store, check hashes")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _tokenizer(options: Any, is_store: bool) -> Tokenizer:
+    from ..models.tokenizer_loading import load_tokenizer
     from ..train.data.store import TokenStore
-    from .tokenizer import load_tokenizer
 
     name = options.tokenizer
     if is_store:
-        store = TokenStore.open(options.data)
+        store = TokenStore.open(options.data, verify=options.verify)
         name = name or store.index["tokenizer"].get("name") or ""
         if not name or not (options.tokenizer or Path(name).exists()):
             raise ValueError(f"the store's tokenizer {name!r} is not here: give --tokenizer")
@@ -246,6 +253,28 @@ def _print_facts(shown: Shown) -> None:
         [(name, f"{count:,}", "#" * -(-_BAR * count // most)) for name, count in rows],
         right=("tokens", "count"),
     )
+
+
+def describe(store: TokenStore) -> None:
+    """Print what is in a store and what was left out."""
+    report = store.index["report"]
+    print(f"{store.directory}: {store.index['dtype']}, vocabulary of {store.vocab_size}")
+    for name, split in store.splits.items():
+        per_token = split.text_bytes / split.tokens if split.tokens else 0.0
+        facts(
+            [
+                (f"{name} documents", f"{split.documents:,}"),
+                (f"{name} tokens", f"{split.tokens:,}"),
+                (f"{name} text", f"{human_bytes(split.text_bytes)}, {per_token:.2f} bytes a token"),
+            ]
+        )
+    for reason, count in report.get("dropped", {}).items():
+        if count:
+            print(f"  dropped, {reason}: {count:,} of {report['documents_read']:,}")
+    for reason, count in report.get("skipped_files", {}).items():
+        print(f"  files skipped, {reason}: {count:,}")
+    if report.get("replaced_places"):
+        print(f"  places that are not UTF-8, replaced: {report['replaced_places']:,}")
 
 
 def histogram(lengths: Sequence[int]) -> list[tuple[str, int]]:

@@ -96,6 +96,7 @@ def stats(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_source_options(parser)
     options = parser.parse_args(list(argv))
+    from ..models.tokenizer_loading import load_tokenizer
     from ..models.tokenizer_stats import tokenizer_stats
     from ..train.data.sources import Reader
 
@@ -108,19 +109,6 @@ def stats(argv: Sequence[str]) -> int:
     columns = ("script", "bytes", "characters", "tokens", "bytes per token")
     table(columns, [_cells(row) for row in (*rows, total)], right=columns[1:])
     return 0
-
-
-def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of a directory, of a GGUF file, or of a model's name."""
-    from ..models.gguf import GGUFFile
-    from ..models.names import resolve
-    from ..models.tokenizer import Tokenizer
-
-    path = Path(name)
-    path = path if path.exists() else resolve(name)
-    if path.is_dir():
-        return Tokenizer.from_hf(path)
-    return Tokenizer.from_gguf(GGUFFile.open(path).metadata, file=path)
 
 
 def _texts(reader: Reader) -> Iterator[tuple[str, bool]]:

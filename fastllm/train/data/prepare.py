@@ -9,6 +9,7 @@ number of processes; only of similar texts the first one met is kept.
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from array import array
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 
 from fastllm.errors import DataError
 from fastllm.models.tokenizer import Tokenizer
+from fastllm.models.tokenizer_loading import load_tokenizer
 
 from .dedup import DIGEST_BYTES, FUNCTIONS, near_duplicates
 from .filters import Filters
@@ -41,7 +43,8 @@ _SMALL = 4 << 20  # bytes of input for which starting processes takes longer tha
 class PrepareConfig:
     """What to make a store of, and how.
 
-    inputs: files, folders, `hf:ORG/NAME`. tokenizer: a directory with tokenizer.json. out: the
+    inputs: files, folders, `hf:ORG/NAME`. tokenizer: a directory with
+    tokenizer.json, a GGUF file or a model's name. out: the
     store's directory. holdout: share of the documents that training never sees. near_duplicates:
     similarity from which a document is dropped; 0: not looked for. filters: None drops only texts
     without a character. processes: None for as many as there are cores.
@@ -93,8 +96,24 @@ def prepare(
     Raises DataError, ValueError, OSError; nothing is left behind then.
     """
     target = Path(os.path.abspath(config.out))
+    try:
+        return _prepare(config, target, warn, progress)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        needs = "it needs about 4 bytes a token and 600 a document while it is made"
+        text = f"the disk of {target.parent} is full: {needs}"
+        raise OSError(errno.ENOSPC, text) from error
+
+
+def _prepare(
+    config: PrepareConfig,
+    target: Path,
+    warn: Callable[[str], None],
+    progress: Callable[[Progress], None],
+) -> TokenStore:
     check_target(target, overwrite=config.overwrite)
-    tokenizer = Tokenizer.from_hf(config.tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer)
     vocabulary = vocabulary_of(tokenizer, config.tokenizer)
     target.parent.mkdir(parents=True, exist_ok=True)
     warnings: list[str] = []

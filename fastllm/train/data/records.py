@@ -10,7 +10,7 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
@@ -28,18 +28,21 @@ def is_record_file(path: Path) -> bool:
     return _plain_name(path).endswith(SUFFIXES)
 
 
-def read_records(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_records(
+    path: str | os.PathLike[str], columns: Sequence[str] | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """(place, record) of each record: place is "line 3" or "record 3", counted from 1.
 
     Blank lines are skipped. Absent values of parquet's columns are left out of the records, as they
-    are in JSON. Raises DataError naming file, place and problem; FileNotFoundError.
+    are in JSON. columns: of parquet, the only ones to read. Raises DataError naming file, place and
+    problem; FileNotFoundError.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file")
     name = _plain_name(path)
     if name.endswith(".parquet"):
-        found = _parquet(path)
+        found = _parquet(path, columns)
     elif name.endswith(_LINES):
         found = _lines(path)
     elif name.endswith(".json"):
@@ -105,7 +108,7 @@ def _parse(path: Path, place: str, text: bytes) -> Any:
         raise DataError(path, place, "", f"not JSON that can be read: {error}") from error
 
 
-def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
+def _parquet(path: Path, columns: Sequence[str] | None) -> Iterator[tuple[str, Any]]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -116,7 +119,12 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         number = 0
         with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
+            names = file.schema_arrow.names
+            for column in columns or ():
+                if column not in names:
+                    remedy = f"It has {', '.join(names)}"
+                    raise DataError(path, "", column, "the file has no such column", remedy)
+            for batch in file.iter_batches(batch_size=1024, columns=columns):
                 for record in batch.to_pylist():
                     number += 1
                     yield f"record {number}", _without_absent(record)

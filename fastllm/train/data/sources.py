@@ -167,8 +167,12 @@ class Reader:
 
     def _documents(self, path: Path) -> Iterator[Document]:
         if is_record_file(path):
-            for place, record in read_records(path):
-                yield Document(_field_text(path, place, record, self.options), str(path), place)
+            fields = self.options.text_fields
+            # Parquet tells its columns at once; a record of it lacks those that are null.
+            known = path.name.lower().endswith(".parquet")
+            for place, record in read_records(path, fields if known else None):
+                full = {**dict.fromkeys(fields), **record} if known else record
+                yield Document(_field_text(path, place, full, self.options), str(path), place)
             return
         empty = True
         for text in split_documents(self._decoded(path), self.options.separator):
@@ -284,15 +288,16 @@ def _decode_utf16(path: Path, data: bytes) -> str:
 def _field_text(
     file: str | Path, place: str, record: dict[str, Any], options: SourceOptions
 ) -> str:
+    """The fields that hold text; null is no text."""
     texts = []
     for name in options.text_fields:
         if name not in record:
             remedy = f"Name the field with --text-field; it has {', '.join(map(str, record))}"
             raise DataError(file, place, name, "the record has no such field", remedy)
-        if not isinstance(record[name], str):
-            kind = type(record[name]).__name__
-            raise DataError(file, place, name, f"is a {kind}, not a text")
-        texts.append(record[name])
+        value = record[name]
+        if value is not None and not isinstance(value, str):
+            raise DataError(file, place, name, f"is a {type(value).__name__}, not a text")
+        texts.append(value or "")
     return "\n".join(texts)
 
 

@@ -64,7 +64,7 @@ class Worker:
     def __call__(self, texts: Sequence[str]) -> Processed:
         """Rules, digests, signatures and tokens of `texts`."""
         recipe = self.recipe
-        reasons = [recipe.filters.reason(t) if recipe.filters else None for t in texts]
+        reasons = [_reason(recipe.filters, text) for text in texts]
         kept = [text for text, reason in zip(texts, reasons, strict=True) if reason is None]
         tokens, lengths = self._encode(kept)
         return Processed(
@@ -90,6 +90,12 @@ class Worker:
         lengths = np.array([len(part) for part in parts], np.int64)
         tokens = np.concatenate(parts) if parts else np.empty(0, np.int64)
         return tokens.astype(self.recipe.dtype), lengths
+
+
+def _reason(filters: Filters | None, text: str) -> str | None:
+    if filters is not None:
+        return filters.reason(text)
+    return None if text and not text.isspace() else "empty"
 
 
 def pieces_of(text: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from fastllm.errors import DataError
 from fastllm.models.tokenizer import Tokenizer
 from fastllm.train.data import tokenizing
-from fastllm.train.data.prepare import PrepareConfig, Progress, prepare
+from fastllm.train.data.prepare import PrepareConfig, Progress, Spool, prepare
 from fastllm.train.data.sources import SourceOptions
 from fastllm.train.data.store import TokenStore
 
@@ -167,3 +168,27 @@ def test_progress_goes_from_reading_to_writing(tmp_path: Path, tokenizer_dir: Pa
 def test_settings_that_cannot_be_meant_are_named(change: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(change))):
         PrepareConfig(**{"inputs": ("a",), "tokenizer": "t", "out": "o", **change})
+
+
+def test_without_rules_only_texts_of_nothing_are_dropped(
+    tmp_path: Path, tokenizer_dir: Path
+) -> None:
+    path = write(tmp_path / "a.jsonl", ["x", "===", " \n", ""])
+    store = run(tmp_path, tokenizer_dir, path, filters=None)
+    assert sorted(
+        documents(store, tokenizer_dir, "train") + documents(store, tokenizer_dir, "holdout")
+    ) == ["===", "x"]
+    assert store.index["report"]["dropped"]["empty"] == 2
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(
+    tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = write(tmp_path / "a.jsonl", TEXTS[:3])
+    monkeypatch.setattr(Spool, "add", full)
+    with pytest.raises(OSError, match=f"the disk of {tmp_path} is full"):
+        run(tmp_path, tokenizer_dir, path)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]

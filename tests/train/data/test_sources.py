@@ -73,13 +73,15 @@ def test_malformed_records_are_named(tmp_path: Path, lines: str, words: str) -> 
         read(file(tmp_path / "a.jsonl", lines))
 
 
-def test_parquet_and_the_hub_give_the_same(tmp_path: Path) -> None:
+def test_parquet_gives_a_column_of_text(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     arrow = pytest.importorskip("pyarrow")
     path = tmp_path / "data" / "a.parquet"
     path.parent.mkdir()
-    parquet.write_table(arrow.table({"text": ["a", "b"], "n": [1, 2]}), path)
-    assert read(path) == ["a", "b"]
+    parquet.write_table(arrow.table({"text": ["a", "b", None], "n": [1, 2, 3]}), path)
+    assert read(path) == ["a", "b", ""]
+    with pytest.raises(DataError, match=r"body: the file has no such column.*It has text, n"):
+        read(path, text_fields=("body",))
     with pytest.raises(DataError, match="record 1: n: is a int"):
         read(path, text_fields=("n",))
     with pytest.raises(DataError, match="not a parquet file"):
