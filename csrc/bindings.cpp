@@ -191,6 +191,14 @@ PYBIND11_MODULE(_C, m) {
   op(m, "log_probs", &Kernels::log_probs, log_probs_args);
   op(m, "top_log_probs", &Kernels::top_log_probs, top_log_probs_args);
   op(m, "sampling", &Kernels::sampling, sampling_args);
+  op(m, "log_prob_rows", &Kernels::loss_rows, log_prob_rows_args);
+  op(m, "cross_entropy_rows", &Kernels::loss_rows, cross_entropy_rows_args);
+  op(m, "target_gradient_rows", &Kernels::loss_rows, target_gradient_rows_args);
+  op(m, "kl_rows", &Kernels::kl_rows, kl_rows_args);
+  op(m, "kl_top_rows", &Kernels::kl_rows, kl_top_rows_args);
+  op(m, "gradient_product", &Kernels::gradient_product, gradient_product_args);
+  m.def("gradient_product_scratch", gradient_product_scratch);
+  op(m, "column_sums", &Kernels::column_sums, column_sums_args);
 
 #ifdef FASTLLM_WITH_CUDA
   cuda_op(m, "paged_attention_cuda", cuda::paged_attention, cuda::paged_attention_call);

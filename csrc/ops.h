@@ -418,6 +418,81 @@ SamplingArgs sampling_args(Tensor ids, Tensor logprob, Tensor logprob_t, Tensor 
                            Tensor seed, Tensor position, Tensor penalized, Tensor counts,
                            Tensor in_prompt, Tensor banned);
 
+// z = cap(logit) * inverse_temperature, cap(l) = softcap * tanh(l / softcap); softcap 0: none.
+struct LogitScale {
+  float softcap, inverse_temperature;
+  bool changes() const { return softcap != 0.f || inverse_temperature != 1.f; }
+};
+
+// One target a row of logits: losses, and the gradient of the logits (see cpu/loss_rows.cpp). The
+// logits are overwritten by z where scaling changes them.
+struct LossRowsArgs {
+  float* logits;                          // [rows, columns]
+  const void* targets;                    // [rows] int32, or int64 if long_targets
+  float *out, *lse, *entropy;             // [rows]; entropy may be null
+  const float *given_lse, *coefficients;  // [rows], [rows, 4]: only the gradient is made; or null
+  void* d;                                // [rows, columns], or null
+  LogitScale scaling;
+  DType d_type;
+  bool long_targets, is_loss;  // is_loss: out is the cross entropy, else the log-probability
+  float label_smoothing, z_loss, scale;  // scale: of the gradient of a loss
+  int64_t rows, columns, stride, d_stride;
+};
+LossRowsArgs log_prob_rows_args(Tensor logprob, Tensor lse, Tensor entropy, Tensor logits,
+                                Tensor targets, double temperature, double softcap);
+LossRowsArgs cross_entropy_rows_args(Tensor loss, Tensor lse, Tensor d, Tensor logits,
+                                     Tensor targets, double softcap, double label_smoothing,
+                                     double z_loss, double scale);
+LossRowsArgs target_gradient_rows_args(Tensor d, Tensor logits, Tensor targets, Tensor lse,
+                                       Tensor coefficients, double temperature, double softcap);
+
+// Divergences of rows of logits from a teacher's rows, or from its k log-probabilities a row (see
+// cpu/kl_rows.cpp). Both logits are overwritten by z.
+enum class DivergenceKind : uint8_t { forward, reverse, js };
+struct KlRowsArgs {
+  float *logits, *teacher;            // [rows, columns]; teacher null: ids and logprobs
+  const void* ids;                    // [rows, picks] int32, or int64 if long_ids
+  const float *logprobs, *grad;       // [rows, picks], [rows]
+  float *out, *lse;                   // [rows], or null: only the gradient is made
+  void* d;                            // [rows, columns], or null
+  LogitScale scaling, teacher_scaling;
+  DType d_type;
+  DivergenceKind kind;
+  bool long_ids;
+  float beta;
+  int64_t rows, columns, stride, teacher_stride, d_stride, picks;
+};
+KlRowsArgs kl_rows_args(Tensor out, Tensor lse, Tensor d, Tensor grad, Tensor logits,
+                        Tensor teacher, double temperature, double softcap, double teacher_softcap,
+                        int64_t kind, double beta);
+KlRowsArgs kl_top_rows_args(Tensor out, Tensor lse, Tensor d, Tensor grad, Tensor logits,
+                            Tensor ids, Tensor logprobs, double temperature, double softcap,
+                            int64_t kind, double beta);
+
+// y[m, n] (+)= a @ b, or a' @ b if transposed (see cpu/gradient_product.cpp).
+struct GradientProductArgs {
+  void* y;         // [m, n] f32, or bf16 where one block of k makes all of it
+  const void* a;   // [m, k], rows contiguous; transposed: [k, m]
+  const void* b;   // [k, n], rows contiguous
+  void* scratch;   // a block of b in panels: gradient_product_scratch bytes
+  DType y_type, type;
+  bool transposed, add;
+  int64_t m, n, k, k_block, y_stride, a_stride, b_stride;
+};
+GradientProductArgs gradient_product_args(Tensor y, Tensor a, Tensor b, Tensor scratch,
+                                          bool transposed, bool add);
+int64_t gradient_product_scratch(int64_t n, int64_t k, bool transposed);
+
+// y[columns] (+)= the sum of the rows of x.
+struct ColumnSumsArgs {
+  float* y;
+  const void* x;  // [rows, columns], rows contiguous
+  DType type;
+  bool add;
+  int64_t rows, columns, stride;
+};
+ColumnSumsArgs column_sums_args(Tensor y, Tensor x, bool add);
+
 struct Kernels {
   Kernel<RmsNormArgs>* rms_norm;
   Kernel<RmsNormBackwardArgs>* rms_norm_backward;
@@ -443,6 +518,10 @@ struct Kernels {
   Kernel<LogProbsArgs>* log_probs;
   Kernel<TopLogProbsArgs>* top_log_probs;
   Kernel<SamplingArgs>* sampling;
+  Kernel<LossRowsArgs>* loss_rows;
+  Kernel<KlRowsArgs>* kl_rows;
+  Kernel<GradientProductArgs>* gradient_product;
+  Kernel<ColumnSumsArgs>* column_sums;
 };
 
 namespace generic {

@@ -27,6 +27,10 @@ Kernel<PackArgs> pack;
 Kernel<LogProbsArgs> log_probs;
 Kernel<TopLogProbsArgs> top_log_probs;
 Kernel<SamplingArgs> sampling;
+Kernel<LossRowsArgs> loss_rows;
+Kernel<KlRowsArgs> kl_rows;
+Kernel<GradientProductArgs> gradient_product;
+Kernel<ColumnSumsArgs> column_sums;
 
 const Kernels kernels = {
     .rms_norm = rms_norm,
@@ -53,6 +57,10 @@ const Kernels kernels = {
     .log_probs = log_probs,
     .top_log_probs = top_log_probs,
     .sampling = sampling,
+    .loss_rows = loss_rows,
+    .kl_rows = kl_rows,
+    .gradient_product = gradient_product,
+    .column_sums = column_sums,
 };
 
 }  // namespace fastllm::FASTLLM_ISA

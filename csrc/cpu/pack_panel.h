@@ -20,7 +20,7 @@ FASTLLM_INLINE void pack_row(const char* row, int64_t row_bytes, int64_t begin, 
   }
 }
 
-static void pack_panel(const char* rows, int64_t stride, int64_t count, int64_t row_bytes,
+[[maybe_unused]] static void pack_panel(const char* rows, int64_t stride, int64_t count, int64_t row_bytes,
                        int64_t words, uint32_t* panel) {
   int64_t w = 0;
 #if defined(__AVX512F__)

@@ -81,16 +81,16 @@ def linear_cross_entropy_ref(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor
     logits = head.logits_ref(xs)
     z = scaled_logits(logits, softcap, 1.0)
     losses, found = row_losses(z, ids, label_smoothing, z_loss)
+    found = found.detach()
     lse = x.new_zeros(x.shape[0], dtype=torch.float32).index_copy(0, rows, found)
     if reduction == "none":
         loss = torch.zeros_like(lse).index_copy(0, rows, losses)
         return loss, lse, *head.empty_gradients(x, gradients & WEIGHT_FP32, 0)
     scale = torch.full_like(found, 1.0 / count if reduction == "mean" and count else 1.0)
-    dz = target_gradient(
-        z, ids, found, cross_entropy_coefficients(scale, found, head.n, label_smoothing, z_loss)
-    )
-    d = logit_gradient(dz, logits, softcap, 1.0)
-    made = head.gradients_ref(xs, d, rows, gradients, x.shape[0])
+    coefficients = cross_entropy_coefficients(scale, found, head.n, label_smoothing, z_loss)
+    with torch.no_grad():
+        d = logit_gradient(target_gradient(z, ids, found, coefficients), logits, softcap, 1.0)
+        made = head.gradients_ref(xs, d, rows, gradients, x.shape[0])
     return reduce_losses(losses, reduction, count), lse, *made
 
 

@@ -76,7 +76,7 @@ def _dense(args: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
         scaled_logits(teacher.logits_ref(teacher_x), teacher_softcap, temperature), 1
     )
     value, dz = divergence(torch.log_softmax(z, 1), logq, kind, beta)
-    return value, logit_gradient(dz, logits, softcap, temperature), torch.logsumexp(z, 1)
+    return value, logit_gradient(dz, logits, softcap, temperature), torch.logsumexp(z, 1).detach()
 
 
 def _top(args: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,7 +100,11 @@ def _top(args: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
         spread = torch.exp(others - log_rest) * dz[:, -1:]
         dz = dz[:, :-1]
     spread = spread.scatter(1, ids, dz)
-    return value, logit_gradient(spread, logits, softcap, temperature), torch.logsumexp(z, 1)
+    return (
+        value,
+        logit_gradient(spread, logits, softcap, temperature),
+        torch.logsumexp(z, 1).detach(),
+    )
 
 
 def linear_kl_ref(*args: Any) -> tuple[Tensor, Tensor]:

@@ -47,7 +47,7 @@ def linear_logprob_ref(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return (
         empty.index_copy(0, rows, picked),
         empty.index_copy(0, rows, entropy),
-        empty.index_copy(0, rows, torch.logsumexp(z, 1)),
+        empty.index_copy(0, rows, torch.logsumexp(z, 1).detach()),
     )
 
 

@@ -86,7 +86,8 @@ class Head:
 
         Args:
             x: hidden rows `[R, H]`.
-            d: gradient of their logits, float32 `[R, V]`; it is rounded once to the dtype of x.
+            d: gradient of their logits, float32 `[R, V]`; it is rounded once to the dtype of x, as
+                the values of a packed weight are.
             rows: their places among `tokens` rows; the others have no gradient.
             gradients: which to make; the others come out empty.
             tokens: rows of the result.
@@ -94,7 +95,8 @@ class Head:
         d = d.to(x.dtype).float()
         dx, dweight, dbias = self.empty_gradients(x, gradients, tokens)
         if gradients & INPUT:
-            dx.zero_().index_copy_(0, rows, (d @ self.rows(x.shape[1])).to(x.dtype))
+            weight = self.rows(x.shape[1]).to(x.dtype).float()
+            dx.zero_().index_copy_(0, rows, (d @ weight).to(x.dtype))
         if gradients & WEIGHT:
             dweight.copy_(d.T @ x.float())
         if gradients & BIAS:

@@ -98,7 +98,7 @@ def weight64(data: Tensor, scales: Tensor, format: str, n: int, k: int) -> Tenso
     return values.flatten(1)
 
 
-def _exact(
+def exact_product(
     x: Tensor,
     data: Tensor,
     scales: Tensor,
@@ -108,6 +108,7 @@ def _exact(
     activation: str,
     out_dtype: Any,
 ) -> Tensor:
+    """`quant_matmul` in float64."""
     x64 = x.double()
     if activation == "int8" and format in layout.QUANTIZED:
         # The quantizer belongs to the definition; its gradient is passed straight through.
@@ -139,7 +140,7 @@ INFOS = [
     OpInfo(
         name="quant_matmul",
         cases=_cases,
-        exact=_exact,
+        exact=exact_product,
         peer=_peer,
         grad_args=(0,),
         bench_cases=lambda dtype: (
