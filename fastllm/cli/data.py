@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,9 @@ fastllm data prepare pages.jsonl.gz more/ --text-field body --tokenizer tokenize
 fastllm data prepare source --pattern '*.py' --no-filters --tokenizer tokenizer --out store
 fastllm data prepare hf:ORG/NAME --dataset-split train --tokenizer tokenizer --out store
 """
+
+STAGES = {"read": "reading", "duplicates": "looking for duplicates", "write": "writing"}
+PERIOD = 10.0  # seconds between lines of progress where no bar can be drawn
 
 RULES = {
     "min_chars": "short: fewer characters that are not space",
@@ -144,13 +148,16 @@ def _filters(options: Any) -> Filters | None:
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[Progress], None]]:
-    """Draws `prepare`'s progress on a terminal's stderr; nothing elsewhere."""
+    """Draws `prepare`'s progress on stderr: a bar in a terminal, else a line every 10 seconds."""
     from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield plain_progress(time.monotonic)
+        return
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
-    stages = {"read": "reading", "duplicates": "looking for duplicates", "write": "writing"}
-    console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -158,16 +165,30 @@ def progress_bar() -> Iterator[Callable[[Progress], None]]:
         TextColumn("{task.fields[documents]:,} documents"),
         TimeRemainingColumn(),
     )
-    with Bar(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("reading", total=None, documents=0)
+    with Bar(*columns, console=console) as bar:
+        task = bar.add_task(STAGES["read"], total=None, documents=0)
 
         def draw(at: Progress) -> None:
             bar.update(
                 task,
-                description=stages[at.stage],
+                description=STAGES[at.stage],
                 completed=at.done,
                 total=at.total,
                 documents=at.documents,
             )
 
         yield draw
+
+
+def plain_progress(clock: Callable[[], float]) -> Callable[[Progress], None]:
+    """Progress as lines, at most one in `PERIOD` seconds of `clock`."""
+    last = clock()
+
+    def say(at: Progress) -> None:
+        nonlocal last
+        if clock() - last >= PERIOD:
+            last = clock()
+            share = f" {100 * at.done / at.total:.0f}%" if at.total else ""
+            note(f"{STAGES[at.stage]}{share}, {at.documents:,} documents")
+
+    return say

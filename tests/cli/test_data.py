@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fastllm.cli import console, data_show
+from fastllm.cli import console, data, data_show
 from fastllm.cli.main import main
+from fastllm.train.data.prepare import Progress
 
 CHAT = {
     "messages": [
@@ -134,3 +135,14 @@ def test_an_unknown_action_names_the_nearest(name: str, capsys: pytest.CaptureFi
 def test_histogram_has_a_row_for_every_power_of_two() -> None:
     rows = data_show.histogram([1, 2, 3, 9])
     assert rows == [("1 to 1", 1), ("2 to 3", 2), ("4 to 7", 0), ("8 to 15", 1)]
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    times = iter([0.0, 3.0, 12.0, 12.0, 13.0, 30.0, 30.0])
+    say = data.plain_progress(lambda: next(times))
+    for done in (10, 50, 60):
+        say(Progress("read", done, 200, 7))
+    say(Progress("write", 1, None, 8))
+    assert capsys.readouterr().err == "reading 25%, 7 documents\nwriting, 8 documents\n"
