@@ -233,6 +233,19 @@ class Checkpoints:
             say(f"{checkpoint.path} is damaged ({problem}): the one before it is used")
         return f"every checkpoint in {self.directory} is damaged" if there else None
 
+    def set_aside_after(self, step: int, say: Say) -> None:
+        """Take later checkpoints out of the count: damaged ones, or those of a course that the run
+        leaves. They are renamed, never deleted."""
+        if distributed.rank() != 0:
+            return
+        for later in self.all():
+            if _step_of(later.path) > step:
+                number = 1
+                while (kept := self.directory / f"aside-{number}-{later.path.name}").exists():
+                    number += 1
+                os.rename(later.path, kept)
+                say(f"{later.path.name} is after the step that the run goes on from: now {kept}")
+
     def save(self, task: Task, snapshot: Snapshot, say: Say, *, last: bool = False) -> None:
         """Begin to write `snapshot`; waits for the one before it first. Every process calls it.
 

@@ -157,6 +157,7 @@ class _Loop:
             if not self.config.seconds:
                 self.progress.steps = steps
             self.evaluation = dict(saved.evaluation)
+            self.checkpoints.set_aside_after(saved.step, self.metrics.say)
             self.task.weights_changed()
         self.metrics.open(step=self.progress.step)
         for line in self.task.describe():

@@ -8,14 +8,16 @@ at. Only the first process tells anything.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 import yaml
 
@@ -54,7 +56,8 @@ class Metrics:
         self.config = config
         self._settings = dict(settings)
         self._first = distributed.rank() == 0
-        self._file: TextIO | None = None
+        self._file: FileIO | None = None
+        self._failed = False  # the last line could not be written
         self._sinks: list[Sink] = []
         self._view: PlainView | RichView | None = None
 
@@ -68,7 +71,7 @@ class Metrics:
         text = yaml.safe_dump(self._settings, sort_keys=False, allow_unicode=True)
         (self.out / SETTINGS).write_text("# every value of the run\n" + text, encoding="utf-8")
         drop_after(self.out / FILE, step)
-        self._file = (self.out / FILE).open("a", encoding="utf-8")
+        self._file = (self.out / FILE).open("ab", buffering=0)
         kind = self.config.progress
         if kind == "auto":
             kind = "rich" if sys.stderr.isatty() else "plain"
@@ -105,8 +108,12 @@ class Metrics:
 
     def report(self) -> None:
         """Draw the curves, where the configuration asks for it."""
-        if self._first and self.config.report:
+        if not self._first or not self.config.report:
+            return
+        try:
             write_report(self.out, read(self.out / FILE), self._settings, self.say)
+        except OSError as error:
+            self.say(f"warning: the report cannot be written: {error}")
 
     def close(self) -> None:
         """Let go of the terminal, the file and the trackers."""
@@ -123,11 +130,25 @@ class Metrics:
     def _write(self, record: Mapping[str, Any]) -> None:
         if self._file is None:
             return
-        self._file.write(json.dumps(dict(record), ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
+        text = json.dumps(dict(record), ensure_ascii=False, allow_nan=False) + "\n"
+        self._append(text.encode())
         numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
         for sink in self._sinks:
             sink.log(record["step"], numbers)
+
+    def _append(self, line: bytes) -> None:
+        """Write a line whole or not at all. A full disk costs lines, not the run."""
+        assert self._file is not None, "the caller has looked"
+        start = os.fstat(self._file.fileno()).st_size
+        try:
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._failed = False
+        except OSError as error:
+            os.ftruncate(self._file.fileno(), start)
+            if not self._failed:
+                self.say(f"warning: {self.out / FILE} cannot be written: {error}; lines are lost")
+            self._failed = True
 
 
 def drop_after(path: Path, step: int) -> None:

@@ -232,9 +232,11 @@ class Pretraining(Task):
             sums[0] += self.loss(micro)
             sums[1] += micro.tokens
         total, tokens = distributed.sum_(sums).tolist()
-        loss = total / tokens
-        bits = loss / math.log(2) * split.tokens / split.text_bytes
-        return {"eval_loss": loss, "bits_per_byte": bits}
+        values = {"eval_loss": total / tokens}
+        if split.text_bytes:  # a store that was made from ids does not know
+            bytes_per_token = split.text_bytes / split.tokens
+            values["bits_per_byte"] = total / tokens / math.log(2) / bytes_per_token
+        return values
 
     def sample(self) -> list[tuple[str, str]]:
         """Continuations of the configured prompts; none while weights are sharded."""

@@ -130,6 +130,18 @@ def test_after_damage_the_run_gives_the_same_end(tiny: Any, copy: Path, run: Pat
     assert Checkpoint(newest).problem() is None
 
 
+def test_going_back_leaves_the_later_checkpoint_aside(
+    tiny: Any, copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = copy / "checkpoints" / "step-000004"
+    words = ("loop.steps=5", "loop.keep=1", "loop.metrics.progress=plain")
+    _, result = train(tiny, copy, *words, f"loop.resume={path}")
+    names = sorted(p.name for p in (copy / "checkpoints").iterdir())
+    assert names == ["aside-1-step-000006", "step-000005"]
+    assert result.checkpoint == copy / "checkpoints" / "step-000005"
+    assert "step-000006 is after the step that the run goes on from" in capsys.readouterr().err
+
+
 def test_if_all_are_damaged_no_new_run_starts(tiny: Any, copy: Path) -> None:
     for path in (copy / "checkpoints").iterdir():
         cut(path / "model.safetensors")

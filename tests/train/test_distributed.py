@@ -24,7 +24,8 @@ def losses(out: Path) -> list[float]:
         ("float32", "adamw", 1e-4),
         # Gradients of each process are rounded to bfloat16 before they are added.
         ("bfloat16", "adamw", 2e-2),
-        pytest.param("float32", "muon", 1e-4, marks=pytest.mark.full),
+        # Newton-Schulz runs in bfloat16: a last bit of the gradient can become one of the step.
+        pytest.param("float32", "muon", 2e-3, marks=pytest.mark.full),
         pytest.param("bfloat16", "muon", 2e-2, marks=pytest.mark.full),
     ],
 )

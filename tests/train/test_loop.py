@@ -170,14 +170,14 @@ def test_seconds_decide_the_number_of_steps(tiny: Any, tmp_path: Path) -> None:
 )
 def test_what_cannot_be_is_named(tiny: Any, tmp_path: Path, word: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        train(tiny, tmp_path, word)
+        train(tiny, tmp_path, "loop.steps=1", word)
 
 
 def test_a_tokenizer_of_other_data_is_refused(tiny: Any, tmp_path: Path) -> None:
     other = tmp_path / "tokenizer"
     other.mkdir()
     for file in tiny.tokenizer.iterdir():
-        text = file.read_text()
-        (other / file.name).write_text(text + "\n" if file.name == "tokenizer.json" else text)
+        text = file.read_text().replace('"add_prefix_space":false', '"add_prefix_space":true')
+        (other / file.name).write_text(text.replace('space": false', 'space": true'))
     with pytest.raises(ValueError, match=r"is not the tokenizer that .* was made with"):
-        train(tiny, tmp_path / "run", f"data.tokenizer={other}")
+        train(tiny, tmp_path / "run", "loop.steps=1", f"data.tokenizer={other}")

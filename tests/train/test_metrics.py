@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import re
+import resource
+import signal
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -71,6 +73,28 @@ def test_a_number_that_json_has_not_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         metrics.training({**RECORD, "loss": float("nan")}, steps=5, remaining=0)
     metrics.close()
+
+
+def test_a_full_disk_costs_lines_and_not_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing beyond is an error then
+    metrics = recorded(tmp_path, progress="plain")
+    try:
+        metrics.evaluation(1, {"eval_loss": 1.0})
+        size = (tmp_path / "metrics.jsonl").stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 5, before[1]))
+        metrics.evaluation(2, {"eval_loss": 1.0})
+        metrics.evaluation(3, {"eval_loss": 1.0})
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        metrics.evaluation(4, {"eval_loss": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+        metrics.close()
+    assert [r["step"] for r in read(tmp_path / "metrics.jsonl")] == [1, 4]
+    assert capsys.readouterr().err.count("cannot be written") == 1
 
 
 @pytest.mark.parametrize("name", ["trackio", "wandb", "tensorboard"])
