@@ -516,6 +516,7 @@ def launch(
         q.dtype,
         layout == "paged",
         plain,
+        k_scales is not None,
     )
     tile = tuning.attention_tile(shape, tuning.architecture(q.device), batch_invariant)
     m = total = partial = None

@@ -133,15 +133,16 @@ def attention_backward(
     if q.numel() == 0 or k.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_(), dsinks
     arch = tuning.architecture(q.device)
-    tiles = tiles or tuning.attention_backward_tiles(q.dtype, dim, value_dim, softcap > 0, arch)
+    tiles = tiles or tuning.attention_backward_tiles(
+        q.dtype, dim, value_dim, softcap > 0, key_mask is not None, arch
+    )
     varlen = cu_seqlens_q is not None
     n_docs = cu_seqlens_q.shape[0] - 1 if varlen else q.shape[0]
     grad_o, q, k, v = (_addressable(x) for x in (grad_o, q, k, v))
     # A window that reaches every key is none.
     window_left = -1 if window_left >= T_k else window_left
     window_right = -1 if window_right >= T else window_right
-    d1, d2 = tuning.backward_column_blocks(q.dtype, dim, arch)
-    dv1, dv2 = tuning.backward_column_blocks(q.dtype, value_dim, arch)
+    (d1, d2), (dv1, dv2) = tuning.backward_column_blocks(q.dtype, dim, value_dim, arch)
     inputs = (
         grad_o,
         q,

@@ -66,6 +66,7 @@ class AttentionShape:
     dtype: torch.dtype
     paged: bool
     plain: bool  # no key mask, no softcap, no int8 codes
+    codes: bool  # int8
 
 
 # 1,024 elements over 4 warps are 8 a thread: one 16-byte access of bf16, two of fp32.
@@ -207,7 +208,7 @@ _ATTENTION_INVARIANT = {
     90: {
         64: (128, 64, 8, 3),
         128: (128, 64, 8, 3),
-        192: (128, 64, 8, 2),
+        192: (128, 64, 8, 3),
         256: (64, 32, 8, 2),
         512: (16, 32, 8, 3),
     },
@@ -230,9 +231,7 @@ _ATTENTION_FEW = {
 }
 # fp32 runs on FMA units, whose operands pass through registers: 128 FLOP a clock an SM at best.
 _ATTENTION_FP32 = {
-    64: (32, 64, 8, 2),
-    128: (32, 32, 8, 2),
-    192: (16, 32, 8, 2),
+    64: (32, 32, 4, 2),
     256: (32, 32, 8, 2),
     512: (16, 16, 8, 2),
 }
@@ -272,7 +271,7 @@ def attention_tile(shape: AttentionShape, arch: int, batch_invariant: bool) -> A
         n = min(n, 64)  # a page
     if not shape.plain:
         n = max(32, n // 2)
-        if columns > 192:
+        if columns > 192 and (batch_invariant or shape.codes):
             m = min(m, 32)
     return AttentionTile(m, n, warps, stages, merge)
 
@@ -391,37 +390,56 @@ _BACKWARD_BY_QUERIES = {
     },
 }
 # fp32 runs on FMA units: 128 FLOP a clock an SM, whatever the tile; its operands are registers.
-_BACKWARD_FP32_BY_KEYS = {128: (32, 32, 16, 8, 1), 1024: (16, 16, 16, 8, 1)}
+_BACKWARD_FP32_BY_KEYS = {
+    128: (32, 32, 16, 8, 1),
+    256: (16, 32, 16, 8, 1),
+    1024: (16, 16, 16, 8, 1),
+}
 _BACKWARD_FP32_BY_QUERIES = {
     90: {64: (32, 16, 16, 8, 1), 512: (16, 16, 16, 8, 1)},
     80: {64: (32, 32, 16, 8, 1), 128: (16, 16, 16, 4, 1), 512: (16, 16, 16, 8, 1)},
 }
 
 
-def backward_column_blocks(dtype: torch.dtype, dim: int, arch: int) -> tuple[int, int]:
-    """`column_blocks` where a second block's operands and addresses still find registers.
+def backward_column_blocks(
+    dtype: torch.dtype, dim: int, value_dim: int, arch: int
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """`column_blocks` of K and V where a second block's operands and addresses find registers.
 
     They do not on FMA units, nor on sm_80 beside 128 columns (192 spill 60 bytes): one block then.
+    But FMA units keep all columns of an operand in registers: of 512 they spill 332 bytes on sm_90,
+    with K in two blocks none, with V too 16 (and with K in two blocks 8 on sm_80).
     """
-    if dtype == torch.float32 or (arch == 80 and dim > 128):
-        return max(16, triton.next_power_of_2(dim)), 0
-    return column_blocks(dim)
+
+    def blocks(columns: int) -> tuple[int, int]:
+        if dtype == torch.float32 or (arch == 80 and columns > 128):
+            return max(16, triton.next_power_of_2(columns)), 0
+        return column_blocks(columns)
+
+    of_keys = blocks(dim)
+    if dtype == torch.float32 and of_keys == (512, 0) and arch == 90:
+        of_keys = (256, 256)
+    return of_keys, blocks(value_dim)
 
 
 def attention_backward_tiles(
-    dtype: torch.dtype, dim: int, value_dim: int, softcap: bool, arch: int
+    dtype: torch.dtype, dim: int, value_dim: int, softcap: bool, masked: bool, arch: int
 ) -> AttentionBackwardTiles:
-    """Tiles of both passes, by the head dims alone: no row's order of sums depends on lengths."""
-    columns = [sum(backward_column_blocks(dtype, d, arch)) for d in (dim, value_dim)]
+    """Tiles of both passes, by head dims and variant: no row's order of sums depends on lengths."""
+    columns = [sum(blocks) for blocks in backward_column_blocks(dtype, dim, value_dim, arch)]
     by_keys, by_queries = _BACKWARD_BY_KEYS[arch], _BACKWARD_BY_QUERIES[arch]
     if dtype == torch.float32:
         by_keys, by_queries = _BACKWARD_FP32_BY_KEYS, _BACKWARD_FP32_BY_QUERIES[arch]
     keys = AttentionBackwardTile(*_for_columns(by_keys, sum(columns)))
     if softcap and sum(columns) > 128:
-        keys = replace(keys, queries=min(keys.queries, 32), edge=16)
+        most = 16 if 256 < sum(columns) <= _BACKWARD_APART else 32
+        keys = replace(keys, queries=min(keys.queries, most), edge=16)
+    queries = AttentionBackwardTile(*_for_columns(by_queries, max(columns)))
+    if masked and max(columns) > 256:  # a key mask beside 32 queries of 512 spills 40 bytes
+        queries = replace(queries, queries=16)
     return AttentionBackwardTiles(
         keys,
-        AttentionBackwardTile(*_for_columns(by_queries, max(columns))),
+        queries,
         apart=dtype != torch.float32 and sum(columns) > _BACKWARD_APART,
     )
 

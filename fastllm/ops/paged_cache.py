@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .checks import values_readable
+from .checks import MAX_HEAD_DIM, values_readable
 from .pages import lazy_zeros
 from .registry import FLOATS
 
@@ -28,7 +28,6 @@ PAGE_SIZE = 64
 CHUNK = 16  # tokens interleaved in K
 TILE = 64  # positions the native kernel takes at once; a page holds a whole number of them
 SPLIT = 512  # positions of a split, the unit that decode may run on another thread
-_MAX_HEAD_DIM = 512
 CACHE_DTYPES = (*FLOATS, torch.int8)
 FLOAT, INT8 = "float-cache", "int8-cache"  # the variants of ops on a cache
 _LARGEST_CODE = 127
@@ -159,7 +158,7 @@ def native_cache(k_cache: Tensor, v_cache: Tensor, block_table: Tensor) -> bool:
     return (
         k_cache.shape[2] % TILE == 0
         and k_cache.shape[3] % 2 == 0
-        and max(k_cache.shape[3], v_cache.shape[3]) <= _MAX_HEAD_DIM
+        and max(k_cache.shape[3], v_cache.shape[3]) <= MAX_HEAD_DIM
         and block_table.stride(-1) == 1
     )
 
