@@ -70,8 +70,16 @@ class Adapter:
         return self.config.scale * (b.float() @ a.float())
 
 
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The live factors of the model's adapter under the names that files have; empty without."""
+    return {_PREFIX + name: p for name, p in lora_parameters(model).items()}
+
+
 def save_adapter(
-    model: nn.Module, directory: str | os.PathLike[str], base_name: str | None = None
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    base_name: str | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the model's adapter; files that are there are replaced, each whole or not at all.
 
@@ -79,6 +87,7 @@ def save_adapter(
         model: a model with an adapter (`fastllm.nn.lora.add_lora`).
         directory: made if it is not there.
         base_name: path or Hugging Face id of the base, kept for whoever loads the adapter.
+        tensors: copies of `adapter_tensors(model)`, while training changes these; default they.
 
     Raises:
         ValueError: if the model has no adapter.
@@ -88,12 +97,10 @@ def save_adapter(
         raise ValueError("the model has no adapter to save: add_lora makes one")
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        _PREFIX + name: parameter.detach().cpu().contiguous().clone()
-        for name, parameter in lora_parameters(model).items()
-    }
+    live = adapter_tensors(model) if tensors is None else tensors
+    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in live.items()}
     text = json.dumps(_peft_config(model, config, base_name), indent=2, sort_keys=True) + "\n"
-    _replace(target / WEIGHTS_FILE, lambda p: save_file(tensors, p, metadata={"format": "pt"}))
+    _replace(target / WEIGHTS_FILE, lambda p: save_file(copies, p, metadata={"format": "pt"}))
     _replace(target / CONFIG_FILE, lambda p: p.write_text(text, encoding="utf-8"))
 
 

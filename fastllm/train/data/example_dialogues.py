@@ -81,10 +81,13 @@ def has_style(answer: str) -> bool:
     return len(lines) == 2 and lines[0].startswith("Work: ") and lines[1].startswith("Answer: ")
 
 
-def is_right(answer: str, question: Question) -> bool:
-    """Whether the last line of an answer gives the result, whatever the style of the rest."""
-    lines = answer.strip().rstrip(".").splitlines()
-    return bool(lines) and lines[-1].removeprefix("Answer: ").strip() == question.answer
+def same_result(answer: str, expected: str) -> bool:
+    """Whether the last lines of two answers give the same result, whatever comes before."""
+    return bool(answer.strip()) and _result(answer) == _result(expected)
+
+
+def _result(answer: str) -> str:
+    return answer.strip().rstrip(".").splitlines()[-1].removeprefix("Answer: ").strip()
 
 
 def make_dialogues(count: int, seed: int = 0, *, holdout: bool = False) -> list[Dialogue]:

@@ -96,6 +96,7 @@ class ConversationEncoder:
         self.template = ChatTemplate(source, tokenizer.special_tokens)
         ends = (tokenizer.decode([i], skip_special_tokens=False) for i in tokenizer.eos_token_ids)
         self._ends = tuple(sorted(filter(None, {*tokenizer.special_texts, *ends})))
+        self.seen_ends: set[str] = set()  # the texts that ended turns so far
 
     def render(self, conversation: Conversation) -> list[Rendering]:
         """The documents of a conversation, in its order.
@@ -121,6 +122,17 @@ class ConversationEncoder:
             problem = "no message of it is an assistant's answer that is to be learned"
             raise conversation.error("", problem, "Expected an assistant's turn after a user's")
         return documents
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """The tokens that end answers: the tokenizer's, and those of the turns seen so far."""
+        ids = map(self.tokenizer.token_to_id, self.seen_ends)
+        return self.tokenizer.eos_token_ids | {i for i in ids if i is not None}
+
+    def prompt(self, conversation: Conversation, turn: int) -> str:
+        """P(turn): what the model is given to say message `turn`. Raises DataError."""
+        text, length = self._turn(conversation, turn)
+        return text[:length]
 
     def encode(self, conversations: Iterable[Conversation]) -> Iterator[Example]:
         """The examples of conversations, in order. Raises DataError naming the record."""
@@ -165,7 +177,8 @@ class ConversationEncoder:
         if prompt == self._text(conversation, turn, False, variables):
             self._check_header(conversation, turn, variables, prompt)
         text = whole.rstrip()
-        if len(text) <= len(prompt) or not text.endswith(self._ends):
+        end = next((end for end in self._ends if text.endswith(end)), None)
+        if end is None or len(text) <= len(prompt):
             raise self._misfit(
                 conversation,
                 turn,
@@ -173,6 +186,7 @@ class ConversationEncoder:
                 "learns it would never stop",
             )
         self._check_complete(conversation, turn, text[len(prompt) :])
+        self.seen_ends.add(end)
         return text, len(prompt)
 
     def _thinking(self, message: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -7,8 +7,8 @@ from pathlib import Path
 from fastllm.train.data.conversations import read_conversations
 from fastllm.train.data.example_dialogues import (
     has_style,
-    is_right,
     make_dialogues,
+    same_result,
     write_dialogues,
 )
 
@@ -32,10 +32,11 @@ def test_what_is_held_out_is_never_asked_in_training() -> None:
 def test_answers_are_right_and_their_style_and_result_can_be_checked() -> None:
     questions = [q for d in make_dialogues(500) for q in d.questions]
     for question in questions:
-        assert has_style(question.reply) and is_right(question.reply, question)
-        assert not is_right(question.reply + "0", question) and not is_right("", question)
+        assert has_style(question.reply) and same_result(question.reply, question.reply)
+        assert not same_result(question.reply + "0", question.reply)
+        assert same_result(f"Surely:\n{question.answer}.", question.reply)
         if "=" in question.work:
             left, _, right = question.work.replace("x", "*").partition("=")
             assert eval(left) == int(right) == int(question.answer.split()[0])
-    assert is_right("36 inches.", next(q for q in questions if q.answer == "36 inches"))
+    assert not same_result(" ", "Work: 1\nAnswer: 1")
     assert not has_style("It is 36 inches.") and not has_style("Work: 1\nAnswer: 1\nmore")
