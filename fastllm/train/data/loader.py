@@ -34,7 +34,8 @@ __all__ = ["NO_LOSS", "Loader", "MicroBatch"]
 
 WINDOW_ROWS = 256
 
-_STATE = ("split", "seq_len", "seed", "data")  # what a resumed run may not change
+ORDER = 1  # changes when the same seed would give other rows: older positions are then refused
+_STATE = ("split", "seq_len", "seed", "data", "order")  # what a resumed run may not change
 
 
 class Loader:
@@ -142,8 +143,13 @@ class Loader:
         self._row = row
 
     def _identity(self) -> dict[str, Any]:
-        data = self.store.fingerprint
-        return {"split": self.split, "seq_len": self.seq_len, "seed": self.seed, "data": data}
+        return {
+            "split": self.split,
+            "seq_len": self.seq_len,
+            "seed": self.seed,
+            "data": self.store.fingerprint,
+            "order": ORDER,
+        }
 
     def _row_at(self, number: int) -> list[Span]:
         epoch, row = divmod(number, self.rows_per_epoch)

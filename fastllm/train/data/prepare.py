@@ -35,6 +35,7 @@ from .store_writer import StoreWriter, Vocabulary, check_target
 from .tokenizing import Processed, Recipe, process
 
 EXAMPLES = 3  # of dropped documents, per reason, in the report
+_SHOWN = 120  # characters of each
 _END = "<|endoftext|>"
 _SMALL = 4 << 20  # bytes of input for which starting processes takes longer than it saves
 
@@ -127,7 +128,7 @@ def _prepare(
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.spool-", dir=target.parent) as aside:
         with Spool(Path(aside), vocabulary.dtype, signed=config.near_duplicates > 0) as spool:
             _read(config, reader, spool, tokenizer, vocabulary, progress)
-        kept = _without_duplicates(config, spool, progress)
+        kept = _without_duplicates(config, spool, tokenizer, progress)
         splits = _splits(config, spool, kept, note)
         with StoreWriter(target, vocabulary, overwrite=config.overwrite) as writer:
             _write(writer, spool, splits, progress)
@@ -178,7 +179,6 @@ class Spool:
         self.digests = bytearray()
         self.lengths = array("q")
         self.text_bytes = array("q")
-        self._origins: dict[int, Document] = {}
 
     def __enter__(self) -> Spool:
         self._tokens: IO[bytes] = (self.directory / "tokens").open("wb")
@@ -202,13 +202,24 @@ class Spool:
         self.lengths.extend(result.lengths.tolist())
         self.text_bytes.extend(result.text_bytes.tolist())
 
-    def drop(self, reason: str, document: Document | None = None, count: int = 1) -> None:
-        """Count dropped documents; the first few are shown in the report."""
-        self.dropped[reason] += count
+    def drop(self, reason: str, document: Document) -> None:
+        """Count a dropped document; the first few are shown in the report."""
+        self.dropped[reason] += 1
         shown = self.examples.setdefault(reason, [])
-        if document is not None and len(shown) < EXAMPLES:
+        if len(shown) < EXAMPLES:
             where = " ".join(filter(None, (document.file, document.record)))
-            shown.append({"from": where, "text": document.text[:120]})
+            shown.append({"from": where, "text": document.text[:_SHOWN]})
+
+    def drop_duplicates(
+        self, reason: str, numbers: NDArray[np.int64], tokenizer: Tokenizer
+    ) -> None:
+        """The same for documents that are in the spool already."""
+        self.dropped[reason] = len(numbers)
+        tokens, ends = self.tokens(), np.cumsum(np.frombuffer(self.lengths, np.int64))
+        self.examples[reason] = [
+            {"text": tokenizer.decode(tokens[int(ends[i]) - self.lengths[i] :][:_SHOWN])[:_SHOWN]}
+            for i in numbers[:EXAMPLES].tolist()
+        ]
 
     def tokens(self) -> NDArray[np.unsignedinteger]:
         """All tokens, end to end."""
@@ -256,7 +267,10 @@ def _read(
 
 
 def _without_duplicates(
-    config: PrepareConfig, spool: Spool, progress: Callable[[Progress], None]
+    config: PrepareConfig,
+    spool: Spool,
+    tokenizer: Tokenizer,
+    progress: Callable[[Progress], None],
 ) -> NDArray[np.int64]:
     """Documents that are kept, ascending."""
     kept = np.arange(len(spool.lengths))
@@ -264,11 +278,13 @@ def _without_duplicates(
     if config.exact_duplicates:
         names = np.frombuffer(bytes(spool.digests), f"V{DIGEST_BYTES}")
         kept = np.sort(np.unique(names, return_index=True)[1])
-        spool.drop("exact duplicate", count=len(names) - len(kept))
+        spool.drop_duplicates(
+            "exact duplicate", np.setdiff1d(np.arange(len(names)), kept), tokenizer
+        )
     if config.near_duplicates:
         similar = near_duplicates(spool.signatures(), config.near_duplicates, kept)
+        spool.drop_duplicates("near duplicate", kept[similar], tokenizer)
         kept = kept[~similar]
-        spool.drop("near duplicate", count=int(similar.sum()))
     return kept
 
 

@@ -37,6 +37,7 @@ _CHUNK = 1 << 20
 _BORDER = 256  # characters in which a separator across two pieces is looked for
 _SAID = 5  # files that are named, of those skipped for one reason
 _FOREIGN = 0.05  # share of replaced bytes in a file's first MiB from which it is not UTF-8 at all
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _BLANK_LINES = re.compile(r"\r?\n(?:[ \t]*\r?\n)+")
 _AT_ENDS = re.compile(r"\A(?:[ \t]*\r?\n)+|(?:\r?\n[ \t]*)+\Z")
 
@@ -87,7 +88,7 @@ class Reader:
     options: SourceOptions = field(default_factory=SourceOptions)
     warn: Callable[[str], None] = print
     files: int = 0
-    replaced: int = 0  # places in text files that are not UTF-8
+    replaced: int = 0  # places in texts that are no characters
     skipped: Counter[str] = field(default_factory=Counter)  # why -> files
     bytes_done: int = 0
     _found: list[tuple[Path, bool]] | None = None
@@ -102,7 +103,7 @@ class Reader:
     def __iter__(self) -> Iterator[Document]:
         for name in self.inputs:
             if name.startswith(HUB):
-                yield from _hub_documents(name.removeprefix(HUB), self.options)
+                yield from map(self._valid, _hub_documents(name.removeprefix(HUB), self.options))
         before = 0
         for path, named in self._paths():
             size = path.stat().st_size
@@ -172,7 +173,8 @@ class Reader:
             known = path.name.lower().endswith(".parquet")
             for place, record in read_records(path, fields if known else None):
                 full = {**dict.fromkeys(fields), **record} if known else record
-                yield Document(_field_text(path, place, full, self.options), str(path), place)
+                text = _field_text(path, place, full, self.options)
+                yield self._valid(Document(text, str(path), place))
             return
         empty = True
         for text in split_documents(self._decoded(path), self.options.separator):
@@ -180,6 +182,19 @@ class Reader:
             yield Document(text, str(path), "")
         if empty:
             self._skip("empty", f"{path}: the file is empty")
+
+    def _valid(self, document: Document) -> Document:
+        """JSON can spell half of a character (a lone surrogate), which no encoding can."""
+        text = document.text
+        if text.isascii() or not (lone := _SURROGATE.findall(text)):
+            return document
+        if self.options.bad_bytes == "error":
+            problem = f"holds the lone surrogate {lone[0]!r}, which is no character"
+            raise DataError(document.file, document.record, "", problem)
+        if not self.replaced:
+            self.warn(f"{document.file}: {document.record}: a lone surrogate is replaced")
+        self.replaced += len(lone)
+        return document._replace(text=_SURROGATE.sub("\ufffd", text))
 
     def _decoded(self, path: Path) -> Iterator[str]:
         """The text of a file in pieces of about 1 MiB; bad bytes by `options.bad_bytes`."""

@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import random
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -97,6 +100,8 @@ def test_dropped_documents_are_counted_by_reason(tmp_path: Path, tokenizer_dir: 
         "near duplicate": 1,
     }
     assert report["examples"]["symbols"] == [{"from": f"{path} line 14", "text": "=" * 80}]
+    (equal,), (near,) = (report["examples"][f"{kind} duplicate"] for kind in ("exact", "near"))
+    assert equal["text"] == texts[10][:120] and near["text"] == similar[:120]
     assert store.index["documents"] == 10 == report["documents_read"] - 4
     options = {"filters": None, "exact_duplicates": False, "near_duplicates": 0.0}
     assert run(tmp_path, tokenizer_dir, path, **options).index["documents"] == 14
@@ -192,3 +197,19 @@ def test_a_full_disk_is_said_and_leaves_nothing(
     with pytest.raises(OSError, match=f"the disk of {tmp_path} is full"):
         run(tmp_path, tokenizer_dir, path)
     assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("delay", [0.3, 0.6, 0.9, 1.2, 1.5, 1.8])
+def test_a_killed_prepare_leaves_the_old_store(
+    tmp_path: Path, tokenizer_dir: Path, delay: float
+) -> None:
+    wanted = run(tmp_path, tokenizer_dir, write(tmp_path / "a.jsonl", TEXTS[:4])).fingerprint
+    more = write(tmp_path / "b.jsonl", [sentence(n, 400) for n in range(2000)])
+    command = [sys.executable, "-m", "fastllm", "data", "prepare", more, "--overwrite"]
+    command += ["--tokenizer", str(tokenizer_dir), "--out", str(tmp_path / "store")]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        time.sleep(delay)
+        process.kill()
+    store = TokenStore.open(tmp_path / "store", verify=True)
+    assert process.returncode == 0 or store.fingerprint == wanted

@@ -199,3 +199,12 @@ def test_of_many_empty_files_a_few_are_named(tmp_path: Path) -> None:
     reader = Reader([str(tmp_path)], warn=said.append)
     assert list(reader) == [] and reader.skipped == {"empty": 9}
     assert len(said) == 5 and said[-1].endswith("(further ones are only counted)")
+
+
+def test_half_a_character_is_replaced_and_counted(tmp_path: Path) -> None:
+    path = file(tmp_path / "a.jsonl", '{"text": "a\\ud800b \\ud83d\\ude00"}')
+    said: list[str] = []
+    assert read(path, warnings=said) == ["a\ufffdb 😀"]
+    assert "line 1: a lone surrogate is replaced" in said[0]
+    with pytest.raises(DataError, match="line 1: holds the lone surrogate"):
+        read(path, bad_bytes="error")
