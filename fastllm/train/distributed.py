@@ -25,6 +25,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from fastllm.models.decoder import Decoder
+from fastllm.models.loader import check_device
 
 
 def rank() -> int:
@@ -42,12 +43,12 @@ def process_group(device: str = "cpu") -> Iterator[torch.device]:
     """Join the processes that torchrun started, if it started this one; gives this one's device.
 
     Tensors of a CPU are summed by gloo, of GPUs by NCCL; checkpoints always plan over gloo.
-    Raises ValueError for a GPU that is not there.
+    Raises ValueError for a device that is not there.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ and "RANK" not in os.environ:
-        yield torch.device(device)
+        yield check_device(device)
         return
-    where = torch.device(device)
+    where = check_device(device)
     if where.type == "cuda":
         where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         if where.index >= torch.cuda.device_count():

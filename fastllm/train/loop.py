@@ -254,7 +254,8 @@ class _Loop:
         if due(config.eval_every):
             with self.untrained():
                 self.evaluation = self.task.evaluate()
-            self.metrics.evaluation(step, self.evaluation)
+            if self.evaluation:
+                self.metrics.evaluation(step, self.evaluation)
         if due(config.sample_every):
             with self.untrained():
                 self.metrics.samples(step, self.task.sample())

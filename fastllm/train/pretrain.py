@@ -202,7 +202,10 @@ class Pretraining(Task):
         shape, data, plan = self.shape, self.config.data, self.config.loop
         there, optim = self.store.split("train").tokens, self.config.optim
         seen = self.loader.rows_per_step * self.loader.seq_len * plan.steps
+        held_out = self.store.splits.get("holdout")
+        none = "nothing is held out: no evaluation (fastllm data prepare --holdout 0.01)"
         return [
+            *([] if held_out and held_out.tokens else [none]),
             f"model: {total / 1e6:.3g}M parameters ({body / 1e6:.3g}M without embeddings), "
             f"{shape.num_hidden_layers} layers of {shape.hidden_size}, {self.config.dtype}",
             f"data: {there:,} tokens in rows of {data.seq_len}, {data.batch_tokens:,} a step; "
