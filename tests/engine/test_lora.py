@@ -11,7 +11,11 @@ import torch
 from torch import nn
 
 from fastllm import LLM, SamplingParams
-from fastllm.nn.lora import LoraConfig, add_lora, lora_parameters
+from fastllm.models.gguf_export import export_hf, weights_of
+from fastllm.models.trainable import load_trainable
+from fastllm.models.weights import open_weights
+from fastllm.nn.batch import Documents
+from fastllm.nn.lora import LoraConfig, adapters_disabled, add_lora, lora_parameters
 from fastllm.ops.sampling import log_probs
 
 MODELS = [("bf16", {}), ("f32", {"dtype": "float32"}), ("q8_0", {})] + [
@@ -61,3 +65,37 @@ def test_captured_steps_have_the_bits_of_prefill_and_follow_the_parameters(
     _set_b(llm.model, seed=3)  # the captured steps read the parameters: nothing to refresh
     ids, changed = _chosen(llm, prompt)
     assert changed == _forced(llm, prompt, ids) and changed != logprobs
+
+
+@pytest.mark.parametrize("format", ["q4_0", "q4_1", "q8_0", "dense"])
+def test_training_has_the_bits_of_generation_after_every_update(
+    format: str, random_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    if format == "dense":
+        export_hf(weights_of(open_weights(random_model("bf16"))), tmp_path / "m", "bf16", None)
+    model = load_trainable(tmp_path / "m" if format == "dense" else random_model(format))
+    parameters = add_lora(model, SOME, seed=1)
+    llm = LLM.from_model(model)
+    prompt = [(31 * i + i * i) % 400 for i in range(40)]
+    seen = set()
+    for _ in range(3):
+        ids, logprobs = _chosen(llm, prompt)
+        hidden = model.train_hidden(Documents.pack([prompt + ids[:-1]]))
+        assert hidden.requires_grad
+        logits = model.logits(hidden)[len(prompt) - 1 :]
+        targets = torch.tensor(ids).unsqueeze(1)
+        assert log_probs(logits.detach(), targets)[:, 0].tolist() == logprobs
+        seen.add(tuple(logprobs))
+        torch.nn.functional.cross_entropy(logits, targets[:, 0]).backward()
+        with torch.no_grad():
+            for parameter in parameters:
+                assert parameter.grad is not None and parameter.grad.isfinite().all()
+                step = 0.05 * parameter.grad.sign()
+                parameter.sub_(step.to(parameter.dtype))
+                parameter.grad = None
+        model.weights_changed()
+    assert len(seen) == 3
+    prompt_only = model.train_hidden(Documents.pack([prompt]))
+    with adapters_disabled(model), torch.no_grad():
+        base = model.train_hidden(Documents.pack([prompt]))
+    assert not torch.equal(base, prompt_only)
