@@ -13,9 +13,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fastllm.nn.low_rank import LowRank, without_term
+from fastllm.nn.low_rank import FrozenBase, LowRank, trained_products, without_term
 from fastllm.ops.linear import linear
+from fastllm.ops.packed_layout import QUANTIZED, dense_rows
 from fastllm.ops.quant_matmul import quant_matmul
+from fastllm.ops.quant_matmul_input_grad import quant_matmul_input_grad
 from fastllm.quantize.packed import PackedWeight, pack, repack_
 
 
@@ -44,6 +46,8 @@ class Linear(nn.Module):
         """x [..., in] -> [..., out] in `out_dtype` or the dtype of x."""
         if self.low_rank is None or not self.low_rank.enabled:
             return self.product(x, out_dtype)
+        if trains_adapters_alone([self], x) and out_dtype in (None, x.dtype):
+            return trained_products(x, frozen_base([self]), [self.low_rank])[0]
         return self.low_rank(x, self.product(x, torch.float32), out_dtype or x.dtype)
 
     def product(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
@@ -104,21 +108,89 @@ class ParallelLinear:
 
     def __call__(self, x: Tensor) -> Sequence[Tensor]:
         """One output [..., size] per member: views of one product if they are packed together."""
+        if trains_adapters_alone(self.members, x):
+            whole = any(member.weight is None for member in self.members)
+            base = self._frozen_base() if self.packed is not None and whole else None
+            low_ranks = [active(member) for member in self.members]
+            return trained_products(x, base or frozen_base(self.members), low_ranks)
         if self.packed is None or any(records(x, member.weight) for member in self.members):
             return [member(x) for member in self.members]
-        low_ranks = [m.low_rank for m in self.members]
-        adapted = any(low_rank is not None and low_rank.enabled for low_rank in low_ranks)
+        low_ranks = [active(m) for m in self.members]
+        adapted = any(low_rank is not None for low_rank in low_ranks)
         dtype = torch.float32 if adapted else None
         y = packed_product(x, self.packed, self.bias, self.members[0].activation, dtype)
         parts = y.split(self.sizes, dim=-1)
         if not adapted:
             return parts
         return [
-            low_rank(x, part, x.dtype)
-            if low_rank is not None and low_rank.enabled
-            else without_term(part, x.dtype)
+            without_term(part, x.dtype) if low_rank is None else low_rank(x, part, x.dtype)
             for low_rank, part in zip(low_ranks, parts, strict=True)
         ]
+
+    def _frozen_base(self) -> FrozenBase:
+        packed, activation = self.packed, self.members[0].activation
+        assert packed is not None, "asked for where the members are packed together"
+        return FrozenBase(
+            lambda x: packed_product(x, packed, self.bias, activation, torch.float32).split(
+                self.sizes, dim=-1
+            ),
+            lambda grads: input_gradient(torch.cat(list(grads), dim=-1), packed),
+        )
+
+
+def active(layer: Linear) -> LowRank | None:
+    """The layer's adapter, if it has one and it is switched on."""
+    low_rank = layer.low_rank
+    return low_rank if low_rank is not None and low_rank.enabled else None
+
+
+def trains_adapters_alone(layers: Sequence[Linear], x: Tensor) -> bool:
+    """Whether gradients are recorded for adapters of these layers and for nothing of their base."""
+    low_ranks = [low_rank for low_rank in map(active, layers) if low_rank is not None]
+    return (
+        bool(low_ranks)
+        and torch.is_grad_enabled()
+        and not any(low_rank.drops for low_rank in low_ranks)
+        and not any(
+            p is not None and p.requires_grad
+            for layer in layers
+            for p in (layer.weight, layer.bias)
+        )
+    )
+
+
+def frozen_base(layers: Sequence[Linear]) -> FrozenBase:
+    """Layers of one input, each with a product of its own, from the plain form where there is one.
+
+    (A packed cache of a parameter may be stale where gradients are recorded.)
+    """
+
+    def product(layer: Linear, x: Tensor) -> Tensor:
+        if layer.weight is not None:
+            return linear(x, layer.weight, layer.bias, torch.float32)
+        assert layer.packed is not None, "a loader sets the weight or packs it"
+        return packed_product(x, layer.packed, layer.bias, layer.activation, torch.float32)
+
+    def gradient(grads: Sequence[Tensor]) -> Tensor:
+        total: Tensor | None = None
+        for layer, grad in zip(layers, grads, strict=True):
+            if layer.weight is None:
+                assert layer.packed is not None, "a loader sets the weight or packs it"
+                part = input_gradient(grad, layer.packed)
+            else:
+                part = grad @ layer.weight
+            total = part if total is None else total.add_(part)
+        assert total is not None, "there is a layer"
+        return total
+
+    return FrozenBase(lambda x: [product(layer, x) for layer in layers], gradient)
+
+
+def input_gradient(grad: Tensor, packed: PackedWeight) -> Tensor:
+    """grad [..., N] times a packed weight [N, K]."""
+    if packed.format in QUANTIZED:
+        return quant_matmul_input_grad(grad, packed.data, packed.scales, packed.format)
+    return grad @ dense_rows(packed.data, packed.format, packed.n, packed.k)
 
 
 def packed_product(
