@@ -164,7 +164,9 @@ class Reader:
     def _wanted(self, path: Path) -> bool:
         if self.options.patterns:
             return any(fnmatch(path.name, pattern) for pattern in self.options.patterns)
-        return is_record_file(path) or _suffix(path) in TEXT_SUFFIXES
+        # A .json file in a folder is a setting more often than records: those are named or matched.
+        records = is_record_file(path) and _suffix(path) != ".json"
+        return records or _suffix(path) in TEXT_SUFFIXES
 
     def _documents(self, path: Path) -> Iterator[Document]:
         if is_record_file(path):

@@ -104,11 +104,12 @@ def test_folders_give_known_types_in_a_fixed_order(tmp_path: Path) -> None:
     file(tmp_path / "a.py", "a = 1")
     file(tmp_path / "c.jsonl", '{"text": "c"}')
     file(tmp_path / "image.png", b"\x89PNG\0")
+    file(tmp_path / "settings.json", '[{"text": "d"}]')
     file(tmp_path / ".git" / "hidden.txt", "no")
     reader = Reader([str(tmp_path)])
     assert [document.text for document in reader] == ["a = 1", "bx", "c"]
-    assert reader.skipped == {"other type": 1} and reader.files == 3
-    assert read(tmp_path, patterns=("*.py",)) == ["a = 1"]
+    assert reader.skipped == {"other type": 2} and reader.files == 3
+    assert read(tmp_path, patterns=("*.py", "*.json")) == ["a = 1", "d"]
     with pytest.raises(DataError, match=r"holds no files of \*.rs"):
         read(tmp_path, patterns=("*.rs",))
 
