@@ -117,8 +117,8 @@ class TokenStore:
     def lengths(self, split: str) -> NDArray[np.int64]:
         """[documents of the split] int64: tokens of each document."""
         part = self.split(split)
-        edges = self.offsets[part.first : part.first + part.documents + 1]
-        return np.diff(edges.astype(np.int64))
+        edges = self.offsets[part.first : part.first + part.documents + 1].astype(np.int64)
+        return edges[1:] - edges[:-1]
 
     def document(self, number: int) -> NDArray[np.unsignedinteger]:
         """A document's tokens, its end-of-text token included: a view of the file."""
@@ -172,7 +172,7 @@ def _check_index(path: Path, index: dict[str, Any]) -> None:
         value: Any = index
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
-        if not isinstance(value, kind) or (kind is int and (isinstance(value, bool) or value < 0)):
+        if type(value) is not kind or (type(value) is int and value < 0):
             field = ".".join(keys)
             raise DataError(path, "", field, f"is {value!r}, not a {kind.__name__}", _REMEDY)
     if index["dtype"] not in DTYPES:
