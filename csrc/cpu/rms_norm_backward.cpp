@@ -146,8 +146,13 @@ void rms_norm_backward(const RmsNormBackwardArgs& a, const Team& team) {
     });
   });
   if (!a.dweight) return;
-  team_sync(team);
-  my_share(team, a.n, 64, &begin, &end);
+  if (chunks > 1) {
+    team_sync(team);
+    my_share(team, a.n, 64, &begin, &end);
+  } else {  // a few rows: whoever had them goes on alone
+    if (chunks ? begin == end : team.thread != 0) return;
+    begin = 0, end = a.n;
+  }
   dispatch_float(a.dweight_type,
                  [&](auto dweight) { add_chunks<decltype(dweight)>(a, chunks, begin, end); });
 }
