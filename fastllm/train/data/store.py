@@ -32,6 +32,7 @@ DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtyp
 OFFSETS = np.dtype("<u8")
 
 _REMEDY = "Prepare the store again (fastllm data prepare --overwrite)"
+_SPLIT_FIELDS = ("first", "documents", "tokens", "text_bytes")
 _CHUNK = 1 << 24
 
 
@@ -60,7 +61,10 @@ class TokenStore:
         self.index = index
         self.tokens = tokens  # [tokens] uint16 or uint32
         self.offsets = offsets  # [documents + 1] uint64
-        self.splits = {name: Split(**split) for name, split in index["splits"].items()}
+        self.splits = {
+            name: Split(*(split[field] for field in _SPLIT_FIELDS))
+            for name, split in index["splits"].items()
+        }
         self.vocab_size: int = index["tokenizer"]["vocab_size"]
         self.start_token_id: int = index["tokenizer"]["start_token_id"]
         self.end_token_id: int = index["tokenizer"]["end_token_id"]
@@ -164,10 +168,7 @@ def _check_index(path: Path, index: dict[str, Any]) -> None:
     ]
     splits = index.get("splits")
     for name in splits if isinstance(splits, dict) else ():
-        wanted += [
-            (("splits", name, field), int)
-            for field in ("first", "documents", "tokens", "text_bytes")
-        ]
+        wanted += [(("splits", name, field), int) for field in _SPLIT_FIELDS]
     for keys, kind in wanted:
         value: Any = index
         for key in keys:
