@@ -76,7 +76,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 _SERVER = """
 import json, os, sys
-import torch
+import torch, torch._dynamo  # which torch's optimizers and DTensor import when they are first used
 import fastllm.cli.main, fastllm.cli.pretrain, fastllm.train.pretrain
 
 for line in sys.stdin:
