@@ -28,7 +28,7 @@ TEST_ENV := $(OFFLINE) PATH="$(abspath $(BIN)):$$PATH"
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-demo: dev  ## set up, answer three prompts with a real model, measure it beside its peers
+demo: dev  ## set up; answer prompts, measure, train a small model, fine-tune one
 	@$(BIN)/fastllm demo
 
 test: dev  ## set up and pass the tests (no GPU, no network beyond the installation)

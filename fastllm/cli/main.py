@@ -27,7 +27,7 @@ COMMANDS = {
     "data": "turn text into a token store; show what a batch holds",
     "doctor": "show hardware, libraries and the backend table, and test every op",
     "bench": "measure fastllm beside PyTorch, transformers and llama.cpp",
-    "demo": "three answers and a table of speeds, in a few minutes",
+    "demo": "answers, speeds, a model trained and one fine-tuned, in some ten minutes",
 }
 
 EXPECTED = (FastLLMError, ValueError, OSError, ModuleNotFoundError)

@@ -86,6 +86,6 @@ def test_chat_reads_lines_until_the_end(
 
 
 def test_demo_answers_three_prompts(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["demo", "--no-measure", "--max-tokens", "3"]) == 0
+    assert main(["demo", "--parts", "answers", "--max-tokens", "3"]) == 0
     text = capsys.readouterr().out
     assert text.count("\n> ") == 3 and "Self-test" in text
