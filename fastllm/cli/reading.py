@@ -30,7 +30,8 @@ def add_source_options(parser: Parser) -> None:
         "--document-separator",
         default=None,
         metavar="TEXT",
-        help="divides a text file into documents; blank-line: empty lines (default: none)",
+        help=r"divides a text file into documents; blank-line: empty lines; \n and \t are "
+        "understood (default: none)",
     )
     group.add_argument(
         "--pattern",
@@ -57,9 +58,16 @@ def source_options(options: Any) -> SourceOptions:
 
     return SourceOptions(
         text_fields=tuple(options.text_field or ("text",)),
-        separator=options.document_separator,
+        separator=_unescaped(options.document_separator),
         patterns=tuple(options.pattern or ()),
         bad_bytes=options.bad_bytes,
         dataset_config=options.dataset_config,
         dataset_split=options.dataset_split,
     )
+
+
+def _unescaped(separator: str | None) -> str | None:
+    r"""With line ends and tabs for \n and \t, which a shell leaves as they are typed."""
+    if separator is None:
+        return None
+    return separator.replace(r"\n", "\n").replace(r"\t", "\t")

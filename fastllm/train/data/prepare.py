@@ -306,7 +306,7 @@ def _splits(
         if len(kept) == 1:
             warn(
                 "there is one document, so none is held out and training cannot be evaluated; "
-                "--document-separator divides a text into documents"
+                "--document-separator blank-line (or another text) divides a file into documents"
             )
     order = np.argsort(mix(names[:, 1] ^ np.uint64(key(config.seed))), kind="stable")
     return {"train": kept[order[~held[order]]], "holdout": kept[order[held[order]]]}
