@@ -26,7 +26,7 @@ exit status: 0 done or stopped, 1 the run failed (numbers that are none, a full 
 examples:
   fastllm pretrain --store data/tokens --depth 4 --out runs/small
   fastllm pretrain --store data/tokens --depth 4 --seconds 120 --out runs/two-minutes
-  fastllm pretrain small.yaml --depth 8 optim.name=muon --loop.sample_every 100
+  fastllm pretrain small.yaml --depth 8 optim.name=adamw --loop.sample_every 100
   fastllm pretrain small.yaml --resume auto
 """
 

@@ -15,6 +15,9 @@ compute C        6 x those parameters x tokens
 learning rate    0.3118 x C^-0.125                                arXiv 2401.02954, equation 1
 batch tokens     0.2920 x C^0.3271, whole rows                    the same
 warmup           5% of the steps, at most 2,000
+optimizer        Muon, with AdamW's rates and decay               arXiv 2502.16982; 1.7M parameters,
+                                                                  600,000 tokens: 2.13 bits a byte,
+                                                                  with AdamW 2.49
 weight decay     0.1, of matrices                                 arXiv 2005.14165, appendix B
 
 Every value can be given; what is given is not derived, and what follows from it follows. So fewer
@@ -32,6 +35,7 @@ from fastllm.models.rope_scaling import RopeConfig
 
 TOKENS_PER_PARAMETER = 20.0
 WEIGHT_DECAY = 0.1
+OPTIMIZER = "muon"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

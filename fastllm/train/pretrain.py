@@ -138,6 +138,7 @@ def derive(config: PretrainConfig, given: Set[str]) -> dict[str, Any]:
         "data.seq_len": row,
         "data.batch_tokens": plan.batch_tokens,
         "data.micro_rows": max(min(_MICRO_TOKENS[device] // row, rows), 1),
+        "optim.name": presets.OPTIMIZER,
         "optim.lr": plan.lr,
         "optim.weight_decay": presets.WEIGHT_DECAY,
         "loop.steps": plan.steps,

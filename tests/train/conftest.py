@@ -36,7 +36,7 @@ class Tiny:
         return [
             f"data.store={self.store}", f"data.tokenizer={self.tokenizer}", f"loop.out={out}",
             "model.depth=2", "model.width=32", "model.head_dim=16", "data.seq_len=32",
-            "data.batch_tokens=128", "data.micro_rows=2", "optim.lr=0.01",
+            "data.batch_tokens=128", "data.micro_rows=2", "optim.name=adamw", "optim.lr=0.01",
             "loop.schedule.warmup=2", "loop.metrics.every=1", "loop.metrics.report=false",
             "loop.eval_every=0", *more,
         ]  # fmt: skip
