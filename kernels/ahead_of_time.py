@@ -32,6 +32,7 @@ from . import (
     embedding_backward,
     head_linear,
     linear,
+    lm_head,
     log_probs,
     lora_add,
     mla_attention,
@@ -59,6 +60,7 @@ KERNEL_MODULES = (
     "embedding_backward",
     "head_linear",
     "linear",
+    "lm_head",
     "log_probs",
     "lora_add",
     "mla_attention",
@@ -188,11 +190,35 @@ def shipped_launches() -> dict[str, Callable[[], Any]]:
     for m in (8, 2048):
         calls[f"head_linear absorb m={m}"] = lambda m=m: _head_linear(m, 128, 512, 64)
         calls[f"head_linear values m={m}"] = lambda m=m: _head_linear(m, 512, 128, 0)
+    calls |= _lm_head_launches()
     calls["append_mla"] = lambda: _append_mla()
     for heads, dtype, fast in ((16, bf16, False), (128, bf16, True), (16, f32, False)):
         for phase, n_tokens in (("prefill", 2048), ("decode", 8)):
             name = f"mla {phase} {heads} {'bf16' if dtype == bf16 else 'f32'}"
             calls[name + " fast" * fast] = lambda s=(n_tokens, heads, dtype, not fast): _mla(*s)
+    return calls
+
+
+def _lm_head_launches() -> dict[str, Callable[[], Any]]:
+    """The rows of a chunk of logits: with every option, and the common calls."""
+    rows, vocab = 512, 128256
+    f32, d = torch.float32, _meta(rows, vocab)
+    z, t = _meta(rows, vocab, dtype=f32), _meta(rows, vocab, dtype=f32)
+    lse, targets = _meta(rows, dtype=f32), _meta(rows, dtype=torch.int64)
+    four = _meta(rows, 4, dtype=f32)
+    calls: dict[str, Callable[[], Any]] = {}
+    for walk in (False, True):
+        calls[f"loss_rows walk={walk}"] = lambda w=walk: lm_head.loss_rows(z, targets, 0.0, 1.0, w)
+    for softcap in (0.0, 30.0):
+        calls[f"target_gradient cap={softcap:g}"] = lambda c=softcap: lm_head.target_gradient_rows(
+            d, z, targets, lse, four, c, 0.7
+        )
+        calls[f"scale_logits cap={softcap:g}"] = lambda c=softcap: lm_head.scale_logits(z, c, 0.7)
+    for kind in lm_head.KINDS:
+        calls[f"kl_rows {kind}"] = lambda k=kind: lm_head.kl_rows(z, lse, t, lse, k, 0.5)
+        calls[f"kl_gradient {kind}"] = lambda k=kind: lm_head.kl_gradient_rows(
+            d, lse, lse, z, lse, t, lse, k, 0.5, 30.0, 0.7
+        )
     return calls
 
 

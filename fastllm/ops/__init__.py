@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import lm_head_cpu  # noqa: F401 (adds its rows to the tables)
+from . import lm_head_cpu, lm_head_cuda  # noqa: F401 (they add their rows to the tables)
 from .adamw import adamw_step_
 from .append_kv import append_kv, rope_append_kv
 from .attention import attention

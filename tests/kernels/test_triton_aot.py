@@ -31,6 +31,7 @@ QUICK = {
         "mla prefill 16 bf16",
         "rms_norm",
         "sampling",
+        "kl_gradient js",
     ],
     80: [
         "linear bf16 m=2048",
@@ -40,6 +41,8 @@ QUICK = {
         "attention_backward 128/128 bf16 causal",
         "paged_attention decode 256 bf16 plain",
         "rope",
+        "kl_rows js",
+        "loss_rows walk=True",
     ],
 }
 

@@ -17,7 +17,13 @@ from types import ModuleType
 import pytest
 
 # the others import from the first
-FILES = ("interpreter_cases", "attention_cases", "attention_backward_cases", "mla_attention_cases")
+FILES = (
+    "interpreter_cases",
+    "attention_cases",
+    "attention_backward_cases",
+    "mla_attention_cases",
+    "lm_head_cases",
+)
 
 
 def load_cases(name: str) -> ModuleType:
