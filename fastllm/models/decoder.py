@@ -21,7 +21,10 @@ from fastllm.nn.linear import Linear, ParallelLinear
 from fastllm.nn.mla import MultiHeadLatentAttention
 from fastllm.nn.mlp import MLP
 from fastllm.nn.norm import RMSNorm
+from fastllm.ops.linear_cross_entropy import linear_cross_entropy
+from fastllm.ops.linear_logprob import linear_logprob
 from fastllm.ops.paged_cache import KvCache
+from fastllm.quantize.packed import PackedWeight
 
 
 class DecoderLayer(nn.Module):
@@ -257,5 +260,35 @@ class Decoder(nn.Module):
             reduction: "sum", "mean" over the targets that count, or "none" (`[T]`).
             checkpoint: see `train_hidden`.
         """
-        logits = self.logits(self.train_hidden(documents, checkpoint=checkpoint))
-        return nn.functional.cross_entropy(logits, targets, reduction=reduction)
+        x = self.train_hidden(documents, checkpoint=checkpoint)
+        return linear_cross_entropy(
+            x, self._head(), targets, reduction=reduction, activation=self.activation
+        )
+
+    def log_probs(
+        self, documents: Documents, targets: Tensor, *, temperature: float = 1.0,
+        checkpoint: bool = False,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Log-probabilities of given next tokens, as generation reports them bit for bit.
+
+        Args:
+            documents: T tokens.
+            targets: `[T]` int64, the id at the next place; -100: none, both results are then 0.
+            temperature: what logits are divided by.
+            checkpoint: see `train_hidden`.
+
+        Returns:
+            `(log_prob, entropy)`, float32 `[T]`, differentiable.
+        """
+        x = self.train_hidden(documents, checkpoint=checkpoint)
+        return linear_logprob(
+            x, self._head(), targets, temperature=temperature, activation=self.activation
+        )
+
+    def _head(self) -> Tensor | PackedWeight:
+        head = self.lm_head
+        if head.low_rank is not None and head.low_rank.enabled:
+            raise ValueError("losses read the LM head as it is: adapters on lm_head have no loss")
+        weight = head.packed if head.weight is None else head.weight
+        assert weight is not None, "a loader sets the weight or packs it"
+        return weight

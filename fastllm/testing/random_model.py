@@ -35,7 +35,10 @@ _NAMES = {
 }
 
 
-def _config(layers: int, hidden: int, inner: int, heads: int, kv: int, vocab: int) -> ModelConfig:
+def model_config(
+    layers: int, hidden: int, inner: int, heads: int, kv: int, vocab: int
+) -> ModelConfig:
+    """A tied Llama with heads of 64 columns, of these sizes."""
     return ModelConfig(
         model_type="llama",
         vocab_size=vocab,
@@ -55,8 +58,8 @@ def _config(layers: int, hidden: int, inner: int, heads: int, kv: int, vocab: in
 
 
 SIZES = {
-    "random-135m": _config(30, 576, 1536, 9, 3, 49152),
-    "random-1b": _config(16, 2048, 8192, 32, 8, 128256),
+    "random-135m": model_config(30, 576, 1536, 9, 3, 49152),
+    "random-1b": model_config(16, 2048, 8192, 32, 8, 128256),
 }
 
 

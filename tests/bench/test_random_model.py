@@ -14,7 +14,7 @@ from fastllm.testing.random_model import model_path
 
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = random_model._config(layers=2, hidden=64, inner=96, heads=4, kv=2, vocab=64)
+    config = random_model.model_config(layers=2, hidden=64, inner=96, heads=4, kv=2, vocab=64)
     monkeypatch.setitem(random_model.SIZES, "random-small", config)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 

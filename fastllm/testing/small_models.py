@@ -1,0 +1,68 @@
+"""Small models of every kind that is trained, and documents for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..models.config import ModelConfig
+from ..models.decoder import Decoder
+from ..models.mla_config import MlaConfig
+from ..models.trainable import initialize
+from ..nn.batch import Documents
+
+VOCAB = 96
+_SIZES = {
+    "vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 256,
+}  # fmt: skip
+_LATENT = {
+    "num_key_value_heads": 4, "head_dim": 24,
+    "mla": MlaConfig(
+        q_lora_rank=20, kv_lora_rank=24, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16
+    ),
+}  # fmt: skip
+CONFIGS = {
+    "llama": {"model_type": "llama"},
+    "llama tied, biases": {
+        "model_type": "llama", "tie_word_embeddings": True, "attention_bias": True,
+        "attention_output_bias": True, "mlp_bias": True,
+    },
+    "mistral window": {"model_type": "mistral", "sliding_window": (7, 7)},
+    "qwen3 tied": {"model_type": "qwen3", "qk_norm": True, "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", "qk_norm": True},
+    "deepseek v3": {"model_type": "deepseek_v3", **_LATENT},
+}  # fmt: skip
+
+
+def config_of(case: str) -> ModelConfig:
+    """The configuration of one of CONFIGS."""
+    return ModelConfig(**{**_SIZES, **CONFIGS[case]})
+
+
+def model_of(case: str, dtype: torch.dtype, seed: int = 0) -> Decoder:
+    """A trainable model whose weights are large enough that every part of it matters."""
+    model = initialize(config_of(case), dtype=dtype, seed=seed)
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=g))
+            else:
+                parameter.mul_(2.5)
+    return model
+
+
+def random_documents(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
+    """Token ids of documents of these lengths."""
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, VOCAB, (n,), generator=g).tolist() for n in lengths]
+
+
+def batch_of(documents: Sequence[Sequence[int]]) -> tuple[Documents, Tensor]:
+    """Documents packed, and the next token of each place; the last of each has none."""
+    targets = [token for ids in documents for token in (*ids[1:], -100)]
+    return Documents.pack(documents), torch.tensor(targets)
