@@ -176,15 +176,17 @@ def read(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def summary(record: Mapping[str, float], steps: int, remaining: float) -> str:
-    """`step 120/1000  loss 3.2104  ...`: one line of training for people."""
-    parts = [
-        f"step {record['step']}/{steps}",
-        f"loss {record['loss']:.4f}",
-        f"lr {record['lr']:.2e}",
-        f"norm {record['norm']:.2f}",
-        f"{record['tokens_per_second']:,.0f} tok/s",
-    ]
+def summary(
+    record: Mapping[str, float], steps: int, remaining: float, *, short: bool = False
+) -> str:
+    """`step 120/1000  loss 3.2104  ...`: one line of training for people.
+
+    short: leave out rate and norm, so that a bar and the line fit into 80 columns.
+    """
+    parts = [f"step {record['step']}/{steps}", f"loss {record['loss']:.4f}"]
+    if not short:
+        parts += [f"lr {record['lr']:.2e}", f"norm {record['norm']:.2f}"]
+    parts.append(f"{record['tokens_per_second']:,.0f} tok/s")
     if "mfu" in record:
         parts.append(f"MFU {100 * record['mfu']:.1f}%")
     return "  ".join([*parts, f"ETA {clock(remaining)}"])
@@ -226,8 +228,7 @@ class RichView:
         from rich.progress import BarColumn, Progress, TextColumn
 
         self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=12),
             TextColumn("{task.fields[text]}"),
             console=Console(stderr=True, highlight=False, soft_wrap=True),
         )
@@ -236,7 +237,7 @@ class RichView:
 
     def training(self, record: Mapping[str, float], steps: int, remaining: float) -> None:
         """Move the bar."""
-        text = summary(record, steps, remaining)
+        text = summary(record, steps, remaining, short=True)
         self._bar.update(self._task, completed=record["step"], total=steps, text=text)
 
     def say(self, text: str) -> None:
