@@ -317,6 +317,7 @@ class Checkpoints:
         if distributed.rank() != 0:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
+        sync(self.directory.parent)
         for left in self.directory.glob(f"{_ASIDE}*"):
             shutil.rmtree(left)
         task.write_weights(snapshot.weights, aside)
