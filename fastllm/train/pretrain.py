@@ -132,7 +132,7 @@ def derive(config: PretrainConfig, given: Set[str]) -> dict[str, Any]:
     )
     rows = plan.batch_tokens // row
     device = "cuda" if config.device.startswith("cuda") else "cpu"
-    every = max(plan.steps // 10, 1)
+    times = 5 if plan.steps < 500 else 10  # short runs have less time for evaluation
     values: dict[str, Any] = {
         "data.tokens": plan.tokens,
         "data.seq_len": row,
@@ -143,8 +143,8 @@ def derive(config: PretrainConfig, given: Set[str]) -> dict[str, Any]:
         "optim.weight_decay": presets.WEIGHT_DECAY,
         "loop.steps": plan.steps,
         "loop.schedule.warmup": plan.warmup,
-        "loop.eval_every": every,
-        "loop.save_every": every,
+        "loop.eval_every": max(plan.steps // times, 1),
+        "loop.save_every": max(plan.steps // 10, 1),
     }
     values |= {f"model.{name}": value for name, value in to_dict(full).items()}
     values["model.context"] = full.context or row
