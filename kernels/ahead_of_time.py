@@ -157,7 +157,7 @@ def shipped_launches() -> dict[str, Callable[[], Any]]:
         "rms_norm_backward heads": lambda: rms_norm_backward.rms_norm_backward(
             _meta(2048, 32, 128), _meta(2048, 32, 128), _meta(128), 1e-5, f32
         ),
-        "add_rms_norm_backward": lambda: _add_rms_norm_backward(4096),
+        "add_rms_norm_backward": lambda: _add_rms_norm_backward(8192),
         "add_rms_norm_backward wide": lambda: _add_rms_norm_backward(16384),
         "embedding_backward": lambda: embedding_backward.embedding_backward(
             _meta(2048, 4096, dtype=f32), _ids(2048), 128256, bf16

@@ -30,6 +30,7 @@ QUICK = {
         "paged_attention decode 128 bf16 int8 fast",
         "mla prefill 16 bf16",
         "rms_norm",
+        "add_rms_norm_backward",
         "sampling",
         "kl_gradient js",
     ],
