@@ -5,11 +5,14 @@ A run in one process never touches torch.distributed: sums return what they were
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import functools
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +29,9 @@ from torch.distributed.tensor import DTensor
 
 from fastllm.models.decoder import Decoder
 from fastllm.models.loader import check_device
+
+# What file systems of clusters that have no locks answer: there a second run is not noticed.
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 def rank() -> int:
@@ -80,6 +86,28 @@ def host_group() -> Any:
 def host_mesh() -> DeviceMesh:
     """All processes in a row, for tensors in host memory."""
     return init_device_mesh("cpu", (world(),), mesh_dim_names=("shard",))
+
+
+@contextmanager
+def only_run_in(folder: Path) -> Iterator[None]:
+    """Hold a run's folder, so that no second run writes into it; death lets it go.
+
+    Raises BlockingIOError if another process of this machine holds it.
+    """
+    if rank() != 0:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            problem = "another run is writing into this folder; give another (--out)"
+            raise BlockingIOError(error.errno, problem, str(folder)) from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        yield
 
 
 def sum_(values: Tensor) -> Tensor:

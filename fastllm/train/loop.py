@@ -104,16 +104,18 @@ def run(task: Task, config: LoopConfig, *, settings: Mapping[str, Any] | None = 
     A first SIGTERM or SIGINT ends the run after the step in hand, with a checkpoint and status
     "stopped". Raises NumericalError before the update of a step whose loss or gradient is not
     finite, CheckpointError if `config.out` holds another run or a checkpoint cannot be resumed,
-    and OSError if the last checkpoint cannot be written.
+    BlockingIOError if another process is running there, and OSError if the last checkpoint cannot
+    be written.
     """
     seed_all(config.seed + distributed.rank())
     loop = _Loop(task, config, settings or {"loop": to_dict(config)})
-    try:
-        loop.start()
-        with StopSignals() as signals:
-            return loop.train(signals)
-    finally:
-        loop.close()
+    with distributed.only_run_in(Path(config.out)):
+        try:
+            loop.start()
+            with StopSignals() as signals:
+                return loop.train(signals)
+        finally:
+            loop.close()
 
 
 class _Loop:

@@ -28,6 +28,8 @@ from torch.distributed.tensor import DTensor
 
 from fastllm.train import distributed
 
+FILE_BYTES = 1 << 30  # of a file of state: its bytes are in memory twice while it is written
+
 
 def optimizer_state(model: nn.Module, optimizer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors by `optim.PARAMETER.KEY`, numbers by parameter and key) of an optimizer.
@@ -151,9 +153,9 @@ def write_sharded(tensors: Mapping[str, Tensor], directory: Path, group: Any) ->
 
     All processes must call it. The files are flushed to disk. Raises OSError.
     """
-    planner, writer = (
-        DefaultSavePlanner(),
-        HuggingFaceStorageWriter(str(directory), save_distributed=True),
+    planner = DefaultSavePlanner()
+    writer = HuggingFaceStorageWriter(
+        str(directory), fqn_to_index_mapping=_files(tensors), save_distributed=True
     )
     rank = distributed.rank()
     planner.set_up_planner(dict(tensors), is_coordinator=rank == 0)
@@ -164,6 +166,19 @@ def write_sharded(tensors: Mapping[str, Tensor], directory: Path, group: Any) ->
     plan = planner.finish_plan(writer.prepare_global_plan(plans)[rank])
     results = writer.write_data(plan, planner).wait()
     return sorted({result.storage_data.relative_path for result in results})
+
+
+def _files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Which file, from 1, each tensor goes to."""
+    number, size, files = 1, 0, {}
+    for name, tensor in tensors.items():
+        part = distributed.local(tensor)
+        nbytes = part.numel() * part.element_size()
+        if size and size + nbytes > FILE_BYTES:
+            number, size = number + 1, 0
+        size += nbytes
+        files[name] = number
+    return files
 
 
 def load_into(tensors: Mapping[str, Tensor], directory: Path) -> None:

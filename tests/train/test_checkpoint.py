@@ -16,7 +16,7 @@ import torch
 import fastllm
 from fastllm.errors import CheckpointError
 from fastllm.nn.batch import Documents
-from fastllm.train import checkpoint, loop, pretrain
+from fastllm.train import checkpoint, loop, pretrain, state
 from fastllm.train.checkpoint import Checkpoint
 from fastllm.train.pretrain import Pretraining
 
@@ -228,11 +228,16 @@ def test_a_full_disk_is_said_and_the_older_checkpoint_kept(
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
-def test_muon_resumes_to_the_bit(tiny: Any, tmp_path: Path) -> None:
+def test_muon_resumes_to_the_bit_from_several_files(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(state, "FILE_BYTES", 30_000)
     words = ("loop.steps=6", "loop.save_every=3", "optim.name=muon")
     whole, _ = train(tiny, tmp_path / "whole", *words)
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step-000006")
+    files = list((tmp_path / "cut" / "checkpoints" / "step-000003" / "state").iterdir())
+    assert len(files) > 3
     again, _ = train(tiny, tmp_path / "cut", *words, "loop.resume=auto")
     for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(a, b)

@@ -147,6 +147,17 @@ def test_another_run_is_not_written_over(tiny: Any, tmp_path: Path) -> None:
         train(tiny, tmp_path, "loop.steps=1")
 
 
+def test_two_runs_do_not_write_into_one_folder(tiny: Any, tmp_path: Path) -> None:
+    class Nosy(Pretraining):
+        def evaluate(self) -> dict[str, float]:
+            with pytest.raises(BlockingIOError, match="another run is writing into this folder"):
+                train(tiny, tmp_path, "loop.steps=1", "loop.resume=auto")
+            return {"seen": 1.0}
+
+    _, result, _ = train(tiny, tmp_path, "loop.steps=2", "loop.eval_every=1", kind=Nosy)
+    assert result.metrics == {"seen": 1.0}
+
+
 def test_seconds_decide_the_number_of_steps(tiny: Any, tmp_path: Path) -> None:
     _, result, metrics = train(
         tiny, tmp_path, "loop.seconds=1.0", "loop.steps=100000", "loop.save_every=0"
