@@ -20,10 +20,39 @@ FASTLLM_INLINE void pack_row(const char* row, int64_t row_bytes, int64_t begin, 
   }
 }
 
-[[maybe_unused]] static void pack_panel(const char* rows, int64_t stride, int64_t count, int64_t row_bytes,
-                       int64_t words, uint32_t* panel) {
+#if defined(__AVX512F__)
+// Sixteen rows of 8 words, one behind the other: an adapter's factor of rank 16. In 24 shuffles
+// where the transpose of rows that are half empty takes 64.
+FASTLLM_INLINE void pack_rows_of_8(const char* rows, uint32_t* panel) {
+  const __m512i low = _mm512_setr_epi32(0, 8, 16, 24, 1, 9, 17, 25, 2, 10, 18, 26, 3, 11, 19, 27);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(4));
+  __m512i p[8];  // p[k], p[4 + k]: the first and the last 4 words of rows 4k .. 4k + 3
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; ++k) {
+    const __m512i a = (__m512i)vloadi(rows + 128 * k), b = (__m512i)vloadi(rows + 128 * k + 64);
+    p[k] = _mm512_permutex2var_epi32(a, low, b);
+    p[4 + k] = _mm512_permutex2var_epi32(a, high, b);
+  }
+#pragma GCC unroll 2
+  for (int h = 0; h < 8; h += 4) {
+    const __m512i ab02 = _mm512_shuffle_i32x4(p[h], p[h + 1], 0x88);
+    const __m512i ab13 = _mm512_shuffle_i32x4(p[h], p[h + 1], 0xdd);
+    const __m512i de02 = _mm512_shuffle_i32x4(p[h + 2], p[h + 3], 0x88);
+    const __m512i de13 = _mm512_shuffle_i32x4(p[h + 2], p[h + 3], 0xdd);
+    uint32_t* to = panel + h * kPanelRows;
+    _mm512_storeu_si512(to, _mm512_shuffle_i32x4(ab02, de02, 0x88));
+    _mm512_storeu_si512(to + kPanelRows, _mm512_shuffle_i32x4(ab13, de13, 0x88));
+    _mm512_storeu_si512(to + 2 * kPanelRows, _mm512_shuffle_i32x4(ab02, de02, 0xdd));
+    _mm512_storeu_si512(to + 3 * kPanelRows, _mm512_shuffle_i32x4(ab13, de13, 0xdd));
+  }
+}
+#endif
+
+[[maybe_unused]] static void pack_panel(const char* rows, int64_t stride, int64_t count,
+                                        int64_t row_bytes, int64_t words, uint32_t* panel) {
   int64_t w = 0;
 #if defined(__AVX512F__)
+  if (row_bytes == 32 && stride == 32 && count == kPanelRows) return pack_rows_of_8(rows, panel);
   for (; w + 16 <= row_bytes / 4; w += 16) {
     vi r[16];
 #pragma GCC unroll 16
