@@ -27,6 +27,12 @@ from fastllm.train.optim import (
 BF16 = torch.bfloat16
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Matrices of 48 columns: threads would wait for each other longer than they compute."""
+    torch.set_num_threads(1)
+
+
 def parameters(dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[nn.Parameter]:
     g = generator(1)
     return [nn.Parameter(torch.randn(*shape, generator=g).to(dtype)) for shape in shapes]
