@@ -22,6 +22,7 @@ from fastllm.testing.suite import OURS, BenchCase, Settings, Work, benchmark_cas
 SUITE = "train"
 SECONDS = 1500
 TITLE = "tokens a second, MFU and memory of a training step"
+MEASURED = ("10M", "50M", "135M")
 BATCHES = ((2, 512), (1, 2048))
 COMPILED = "transformers compiled"
 
@@ -32,20 +33,11 @@ def cases(settings: Settings) -> Iterator[BenchCase]:
     if not settings.quick:
         points = [
             (size, method, *shape)
-            for size in training.SIZES
+            for size in MEASURED
             for method in ("full", "lora")
             for shape in BATCHES
         ]
-    for point in points:
-        yield BenchCase(
-            suite=SUITE,
-            label=_label(*point),
-            dtype="bf16",
-            device=settings.device,
-            seconds=5 if settings.quick else 20,
-            min_rounds=3,
-            make=functools.partial(_speed, settings, *point),
-        )
+    yield from (step_case(settings, *point) for point in points)
     if settings.device != "cpu" or settings.quick:
         return
     for point in points:
@@ -57,6 +49,19 @@ def cases(settings: Settings) -> Iterator[BenchCase]:
             seconds=0,
             make=functools.partial(_memory, *point),
         )
+
+
+def step_case(settings: Settings, size: str, method: str, rows: int, length: int) -> BenchCase:
+    """The speed of one step. size: of `training.SIZES`. method: "full" or "lora"."""
+    return BenchCase(
+        suite=SUITE,
+        label=_label(size, method, rows, length),
+        dtype="bf16",
+        device=settings.device,
+        seconds=5 if settings.quick else 20,
+        min_rounds=3,
+        make=functools.partial(_speed, settings, size, method, rows, length),
+    )
 
 
 def _label(size: str, method: str, rows: int, length: int) -> str:

@@ -28,6 +28,7 @@ from fastllm.testing.random_model import model_config
 from fastllm.train.optim import AdamW
 
 SIZES = {  # layers, hidden, inner, heads, kv heads, vocabulary; millions of parameters
+    "3M": model_config(3, 192, 512, 3, 3, 8192),  # 2.9: what `fastllm demo` pretrains
     "10M": model_config(10, 256, 704, 4, 4, 8192),  # 10.1
     "50M": model_config(12, 512, 1408, 8, 4, 32768),  # 52.2
     "135M": RANDOM_SIZES["random-135m"],  # 134.5

@@ -43,6 +43,8 @@ fastllm demo --model ./model.gguf --parts answers,speed
 PARTS = ("answers", "speed", "pretrain", "sft")
 SECONDS = {"pretrain": 120.0, "sft": 90.0}
 QUICK_SECONDS = 20.0
+# Training steps to measure: models of the shapes that the trainings have, and batches like theirs.
+STEPS = {"pretrain": ("3M", "full", 7, 512), "sft": ("135M", "lora", 4, 128)}
 PROMPTS = (
     "What is photosynthesis? Answer in one sentence.",
     "Name three primary colors.",
@@ -71,7 +73,7 @@ def run(argv: Sequence[str]) -> int:
     if "answers" in parts:
         _answer(options)
     if "speed" in parts:
-        _measure(options.model, options.device or "cpu", out)
+        _measure(options.model, options.device or "cpu", out, parts)
     _train(parts, options, out)
     return 1 if any(outcome["problem"] for outcome in report["self_test"]) else 0
 
@@ -119,21 +121,22 @@ def _train(parts: Sequence[str], options: Any, out: Path) -> None:
         (out / "training.json").write_text(text, encoding="utf-8")
 
 
-def _measure(model: str, device: str, folder: Path) -> None:
+def _measure(model: str, device: str, folder: Path, parts: Sequence[str]) -> None:
+    from ..bench.bench_train import step_case
     from ..testing.suite import Settings, run_cases
 
-    heading("Speed beside its peers, measured in turn on the same file")
+    heading("Speed beside its peers, measured in turn on the same model")
     settings = Settings(quick=True, model=model, device=device)
     suites = bench.find_suites()
+    firsts = (itertools.islice(suites[name].cases(settings), 1) for name in ("prefill", "decode"))
+    steps = (step_case(settings, *STEPS[part]) for part in STEPS if part in parts)
     notes: dict[str, None] = {}
 
     def report(case: BenchCase, row: Row, work: Work) -> None:
         note(f"  {case}: {row.value:g} {row.unit}")
         notes.update(dict.fromkeys(work.notes))
 
-    names = [name for name in ("prefill", "decode", "train") if name in suites]
-    firsts = (itertools.islice(suites[name].cases(settings), 1) for name in names)
-    rows = run_cases(itertools.chain.from_iterable(firsts), report)
+    rows = run_cases(itertools.chain(*firsts, steps), report)
     bench.show(rows)
     for line in notes:
         print(f"  {line}")

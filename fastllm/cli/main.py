@@ -16,15 +16,15 @@ from ..errors import FastLLMError
 
 # command -> what it does, in the order of `fastllm --help`
 COMMANDS = {
-    "sft": "fine-tune a model on conversations",
     "generate": "answer prompts",
     "chat": "talk with a model",
-    "pretrain": "train a model from random weights on a token store",
-    "models": "list the model names that resolve on this machine",
-    "inspect": "show what a model file holds: metadata, tensors, formats, memory",
-    "export": "write a model as GGUF or for Hugging Face, adapters merged",
     "tokenizer": "train a tokenizer, or measure one on files",
     "data": "turn text into a token store; show what a batch holds",
+    "pretrain": "train a model from random weights on a token store",
+    "sft": "fine-tune a model on conversations",
+    "export": "write a model as GGUF or for Hugging Face, adapters merged",
+    "models": "list the model names that resolve on this machine",
+    "inspect": "show what a model file holds: metadata, tensors, formats, memory",
     "doctor": "show hardware, libraries and the backend table, and test every op",
     "bench": "measure fastllm beside PyTorch, transformers and llama.cpp",
     "demo": "answers, speeds, a model trained and one fine-tuned, in some ten minutes",

@@ -7,7 +7,8 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .console import heading
+from ..errors import NumericalError
+from .console import heading, note
 
 if TYPE_CHECKING:
     from ..train.sft import SftConfig, SftResult
@@ -26,6 +27,9 @@ Learns the assistant's answers of conversations. MODEL is a Hugging Face directo
 
 The run's folder (--out) gets checkpoints, metrics.jsonl, a loss curve, a report, and the result:
 adapter/ in PEFT's format, or with --method full model/, a Hugging Face directory.
+
+Ctrl-C or SIGTERM ends a run after the step in hand, with a checkpoint; --resume auto goes on.
+exit status: 0 done or stopped, 1 the run failed (numbers that are none, a full disk), 2 bad input
 """
 
 EXAMPLES = """
@@ -52,7 +56,13 @@ def run(argv: Sequence[str]) -> int:
     config = parse(argv)
     from ..train.sft import main
 
-    result = main(config, say=lambda line: print(line, file=sys.stderr, flush=True))
+    try:
+        result = main(config, say=note)
+    except (NumericalError, OSError) as error:
+        if "--debug" in sys.argv or isinstance(error, FileNotFoundError):
+            raise
+        note(f"fastllm: error: {error}")
+        return 1
     show(result)
     return 0
 

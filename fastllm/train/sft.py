@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -31,7 +31,7 @@ from fastllm.train.data.examples import Counts, ExampleBatches, check_masks, fit
 from fastllm.train.data.masks import TEMPLATES, ConversationEncoder, Example
 from fastllm.train.data.order import permutation
 from fastllm.train.loop import LoopConfig, Result, ScheduleConfig, run
-from fastllm.train.sft_task import SftTask
+from fastllm.train.sft_task import SftTask, question
 
 MAX_HELD_OUT = 200  # conversations; more make evaluation slow and no steadier
 ALIASES = {
@@ -219,22 +219,21 @@ def _main(config: SftConfig, device: torch.device, say: Say) -> SftResult:
         ),
         data.held_out,
         plan.micro_tokens,
+        data.asked[: config.samples],
         [*data.counts.lines(seq_len), *plan.lines()],
     )
-    return train(config, plan, task, data.asked[: config.samples], say)
+    return train(config, plan, task, say)
 
 
-def train(
-    config: SftConfig, plan: Plan, task: SftTask, asked: Sequence[Conversation], say: Say
-) -> SftResult:
+def train(config: SftConfig, plan: Plan, task: SftTask, say: Say) -> SftResult:
     """The run itself: evaluation and answers before, the loop, and after."""
     loss_before, before = None, []
     if config.loop.resume == "none":
         loss_before = task.held_out_loss()
-        before = task.answers(asked)
+        before = task.answers()
     result = run(task, loop_config(config, plan), settings=to_dict(config))
     loss_after = task.held_out_loss()
-    after = task.answers(asked)
+    after = task.answers()
     output = Path(config.loop.out) / ("model" if task.lora is None else "adapter")
     task.save(output)
     if loss_after is not None and loss_before is not None:
@@ -243,7 +242,7 @@ def train(
     answers = [
         Answer(prompt=prompt, expected=expected, before=was, after=now)
         for (prompt, expected), was, now in zip(
-            map(question, asked), before or [""] * len(after), after, strict=True
+            map(question, task.asked), before or [""] * len(after), after, strict=True
         )
     ]
     return SftResult(
@@ -352,12 +351,6 @@ def split(
     )
 
 
-def question(conversation: Conversation) -> tuple[str, str]:
-    """The first question that is answered, and the answer."""
-    turn = next(turn for turn in conversation.answers if turn)
-    return _text(conversation.messages[turn - 1]), _text(conversation.messages[turn])
-
-
 def read_template(name: str) -> str | None:
     """The Jinja source that `name` means, None for the model's own.
 
@@ -382,8 +375,3 @@ def read_tokenizer(source: WeightSource) -> Tokenizer:
 
 def _say_nothing(text: str) -> None:
     """What processes but the first say."""
-
-
-def _text(message: Mapping[str, Any]) -> str:
-    content = message["content"]
-    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)

@@ -73,6 +73,7 @@ class SftTask(Task):
         self._quantized = isinstance(source, GGUFWeights)
         self._held_out: Sequence[Example] = ()
         self._micro_tokens = 0
+        self.asked: Sequence[Conversation] = ()
         self._lines: tuple[str, ...] = ()
 
     def set_data(
@@ -80,9 +81,11 @@ class SftTask(Task):
         batches: ExampleBatches,
         held_out: Sequence[Example],
         micro_tokens: int,
+        asked: Sequence[Conversation] = (),
         lines: Sequence[str] = (),
     ) -> None:
-        """What is trained on, and what is evaluated on; `lines` say so to people."""
+        """What is trained on, evaluated on and asked; `lines` say so to people."""
+        self.asked = asked
         self.batches = batches
         self._lines = tuple(lines)
         self._held_out = held_out
@@ -168,11 +171,15 @@ class SftTask(Task):
         total, tokens = distributed.sum_(sums).tolist()
         return total / tokens
 
-    def answers(self, asked: Sequence[Conversation]) -> list[str]:
+    def sample(self) -> list[tuple[str, str]]:
+        """The questions and what the live weights answer."""
+        return [(question(c)[0], a) for c, a in zip(self.asked, self.answers(), strict=True) if a]
+
+    def answers(self) -> list[str]:
         """What the live weights answer to the first question of each conversation, greedily."""
-        if not asked or distributed.world() > 1:
-            return ["" for _ in asked]  # sharded weights do not generate
-        prompts = [self._prompt(conversation) for conversation in asked]
+        if not self.asked or distributed.world() > 1:
+            return ["" for _ in self.asked]  # sharded weights do not generate
+        prompts = [self._prompt(conversation) for conversation in self.asked]
         params = SamplingParams(
             temperature=0.0, max_tokens=MAX_ANSWER, stop_token_ids=sorted(self.encoder.end_ids)
         )
@@ -228,6 +235,17 @@ class SftTask(Task):
             if len(shape) == 2 and ".layers." in name
         )
         return body, config.vocab_size * config.hidden_size
+
+
+def question(conversation: Conversation) -> tuple[str, str]:
+    """The first question that is answered, and the answer."""
+    turn = next(turn for turn in conversation.answers if turn)
+    return _text(conversation.messages[turn - 1]), _text(conversation.messages[turn])
+
+
+def _text(message: Mapping[str, Any]) -> str:
+    content = message["content"]
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
 
 
 def _write(path: Path, value: Mapping[str, Any]) -> None:
