@@ -26,6 +26,7 @@ from fastllm.models.rope_scaling import RopeConfig
 from fastllm.models.tokenizer import Tokenizer
 from fastllm.models.tokenizer_gguf import PRE_TOKENIZERS
 from fastllm.models.tokenizer_to_gguf import tokenizer_metadata
+from fastllm.models.tokenizer_training import train_tokenizer
 from fastllm.models.trainable import initialize, load_trainable
 from fastllm.models.weights import open_weights
 from fastllm.nn.batch import Documents
@@ -232,6 +233,18 @@ def test_a_tokenizer_comes_back_from_its_metadata(pre: str, tmp_path: Path) -> N
     assert back.special_tokens == tokenizer.special_tokens
     assert back.eos_token_ids == {2, 1}
     assert back.chat_template == TEMPLATE
+
+
+def test_a_tokenizer_trained_here_has_a_gguf_form(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(TEXT * 3, 320)
+    write_gguf(tmp_path / "t.gguf", tokenizer_metadata(tokenizer, 320), {})
+    back = Tokenizer.from_gguf(GGUFFile.open(tmp_path / "t.gguf").metadata)
+    for text in (*TEXT, "e\u0301 is not normalized"):
+        assert back.encode(text) == tokenizer.encode(text)
+        assert back.decode(back.encode(text)) == text
+    assert (back.eos_token_ids, back.chat_template) == (
+        tokenizer.eos_token_ids, tokenizer.chat_template,
+    )  # fmt: skip
 
 
 def test_what_the_format_cannot_say_is_refused(tokenizer: Tokenizer) -> None:
