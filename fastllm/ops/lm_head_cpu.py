@@ -13,6 +13,7 @@ from .linear import prepared_rows
 from .linear_kl import KINDS
 from .lm_head import PLAIN, Head
 from .lm_head_chunks import CrossEntropy, Scaling, add_rows
+from .pages import large_empty
 from .quant_matmul import ACTIVATIONS
 
 _DEQUANTIZED_ROWS = 2048  # of a packed weight, at a time, for the gradient of x
@@ -27,7 +28,7 @@ class NativeHead:
         return 128  # 25 MB for 49,152 ids; a plain weight is packed anew for every 128 rows
 
     def workspace(self, rows: int, n: int) -> Tensor | None:
-        return torch.empty((rows, n), dtype=torch.float32)
+        return large_empty((rows, n), torch.float32, "cpu")
 
     def logits(self, head: Head, x: Tensor, memory: Tensor | None) -> Tensor:
         assert memory is not None

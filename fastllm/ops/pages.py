@@ -26,6 +26,17 @@ def map_zeros(nbytes: int, *, huge: bool = False) -> Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8)[:nbytes]
 
 
+def large_empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """torch.empty; on the CPU in huge pages from 4 MB on.
+
+    For workspaces that live as long as a call: their first touch is a fault each page.
+    """
+    nbytes = math.prod(shape) * dtype.itemsize
+    if torch.device(device).type != "cpu" or nbytes < 2 * _HUGE:
+        return torch.empty(shape, dtype=dtype, device=device)
+    return map_zeros(nbytes, huge=True).view(dtype).view(*shape)
+
+
 def _map(nbytes: int) -> mmap.mmap:
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # the default, shared memory, has no huge pages
     return mmap.mmap(-1, max(nbytes, 1), flags=flags)
