@@ -8,7 +8,7 @@ namespace {
 // cache beside the rows that meet it; the k of a weight's gradient is one block, because y is large.
 int64_t block_of(int64_t n, int64_t k, bool transposed) {
   if (transposed) return k < 1 ? 1 : k;
-  return n <= 1024 ? 512 : 256;
+  return n <= 1024 ? 1024 : 512;
 }
 constexpr int64_t kPanel = 16;
 
@@ -16,7 +16,8 @@ constexpr int64_t kPanel = 16;
 
 int64_t gradient_product_scratch(int64_t n, int64_t k, bool transposed) {
   const int64_t block = block_of(n, k, transposed);
-  return (n + kPanel - 1) / kPanel * kPanel * (block < k ? block : k) * 4 + 64;
+  const int64_t panels = (n + kPanel - 1) / kPanel * kPanel * 4;
+  return block < k ? 2 * panels * block : panels * k + 64;
 }
 
 GradientProductArgs gradient_product_args(Tensor y, Tensor a, Tensor b, Tensor scratch,

@@ -169,11 +169,13 @@ struct GradientProduct {
   }
 
   void run() const {
-    uint32_t* packed = static_cast<uint32_t*>(a.scratch);
+    // Two blocks of B in turn: who packs the next one overwrites none that a slower thread reads,
+    // because all have met since that one was done.
+    const int64_t size = panels * kPanelRows * words_of(smaller(a.k_block, a.k));
     int64_t task = next_task(team), done = 0;  // tasks are numbered through the blocks of K
     for (int64_t k0 = 0; k0 < a.k; k0 += a.k_block, done += tasks) {
       const int64_t k = smaller(a.k_block, a.k - k0);
-      if (k0) team_sync(team);
+      uint32_t* packed = static_cast<uint32_t*>(a.scratch) + k0 / a.k_block % 2 * size;
       pack_b(k0, k, packed);
       team_sync(team);
       for (; task < done + tasks; task = next_task(team))
