@@ -25,6 +25,7 @@ from fastllm.nn.lora import LoraConfig, add_lora
 from fastllm.testing.opinfo import generator
 from fastllm.testing.random_model import SIZES as RANDOM_SIZES
 from fastllm.testing.random_model import model_config
+from fastllm.train.memory import keep_freed_memory
 from fastllm.train.optim import AdamW
 
 SIZES = {  # layers, hidden, inner, heads, kv heads, vocabulary; millions of parameters
@@ -63,6 +64,7 @@ def batch(config: ModelConfig, rows: int, length: int) -> Tensor:
 
 def fastllm_step(config: ModelConfig, ids: Tensor, method: str, device: str) -> Step:
     """bfloat16 parameters with float32 masters and float32 gradients."""
+    keep_freed_memory()  # as the training loop does; peers in the same process gain as well
     model = initialize(config, device=device, max_positions=ids.shape[1])
     parameters = list(model.parameters())
     if method == "lora":

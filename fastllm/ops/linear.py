@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .registry import Op
+from .checks import values_readable
+from .registry import Op, gradient_dtype
 
 
 def linear_ref(
@@ -37,6 +38,7 @@ def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, weight, bias, _ = inputs
     ctx.save_for_backward(x, weight)
     ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.weight_gradient = gradient_dtype(weight)
 
 
 def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
@@ -45,10 +47,26 @@ def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     dx = g @ weight if ctx.needs_input_grad[0] else None
     dweight = dbias = None
     if ctx.needs_input_grad[1]:
-        dweight = g.flatten(0, -2).T @ x.flatten(0, -2) if x.dim() > 1 else torch.outer(g, x)
+        dweight = _weight_gradient(as_rows(g), as_rows(x), ctx.weight_gradient)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
         dbias = as_rows(dy.float()).sum(0).to(ctx.bias_dtype)
     return dx, dweight, dbias, None
+
+
+def _weight_gradient(g: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """g' x `[N, K]` of g `[M, N]` and x `[M, K]`.
+
+    torch's product where its dtype is the one wanted. Sums in fp32 of bf16 matrices, which torch
+    cannot give on a CPU, are made natively: a tenth to two fifths sooner than rounded sums widened
+    again, at the sizes of a 135M model.
+    """
+    plain = g.dtype == torch.bfloat16 and g.stride(1) == 1 and x.stride(1) == 1 and g.shape[0] > 0
+    if dtype != torch.float32 or not plain or not values_readable(g):
+        return g.T @ x
+    y = torch.empty((g.shape[1], x.shape[1]), dtype=torch.float32)
+    size = _C.gradient_product_scratch(x.shape[1], g.shape[0], True)
+    _C.gradient_product(y, g, x, torch.empty(size, dtype=torch.uint8), True, False)
+    return y
 
 
 _linear = Op(

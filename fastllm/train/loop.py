@@ -29,6 +29,7 @@ from fastllm.errors import CheckpointError, NumericalError
 from fastllm.train import distributed
 from fastllm.train.checkpoint import Checkpoints, differences, take_snapshot
 from fastllm.train.config import to_dict
+from fastllm.train.memory import keep_freed_memory
 from fastllm.train.metrics import Metrics, MetricsConfig
 from fastllm.train.optim import clip_grad_norm_
 from fastllm.train.peak import peak_flops
@@ -39,7 +40,8 @@ from fastllm.train.task import Task
 
 __all__ = ["LoopConfig", "MetricsConfig", "Progress", "Result", "ScheduleConfig", "Task", "run"]
 
-_PLANNED_AT = (10, 100, 1000)  # steps after which `seconds` decides the number of steps again
+# Steps after which `seconds` decides the number of steps again: a slow start must not end a run.
+_PLANNED_AT = frozenset(10 * 2**i for i in range(20))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,6 +109,7 @@ def run(task: Task, config: LoopConfig, *, settings: Mapping[str, Any] | None = 
     BlockingIOError if another process is running there, and OSError if the last checkpoint cannot
     be written.
     """
+    keep_freed_memory()
     seed_all(config.seed + distributed.rank())
     loop = _Loop(task, config, settings or {"loop": to_dict(config)})
     with distributed.only_run_in(Path(config.out)):
@@ -221,7 +224,10 @@ class _Loop:
 
     def set_rates(self) -> None:
         """Give every group its rate for this step."""
-        share = factor(self.config.schedule, self.progress.step, self.progress.steps)
+        schedule, steps = self.config.schedule, self.progress.steps
+        if self.config.seconds:  # warmup was chosen for a number of steps that was a guess
+            schedule = dataclasses.replace(schedule, warmup=min(schedule.warmup, -(-steps // 10)))
+        share = factor(schedule, self.progress.step, steps)
         for group in self.task.optimizer.param_groups:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * share
 

@@ -53,3 +53,21 @@ def test_ids_outside_the_table_raise() -> None:
             embedding(torch.tensor(ids), table)
     with pytest.raises(ValueError, match="ids"):
         embedding(torch.zeros(2), table)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 4), (37, 17, 9), (0, 5, 6), (7, 0, 5), (530, 64, 40)])
+def test_weight_gradients_that_add_up_in_fp32_are_not_rounded(shape: tuple[int, int, int]) -> None:
+    m, n, k = shape
+    x, dy = torch.randn(m, k).bfloat16(), torch.randn(m, n).bfloat16()
+    weight = torch.nn.Parameter(torch.randn(n, k).bfloat16())
+    weight.grad_dtype = torch.float32
+    exact = dy.double().T @ x.double()
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        weight.grad = None
+        linear(x, weight).backward(dy)
+        assert weight.grad.dtype == torch.float32
+        torch.testing.assert_close(weight.grad.double(), exact, rtol=1e-5, atol=1e-4)
+        found.append(weight.grad)
+    assert torch.equal(*found)
