@@ -75,7 +75,7 @@ KERNEL_MODULES = (
     "swiglu",
     "swiglu_backward",
 )
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 _TYPE_NAMES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",

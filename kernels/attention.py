@@ -32,6 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
+from .attention_tuning import AttentionShape, attention_tile, column_blocks
 from .online_softmax import LOG2_E, SPLIT_POSITIONS, finish, merge_splits, update
 from .triton_compat import cast, dot, recomputed, tanh
 from .varlen import page_at, page_known, sequence_of_tile
@@ -505,7 +506,7 @@ def launch(
     page = k.shape[2] if layout == "paged" else 0
     n_splits = max(1, triton.cdiv(max_keys, SPLIT_POSITIONS))
     plain = key_mask is None and k_scales is None and softcap <= 0
-    shape = tuning.AttentionShape(
+    shape = AttentionShape(
         entries * n_tokens,
         n_seqs,
         n_splits,
@@ -518,7 +519,7 @@ def launch(
         plain,
         k_scales is not None,
     )
-    tile = tuning.attention_tile(shape, tuning.architecture(q.device), batch_invariant)
+    tile = attention_tile(shape, tuning.architecture(q.device), batch_invariant)
     m = total = partial = None
     parallel = n_splits if tile.merge == "kernel" else 1
     if tile.merge == "kernel":
@@ -535,7 +536,7 @@ def launch(
     left, right = min(window_left, max_keys), min(window_right, n_tokens)
     block_s = triton.next_power_of_2(n_seqs + 1)
     block_dv = max(16, triton.next_power_of_2(value_dim))
-    block_d, block_rest = tuning.column_blocks(dim)
+    block_d, block_rest = column_blocks(dim)
     n_tiles = entries * triton.cdiv(n_tokens * group, tile.m)
     if layout != "batch":
         # At least the tiles of all sequences and of the tokens that belong to none.

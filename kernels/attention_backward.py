@@ -25,11 +25,16 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
+from .attention_backward_tuning import (
+    AttentionBackwardTiles,
+    attention_backward_tiles,
+    backward_column_blocks,
+    row_statistics_tile,
+)
 from .attention_key_gradients import key_gradients_kernel
 from .attention_query_gradients import query_gradients_kernel
 from .attention_tiles import load_columns
 from .triton_compat import exp2
-from .tuning import AttentionBackwardTiles
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 SUM_BLOCK = 1024
@@ -133,7 +138,7 @@ def attention_backward(
     if q.numel() == 0 or k.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_(), dsinks
     arch = tuning.architecture(q.device)
-    tiles = tiles or tuning.attention_backward_tiles(
+    tiles = tiles or attention_backward_tiles(
         q.dtype, dim, value_dim, softcap > 0, key_mask is not None, arch
     )
     varlen = cu_seqlens_q is not None
@@ -142,7 +147,7 @@ def attention_backward(
     # A window that reaches every key is none.
     window_left = -1 if window_left >= T_k else window_left
     window_right = -1 if window_right >= T else window_right
-    (d1, d2), (dv1, dv2) = tuning.backward_column_blocks(q.dtype, dim, value_dim, arch)
+    (d1, d2), (dv1, dv2) = backward_column_blocks(q.dtype, dim, value_dim, arch)
     inputs = (
         grad_o,
         q,
@@ -208,7 +213,7 @@ def _row_statistics(
     dsinks = torch.zeros(0 if sinks is None else heads, dtype=torch.float32, device=o.device)
     if o.numel() == 0:
         return stats[0], stats[1], dsinks
-    tile = tuning.row_statistics_tile(dim)
+    tile = row_statistics_tile(dim)
     blocks = triton.cdiv(T, tile.rows)
     parts = stats
     if sinks is not None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import tuning
 from .attention import combine_splits_kernel, locate
+from .attention_tuning import mla_tile
 from .online_softmax import LOG2_E, SPLIT_POSITIONS, finish, merge_splits, update
 from .triton_compat import cast, dot
 from .varlen import page_at, page_known, sequence_of_tile
@@ -209,7 +210,8 @@ def mla_attention(
         return o
     max_keys = max_pages * page
     n_splits = max(1, triton.cdiv(max_keys, SPLIT_POSITIONS))
-    tile = tuning.mla_tile(n_tokens, n_heads, n_seqs, n_splits, q.dtype, batch_invariant)
+    arch = tuning.architecture(q.device)
+    tile = mla_tile(n_tokens, n_heads, n_seqs, n_splits, q.dtype, arch, batch_invariant)
     m = total = partial = None
     if tile.merge == "kernel":
         stats = torch.empty((2, n_splits, n_tokens, n_heads), dtype=torch.float32, device=q.device)

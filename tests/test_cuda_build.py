@@ -12,9 +12,13 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
+import torch
+
+from fastllm.ops.paged_attention import _cuda_attention, cuda_shared_bytes
 
 ROOT = Path(__file__).parent.parent
 NATIVE = ROOT / "tests" / "native" / "cuda"
@@ -26,6 +30,7 @@ needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 # takes 1 KiB more than it asks for.
 REGISTERS = 65536
 SHARED = {"sm_80": (167936, 166912), "sm_90a": (233472, 232448)}
+SHARED_OF_BLOCK = (101376, *(of_block for _, of_block in SHARED.values()))  # sm_89, 80, 90
 THREADS = 128
 
 
@@ -125,6 +130,25 @@ def shared(emulated: Path) -> dict[tuple[str, int, int], int]:
 def test_emulated_kernels_are_within_their_rounding_of_float64(emulated: Path) -> None:
     cases = re.match(r"(\d+) cases", run(emulated, "quick"))
     assert cases and int(cases[1]) >= 80
+
+
+def test_the_row_knows_the_shared_memory_of_a_block(
+    shared: dict[tuple[str, int, int], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a block does not fit (256/256 in bf16 on sm_89), the row refuses: Triton's serves."""
+    for (cache, dim, value_dim), size in shared.items():
+        if dim > 256:  # the aliased layout of compressed pages is not this op's
+            continue
+        codes = cache == "int8"
+        assert cuda_shared_bytes(dim, value_dim, codes) == size
+        q, table = torch.empty(1, 8, dim, dtype=torch.bfloat16), torch.empty(1, 4)
+        dtype = torch.int8 if codes else q.dtype
+        pages = [torch.empty(1, 2, 16, d, dtype=dtype) for d in (dim, value_dim)]
+        for limit in SHARED_OF_BLOCK:
+            device = SimpleNamespace(shared_memory_per_block_optin=limit)
+            monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, d=device: d)
+            assert _cuda_attention(q, *pages, table) == (size <= limit)
+    assert shared["half", 256, 256] > min(SHARED_OF_BLOCK)
 
 
 @pytest.mark.full

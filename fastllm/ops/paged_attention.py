@@ -131,6 +131,18 @@ def _paged_attention_cpu(
     return o
 
 
+def cuda_shared_bytes(dim: int, value_dim: int, codes: bool) -> int:
+    """Shared memory of a block of the CUDA kernel (`shared_layout`, paged_attention_params.h).
+
+    Two slots of K and two of V of 64 positions, whose rows are multiples of 32 bytes (of int8, with
+    fp32 scales), 16 rows of q, and 2,944 bytes of probabilities, sums, pages and row numbers.
+    """
+    element = 1 if codes else 2
+    rows = sum(-(-d * element // 32) * 32 for d in (dim, value_dim))
+    step = 32 if codes else 16
+    return 2 * 64 * rows + (4 * 64 * 4 if codes else 0) + -(-dim // step) * step * 32 + 2944
+
+
 def _cuda_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, *_: Any
 ) -> bool:
@@ -141,7 +153,12 @@ def _cuda_attention(
     dims_fit = all(dim % step == 0 and dim <= 256 for dim in dims)
     few = q.shape[0] <= 4 * block_table.shape[0]
     strides_fit = q.stride(-1) == 1 and block_table.stride(-1) == 1
-    return dims_fit and strides_fit and few and not batch_invariant()
+    if not (dims_fit and strides_fit and few) or batch_invariant():
+        return False
+    # 256/256 in bf16 takes 139 KiB: too much for sm_86, sm_89 and sm_12x, which have 99.
+    device: Any = torch.cuda.get_device_properties(q.device)  # the stub lacks the attribute
+    size = cuda_shared_bytes(*dims, k_cache.dtype == torch.int8)
+    return bool(size <= device.shared_memory_per_block_optin)
 
 
 if hasattr(_C, "paged_attention_cuda"):  # the extension was built with CUDA

@@ -127,7 +127,10 @@ def inputs_of(p: Problem) -> Inputs:
 
 def run(p: Problem, arguments: list[Tensor | float | None]) -> tuple[Tensor, ...]:
     from fastllm.kernels.attention_backward import attention_backward
-    from fastllm.kernels.tuning import AttentionBackwardTile, AttentionBackwardTiles
+    from fastllm.kernels.attention_backward_tuning import (
+        AttentionBackwardTile,
+        AttentionBackwardTiles,
+    )
 
     tiles = None
     if p.tiles:

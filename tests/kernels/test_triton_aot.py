@@ -1,5 +1,7 @@
 """Every Triton kernel compiles for sm_80 and sm_90 at its shipped tiles, fits, and does not spill.
 
+On sm_89, which stands for all GPUs with 99 KB of shared memory a block, those that must be smaller.
+
 The launches come from the launchers themselves (fastllm.kernels.ahead_of_time), so a change of a
 tile is compiled as it would run. Needs no GPU: Triton carries ptxas.
 """
@@ -9,10 +11,11 @@ from __future__ import annotations
 import importlib
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
-from fastllm.kernels import ahead_of_time
+from fastllm.kernels import ahead_of_time, tuning
 from fastllm.kernels.ahead_of_time import SHARED_LIMIT, Resources
 
 # Each tile family once where it is tightest: with the
@@ -46,6 +49,24 @@ QUICK = {
         "loss_rows walk=True",
     ],
 }
+# With 99 KB of shared memory: what has tiles of its own there, or comes near the limit.
+SMALL = [
+    "attention 192/128 bf16 causal fast",
+    "attention 256 bf16 causal fast",
+    "attention 256 f32 causal",
+    "attention 512 bf16 causal",
+    "attention 512 f32 causal",
+    "attention_backward 128/128 bf16 causal",
+    "attention_backward 128/128 bf16 all",
+    "attention_backward 160/160 bf16 causal",
+    "attention_backward 512/512 bf16 causal",
+    "attention_backward 512/512 f32 causal",
+    "paged_attention prefill 256 bf16 plain fast",
+    "paged_attention prefill 256 f32 plain",
+    "paged_attention decode 128 bf16 plain fast",
+    "mla prefill 128 bf16 fast",
+    "linear bf16 m=2048",
+]
 
 
 def check(found: list[Resources]) -> None:
@@ -90,7 +111,31 @@ def test_one_token_and_many_run_the_same_instruction(arch: int, instruction: str
     assert set(products.values()) == {(instruction,)}, products
 
 
+@pytest.mark.parametrize(
+    "capability, arch",
+    [
+        ((8, 0), 80),
+        ((8, 6), 89),
+        ((8, 7), 80),
+        ((8, 9), 89),
+        ((9, 0), 90),
+        ((10, 0), 90),
+        ((12, 0), 89),
+    ],
+)
+def test_devices_take_tiles_that_their_shared_memory_holds(
+    capability: tuple[int, int], arch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert tuning.architecture(torch.device("cuda", 0)) == arch
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("arch", SHARED_LIMIT)
+def test_kernels_fit_small_shared_memory() -> None:
+    check(ahead_of_time.compile_all(SMALL, (89,)))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("arch", [80, 90])
 def test_all_kernels_fit_without_spills(arch: int) -> None:
     check(ahead_of_time.compile_all(list(ahead_of_time.shipped_launches()), (arch,)))
