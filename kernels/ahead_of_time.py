@@ -52,7 +52,7 @@ from .attention_launches import attention_launches
 KERNEL_MODULES = (
     "adamw",
     "append_kv",
-    "attention",
+    "attention_forward",
     "attention_backward",
     "attention_key_gradients",
     "attention_query_gradients",

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .triton_compat import divide, round_even
-from .varlen import page_at, sequence_of_tile
+from .varlen import page_at, rows_of, sequence_of_tile
 
 
 @triton.jit
@@ -58,7 +58,7 @@ def append_kv_kernel(
     if seq >= n_seqs:
         return
     cache_len = tl.load(cache_seqlens_ptr + seq)
-    n_new = tl.load(cu_seqlens_ptr + seq + 1) - tl.load(cu_seqlens_ptr + seq)
+    _, n_new = rows_of(cu_seqlens_ptr, seq, n_seqs, n_tokens)
     position = cache_len - n_new + token
     if (cache_len == 0) | (position < 0) | (position >= max_pages * PAGE):
         return

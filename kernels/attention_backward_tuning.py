@@ -130,7 +130,8 @@ def backward_column_blocks(
 
     They do not on FMA units, nor on sm_80 beside 128 columns (192 spill 60 bytes): one block then.
     But FMA units keep all columns of an operand in registers: of 512 they spill 332 bytes on sm_90,
-    with K in two blocks none, with V too 16 (and with K in two blocks 8 on sm_80).
+    with K in two blocks none, with V too 16; on sm_80 they spill 8 with K in two, and the smaller
+    tiles of sm_89 16 with K in one.
     """
 
     def blocks(columns: int) -> tuple[int, int]:
@@ -139,7 +140,7 @@ def backward_column_blocks(
         return column_blocks(columns)
 
     of_keys = blocks(dim)
-    if dtype == torch.float32 and of_keys == (512, 0) and arch == 90:
+    if dtype == torch.float32 and of_keys == (512, 0) and arch != 80:
         of_keys = (256, 256)
     return of_keys, blocks(value_dim)
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .triton_compat import cast, dot, tanh
-from .varlen import sequence_of_tile
+from .varlen import rows_of, sequence_of_tile
 
 
 @triton.jit
@@ -80,11 +80,8 @@ def document_of_tile(
     """
     if VARLEN:
         doc, tile = sequence_of_tile(cu_ptr, pid, n_docs, n_rows, 1, BLOCK, BLOCK_S)
-        inside = doc < n_docs
-        first_q = tl.load(cu_q_ptr + doc, mask=doc <= n_docs, other=T)
-        first_k = tl.load(cu_k_ptr + doc, mask=doc <= n_docs, other=T_k)
-        len_q = tl.load(cu_q_ptr + doc + 1, mask=inside, other=T) - first_q
-        len_k = tl.load(cu_k_ptr + doc + 1, mask=inside, other=T_k) - first_k
+        first_q, len_q = rows_of(cu_q_ptr, doc, n_docs, T)
+        first_k, len_k = rows_of(cu_k_ptr, doc, n_docs, T_k)
     else:
         n_tiles = tl.num_programs(0) // n_docs
         doc, tile = pid // n_tiles, pid % n_tiles

@@ -18,11 +18,12 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .attention import combine_splits_kernel, locate
+from .attention_forward import combine_splits_kernel
+from .attention_keys import locate
 from .attention_tuning import mla_tile
 from .online_softmax import LOG2_E, SPLIT_POSITIONS, finish, merge_splits, update
 from .triton_compat import cast, dot
-from .varlen import page_at, page_known, sequence_of_tile
+from .varlen import page_at, page_known, rows_of, sequence_of_tile
 
 
 @triton.jit
@@ -165,7 +166,7 @@ def append_mla_kernel(
     if seq >= n_seqs:
         return
     cache_len = tl.load(cache_seqlens_ptr + seq)
-    n_tokens = tl.load(cu_seqlens_ptr + seq + 1) - tl.load(cu_seqlens_ptr + seq)
+    _, n_tokens = rows_of(cu_seqlens_ptr, seq, n_seqs, T)
     position = cache_len - n_tokens + token
     if (cache_len == 0) | (position < 0) | (position >= max_pages * PAGE):
         return

@@ -1,7 +1,7 @@
 """Finding a program's sequence, and its pages, from numbers that lie in device memory.
 
-They are read while kernels run, so nothing trusts a page: one that the cache does not have holds
-no keys, and nothing is written to it.
+They are read while kernels run, so nothing trusts them: a page that the cache does not have holds
+no keys, and nothing is written to it; a sequence lies within the tokens, whatever cu_seqlens says.
 """
 
 from __future__ import annotations
@@ -31,6 +31,22 @@ def page_known(pages_ptr, index, wanted, n_pages):
 
 
 @triton.jit
+def within(begin, end, n_tokens):
+    """[begin, end) cut to [0, n_tokens); empty where it runs backwards."""
+    begin = tl.minimum(tl.maximum(begin, 0), n_tokens)
+    return begin, tl.minimum(tl.maximum(end, begin), n_tokens)
+
+
+@triton.jit
+def rows_of(cu_seqlens_ptr, seq, n_seqs, n_tokens):
+    """(first token, tokens) of a sequence; number n_seqs has the tokens that belong to nobody."""
+    begin = tl.load(cu_seqlens_ptr + seq, mask=seq <= n_seqs, other=n_tokens)
+    end = tl.load(cu_seqlens_ptr + seq + 1, mask=seq < n_seqs, other=n_tokens)
+    begin, end = within(begin, end, n_tokens)
+    return begin, end - begin
+
+
+@triton.jit
 def sequence_of_tile(
     cu_seqlens_ptr,
     tile,
@@ -48,6 +64,7 @@ def sequence_of_tile(
     i = tl.arange(0, BLOCK_S)
     begin = tl.load(cu_seqlens_ptr + i, mask=i <= n_seqs, other=n_tokens)
     end = tl.load(cu_seqlens_ptr + i + 1, mask=i < n_seqs, other=n_tokens)
+    begin, end = within(begin, end, n_tokens)
     n_tiles = tl.cdiv((end - begin) * ROWS, BLOCK_M)
     before = tl.cumsum(n_tiles, 0) <= tile
     return tl.sum(before.to(tl.int32)), tile - tl.sum(tl.where(before, n_tiles, 0))

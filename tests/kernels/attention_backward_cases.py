@@ -193,6 +193,21 @@ def title(p: Problem) -> str:
     return " ".join(parts)
 
 
+def hostile_starts() -> float:
+    """Documents are cut to the rows that exist: the bits are those of documents cut before."""
+    p = Problem(((8, 8), (12, 12)), window=CAUSAL)
+    arguments = inputs_of(p).arguments
+    huge, worst = 2**31 - 1, 0.0
+    for rows in ((-7, 8, huge), (-huge, 8, 25)):
+        bad = torch.tensor(rows, dtype=torch.int32)
+        found = run(p, [*arguments[:7], bad, bad, *arguments[9:]])
+        worst = max(worst, *map(same, found, run(p, arguments)))
+    backwards = torch.tensor((huge, -huge, 25), dtype=torch.int32)
+    one = torch.tensor((0, 0, 20), dtype=torch.int32)
+    found, expected = (run(p, [*arguments[:7], cu, cu, *arguments[9:]]) for cu in (backwards, one))
+    return max(worst, *map(same, found, expected))
+
+
 CAUSAL = (-1, 0)
 MIXED = ((37, 37), (0, 5), (5, 40), (3, 0), (33, 20))
 
@@ -208,9 +223,11 @@ def quick_cases() -> dict[str, Case]:
         Problem(((33, 50),) * 2, packed=False, key_mask=True, heads=(4, 1), window=CAUSAL),
         Problem(((33, 17),) * 2, BF16, packed=False, strided=True, sinks=True, window=(9, 0)),
         Problem(((50, 50),), BF16, softcap=2.0, grad_lse=True, window=CAUSAL),
+        Problem(((20, 20),), window=CAUSAL, tiles=((8, 16, 16), (16, 8, 16))),
         Problem(((20, 40), (20, 9)), sinks=True, softcap=1.5, grad_lse=True, key_mask=True),
     ]
     cases = {title(p): lambda p=p: backward_case(p) for p in problems}
+    cases["attention_backward hostile starts"] = hostile_starts
     same_bits = Problem(((40, 40), (9, 30), (33, 33)), BF16, window=(30, 0), heads=(2, 1))
     for p in (same_bits, replace(same_bits, dtype=F32, softcap=3.0)):
         cases[title(p) + " same bits"] = lambda p=p: repeatable(p)

@@ -72,6 +72,42 @@ def rows_past_the_documents() -> float:
     return max(excess(o, ref), lse_excess(lse, ref_lse))
 
 
+HUGE = 2**31 - 1
+# cu_seqlens of 20 rows that lie outside of them or run backwards, and what they are cut to.
+HOSTILE = (((-7, 8, HUGE), (0, 8, 20)), ((3, -4, 20), (0, 0, 20)), ((HUGE, -HUGE, 25), (0, 0, 20)))
+
+
+def hostile_starts() -> float:
+    """Sequences are cut to the rows that exist: the bits are those of the sequences cut before."""
+    q, k = randn(20, 2, 16), randn(20, 1, 16)
+    worst = 0.0
+    for rows, cut in HOSTILE:
+        bad, good = (torch.tensor(x, dtype=torch.int32) for x in (rows, cut))
+        found, expected = (
+            run_dense(q, k, k, cu, cu, None, None, 0.25, -1, 0, 0.0) for cu in (bad, good)
+        )
+        worst = max(worst, *map(same, found, expected))
+        caches = []
+        for cu in (bad, good):
+            cache = Cache(Paged((0, 0), (20, 20)))
+            rows_k, rows_v = cache.rows[0][0], cache.rows[1][0]
+            lens = torch.tensor([20, 20], dtype=torch.int32)
+            append_rows(cache, rows_k, rows_v, cu, lens)
+            caches.append([*cache.pages, cache.attend(q, cu, lens)])
+        worst = max(
+            worst,
+            *(same(a.nan_to_num(9.0), b.nan_to_num(9.0)) for a, b in zip(*caches, strict=True)),
+        )
+    return worst
+
+
+def append_rows(cache: Cache, k: Tensor, v: Tensor, cu_seqlens: Tensor, lens: Tensor) -> None:
+    """Appends rows of k and v by the kernel."""
+    from fastllm.kernels.append_kv import append_kv
+
+    append_kv(k, v, *cache.pages, cache.block_table, cu_seqlens, lens, *cache.scales)
+
+
 def hidden_keys_do_not_leak(dtype: torch.dtype) -> float:
     """NaN in masked keys, outside all windows and in another document changes no bit."""
     q, k, v = randn(80, 2, 16, dtype=dtype), randn(230, 1, 16, dtype=dtype), randn(230, 1, 24)
@@ -378,6 +414,7 @@ def quick_cases() -> dict[str, Case]:
         if i not in (3, 7, 16):  # of their kind others remain
             add(name, dense_case, problem, dtype, invariant)
     add("attention rows past the documents", rows_past_the_documents)
+    add("attention hostile starts", hostile_starts)
     add("attention hidden keys", hidden_keys_do_not_leak, BF16)
     add("attention NaN rows", nan_rows_stay_alone)
     add("attention unaligned", unaligned_strides, BF16)
