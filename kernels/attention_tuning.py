@@ -150,6 +150,7 @@ def attention_tile(shape: AttentionShape, arch: int, batch_invariant: bool) -> A
 
 
 def for_columns(table: dict[int, tuple[int, ...]], columns: int) -> tuple[int, ...]:
+    """The row of the smallest width that holds the columns; the last for more."""
     return next((tile for size, tile in table.items() if columns <= size), table[max(table)])
 
 
