@@ -108,7 +108,7 @@ _BACKWARD_FP32_BY_KEYS_89 = {
     128: (32, 32, 16, 8, 1),
     256: (16, 32, 16, 8, 1),
     512: (16, 16, 16, 8, 1),
-    1024: (8, 16, 16, 8, 1),
+    1024: (8, 16, 16, 16, 1),  # 8 warps spill 8 to 16 bytes
 }
 _BACKWARD_FP32_BY_QUERIES = {
     90: {64: (32, 16, 16, 8, 1), 512: (16, 16, 16, 8, 1)},
@@ -130,8 +130,7 @@ def backward_column_blocks(
 
     They do not on FMA units, nor on sm_80 beside 128 columns (192 spill 60 bytes): one block then.
     But FMA units keep all columns of an operand in registers: of 512 they spill 332 bytes on sm_90,
-    with K in two blocks none, with V too 16; on sm_80 they spill 8 with K in two, and the smaller
-    tiles of sm_89 16 with K in one.
+    with K in two blocks none, with V too 16 (and with K in two blocks 8 on sm_80).
     """
 
     def blocks(columns: int) -> tuple[int, int]:
