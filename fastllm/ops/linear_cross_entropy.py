@@ -107,6 +107,7 @@ def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, lse, *made = output
     ctx.mark_non_differentiable(lse, *made)
+    ctx.set_materialize_grads(False)  # zeros as large as the weight for `made`
     x, weight, scales, ctx.format, ctx.n, ctx.activation, bias, target, *rest = inputs
     ctx.ignore_index, ctx.reduction, ctx.softcap, ctx.label_smoothing, ctx.z_loss, bits = rest
     needed = needed_gradients(ctx)
