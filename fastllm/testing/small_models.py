@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,18 +15,18 @@ from ..models.trainable import initialize
 from ..nn.batch import Documents
 
 VOCAB = 96
-_SIZES = {
+_SIZES: dict[str, Any] = {
     "vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-5,
     "max_position_embeddings": 256,
 }  # fmt: skip
-_LATENT = {
+_LATENT: dict[str, Any] = {
     "num_key_value_heads": 4, "head_dim": 24,
     "mla": MlaConfig(
         q_lora_rank=20, kv_lora_rank=24, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16
     ),
 }  # fmt: skip
-CONFIGS = {
+CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama"},
     "llama tied, biases": {
         "model_type": "llama", "tie_word_embeddings": True, "attention_bias": True,
