@@ -450,11 +450,11 @@ LossRowsArgs target_gradient_rows_args(Tensor d, Tensor logits, Tensor targets, 
 // cpu/kl_rows.cpp). Both logits are overwritten by z.
 enum class DivergenceKind : uint8_t { forward, reverse, js };
 struct KlRowsArgs {
-  float *logits, *teacher;            // [rows, columns]; teacher null: ids and logprobs
-  const void* ids;                    // [rows, picks] int32, or int64 if long_ids
-  const float *logprobs, *grad;       // [rows, picks], [rows]
-  float *out, *lse;                   // [rows], or null: only the gradient is made
-  void* d;                            // [rows, columns], or null
+  float *logits, *teacher;       // [rows, columns]; teacher null: ids and logprobs
+  const void* ids;               // [rows, picks] int32, or int64 if long_ids
+  const float *logprobs, *grad;  // [rows, picks], [rows]
+  float *out, *lse;              // [rows], or null: only the gradient is made
+  void* d;                       // [rows, columns], or null
   LogitScale scaling, teacher_scaling;
   DType d_type;
   DivergenceKind kind;
@@ -471,10 +471,10 @@ KlRowsArgs kl_top_rows_args(Tensor out, Tensor lse, Tensor d, Tensor grad, Tenso
 
 // y[m, n] (+)= a @ b, or a' @ b if transposed (see cpu/gradient_product.cpp).
 struct GradientProductArgs {
-  void* y;         // [m, n] f32, or bf16 where one block of k makes all of it
-  const void* a;   // [m, k], rows contiguous; transposed: [k, m]
-  const void* b;   // [k, n], rows contiguous
-  void* scratch;   // a block of b in panels: gradient_product_scratch bytes
+  void* y;        // [m, n] f32, or bf16 where one block of k makes all of it
+  const void* a;  // [m, k], rows contiguous; transposed: [k, m]
+  const void* b;  // [k, n], rows contiguous
+  void* scratch;  // a block of b in panels: gradient_product_scratch bytes
   DType y_type, type;
   bool transposed, add;
   int64_t m, n, k, k_block, y_stride, a_stride, b_stride;

@@ -56,8 +56,8 @@ struct GradientProduct {
       if constexpr (D::columns == 2)
         pack_columns(from, a.b_stride, smaller(left, kPanelRows), k, panel);
       else
-        pack_columns(reinterpret_cast<const uint32_t*>(from), a.b_stride,
-                     smaller(left, kPanelRows), k, panel);
+        pack_columns(reinterpret_cast<const uint32_t*>(from), a.b_stride, smaller(left, kPanelRows),
+                     k, panel);
     }
   }
 
@@ -145,7 +145,8 @@ struct GradientProduct {
   template <class Y>
   void put(Y* y, const float* from, int64_t n, bool add) const {
     int64_t c = 0;
-    for (; c + VL <= n; c += VL) store(y + c, add ? load(y + c) + vload(from + c) : vload(from + c));
+    for (; c + VL <= n; c += VL)
+      store(y + c, add ? load(y + c) + vload(from + c) : vload(from + c));
     for (; c < n; ++c) store1(y + c, add ? load1(y + c) + from[c] : from[c]);
   }
 

@@ -20,7 +20,9 @@ struct Divergence {
   DivergenceKind kind;
   float beta;
   // Parts of a sum over outcomes: of the value, and K or KL(p || m) of the gradient.
-  inline __attribute__((always_inline)) vf log_mixture(vf p, vf q) const { return vlog(beta * q + (1.f - beta) * p); }
+  inline __attribute__((always_inline)) vf log_mixture(vf p, vf q) const {
+    return vlog(beta * q + (1.f - beta) * p);
+  }
   inline __attribute__((always_inline)) vf teacher_part(const Pair& o) const {
     const vf q = vexp(o.logq);
     if (kind == DivergenceKind::forward) return weighted(q, o.logq - o.logp);
@@ -34,11 +36,13 @@ struct Divergence {
     return weighted(p, o.logp - log_mixture(p, vexp(o.logq)));
   }
   inline __attribute__((always_inline)) float value(double teacher, double student) const {
-    if (kind == DivergenceKind::js) return static_cast<float>(beta * teacher + (1. - beta) * student);
+    if (kind == DivergenceKind::js)
+      return static_cast<float>(beta * teacher + (1. - beta) * student);
     return static_cast<float>(kind == DivergenceKind::forward ? teacher : student);
   }
   // mass: the sum of q; student: the sum of student_part.
-  inline __attribute__((always_inline)) vf gradient(const Pair& o, float mass, float student) const {
+  inline __attribute__((always_inline)) vf gradient(const Pair& o, float mass,
+                                                    float student) const {
     const vf p = vexp(o.logp);
     if (kind == DivergenceKind::forward) return p * mass - vexp(o.logq);
     if (kind == DivergenceKind::reverse) return weighted(p, o.logp - o.logq - student);
@@ -61,8 +65,10 @@ void dense_row(const KlRowsArgs& a, int64_t row, float* stats) {
   const auto at = [&](int64_t c, int64_t live) {
     return Pair{log_probs_at(z + c, live, lse), log_probs_at(t + c, live, teacher_lse)};
   };
-  const double teacher = sum_columns(n, [&](int64_t c, int64_t k) { return f.teacher_part(at(c, k)); });
-  const double student = sum_columns(n, [&](int64_t c, int64_t k) { return f.student_part(at(c, k)); });
+  const double teacher =
+      sum_columns(n, [&](int64_t c, int64_t k) { return f.teacher_part(at(c, k)); });
+  const double student =
+      sum_columns(n, [&](int64_t c, int64_t k) { return f.student_part(at(c, k)); });
   const bool valid = is_valid(lse) && is_valid(teacher_lse);
   if (a.out) {
     a.out[row] = valid ? f.value(teacher, student) : __builtin_nanf("");
@@ -80,8 +86,8 @@ void dense_row(const KlRowsArgs& a, int64_t row, float* stats) {
 
 int64_t id_of(const KlRowsArgs& a, int64_t row, int64_t i) {
   const int64_t at = row * a.picks + i;
-  const int64_t id = a.long_ids ? static_cast<const int64_t*>(a.ids)[at]
-                                : static_cast<const int32_t*>(a.ids)[at];
+  const int64_t id =
+      a.long_ids ? static_cast<const int64_t*>(a.ids)[at] : static_cast<const int32_t*>(a.ids)[at];
   return clamped(id, 0, a.columns - 1);
 }
 
@@ -141,7 +147,9 @@ void top_row(const KlRowsArgs& a, int64_t row, float* stats, float* memory) {
   D* d = static_cast<D*>(a.d) + row * a.d_stride;
   const Slope slope(a.scaling);
   const float g = valid ? a.grad[row] : __builtin_nanf("");
-  const auto gradient = [&](int64_t i) { return f.gradient(at(i), o.mass, static_cast<float>(student)); };
+  const auto gradient = [&](int64_t i) {
+    return f.gradient(at(i), o.mass, static_cast<float>(student));
+  };
   // Among the other ids the outcome's gradient is shared as p is.
   const vf spread = o.count > a.picks ? g * gradient(a.picks) : vset(0.f);
   const float log_rest = o.rest.max + o.rest.log_sum;
