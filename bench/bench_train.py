@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -75,7 +76,7 @@ def _speed(settings: Settings, size: str, method: str, rows: int, length: int) -
         OURS: training.fastllm_step(config, ids, method, device)
     }
     notes = []
-    if peers.has_transformers():
+    if peers.has_transformers() and (method == "full" or find_spec("peft") is not None):
         dtype = faster_dtype(size, method, rows, length, device)
         make = functools.partial(training.transformers_step, config, ids, method, device, dtype)
         functions["transformers"] = make()
