@@ -44,7 +44,7 @@ PARTS = ("answers", "speed", "pretrain", "sft")
 SECONDS = {"pretrain": 120.0, "sft": 90.0}
 QUICK_SECONDS = 20.0
 # Training steps to measure: models of the shapes that the trainings have, and batches like theirs.
-STEPS = {"pretrain": ("3M", "full", 7, 512), "sft": ("135M", "lora", 4, 128)}
+STEPS = {"pretrain": ("3M", "full", 7, 512), "sft": ("135M", "lora", 2, 128)}
 PROMPTS = (
     "What is photosynthesis? Answer in one sentence.",
     "Name three primary colors.",
