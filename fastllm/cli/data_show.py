@@ -55,6 +55,8 @@ def show(argv: Sequence[str]) -> int:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if options.step < 0:
         parser.error("--step must not be negative")
+    if not Path(options.data).exists():
+        raise ValueError(f"{options.data}: there is no such token store or file of conversations")
     is_store = Path(options.data).is_dir()
     tokenizer = _tokenizer(options, is_store)
     shown = _of_store(options) if is_store else _of_conversations(options, tokenizer)

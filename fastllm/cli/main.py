@@ -14,14 +14,14 @@ from collections.abc import Sequence
 
 from ..errors import FastLLMError
 
-# command -> what it does, in the order of `fastllm --help`
+# command -> what it does, in the order of `fastllm --help`: as the life of a model goes
 COMMANDS = {
-    "generate": "answer prompts",
-    "chat": "talk with a model",
     "tokenizer": "train a tokenizer, or measure one on files",
     "data": "turn text into a token store; show what a batch holds",
     "pretrain": "train a model from random weights on a token store",
     "sft": "fine-tune a model on conversations",
+    "generate": "answer prompts",
+    "chat": "talk with a model",
     "export": "write a model as GGUF or for Hugging Face, adapters merged",
     "models": "list the model names that resolve on this machine",
     "inspect": "show what a model file holds: metadata, tensors, formats, memory",

@@ -102,6 +102,7 @@ class OptimConfig:
     name: "adamw", or "muon": Muon for hidden matrices and AdamW for the rest.
     lr: of AdamW; also of Muon unless `muon_lr` is given (see `Muon.match_rms`).
     weight_decay: of matrices; embeddings, norms and biases do not decay.
+    Raises ValueError if `betas` are not two.
     """
 
     name: Literal["adamw", "muon"] = "adamw"
@@ -114,6 +115,10 @@ class OptimConfig:
     nesterov: bool = True
     newton_schulz_steps: int = 5
     match_rms: bool = True
+
+    def __post_init__(self) -> None:
+        if len(self.betas) != 2:
+            raise ValueError(f"betas must be two numbers, such as 0.9,0.95, got {self.betas}")
 
 
 def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:

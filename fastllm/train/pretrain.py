@@ -63,7 +63,7 @@ class DataConfig:
     seq_len: int | None = None  # tokens of a row
     batch_tokens: int | None = None  # of a step, all processes together
     micro_rows: int | None = None  # rows that go through the model at once
-    eval_rows: int = 64  # of the held-out split; 0: all of it
+    eval_rows: int = 64  # of the held-out split; 0: all of it, then bits per byte are exact
 
     def __post_init__(self) -> None:
         for name in ("tokens", "seq_len", "batch_tokens", "micro_rows"):
@@ -76,11 +76,18 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleConfig:
-    """What `loop.sample_every` shows."""
+    """What `loop.sample_every` shows. Raises ValueError for values that cannot be sampled with:
+    a run must not find out at its hundredth step."""
 
-    prompts: tuple[str, ...] = ("The",)
+    prompts: tuple[str, ...] = ("The",)  # "": from the start of a document
     max_tokens: int = 32
     temperature: float = 0.8
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be a number from 0, got {self.temperature}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -202,14 +209,15 @@ class Pretraining(Task):
         total, body = presets.parameters(self.shape)
         shape, data, plan = self.shape, self.config.data, self.config.loop
         there, optim = self.store.split("train").tokens, self.config.optim
-        seen = self.loader.rows_per_step * self.loader.seq_len * plan.steps
+        step = self.loader.rows_per_step * self.loader.seq_len
+        seen = step * plan.steps
         held_out = self.store.splits.get("holdout")
         none = "nothing is held out: no evaluation (fastllm data prepare --holdout 0.01)"
         return [
             *([] if held_out and held_out.tokens else [none]),
             f"model: {total / 1e6:.3g}M parameters ({body / 1e6:.3g}M without embeddings), "
             f"{shape.num_hidden_layers} layers of {shape.hidden_size}, {self.config.dtype}",
-            f"data: {there:,} tokens in rows of {data.seq_len}, {data.batch_tokens:,} a step; "
+            f"data: {there:,} tokens in rows of {data.seq_len}, {step:,} a step; "
             f"{plan.steps:,} steps read {seen:,} ({seen / there:.2f} epochs)",
             f"{optim.name}: rate {optim.lr:.2e}, {plan.schedule.kind}, "
             f"{plan.schedule.warmup} steps of warmup",
@@ -243,7 +251,8 @@ class Pretraining(Task):
         return values
 
     def sample(self) -> list[tuple[str, str]]:
-        """Continuations of the configured prompts; none while weights are sharded."""
+        """Continuations of the configured prompts, each read as the beginning of a document, after
+        the token that documents of the store begin with; none while weights are sharded."""
         if distributed.world() > 1:
             return []
         sample = self.config.sample
@@ -254,7 +263,9 @@ class Pretraining(Task):
         params = SamplingParams(
             max_tokens=sample.max_tokens, temperature=sample.temperature, seed=0
         )
-        outputs = self._llm.generate(list(sample.prompts), params)
+        start = [self.store.start_token_id]
+        prompts = [start + self.tokenizer.encode(p, False) for p in sample.prompts]
+        outputs = self._llm.generate(prompts, params)
         return [(p, o.outputs[0].text) for p, o in zip(sample.prompts, outputs, strict=True)]
 
     def flops(self, micro: MicroBatch) -> float:
@@ -265,11 +276,12 @@ class Pretraining(Task):
         return presets.flops_per_token(self.shape) * sum(lengths) + attention
 
     def identity(self) -> dict[str, Any]:
-        """The model and its tokens; the data's own state names the data."""
+        """The model, its tokens and its optimizer; the data's own state names the data."""
         return {
             "task": self.name,
             "model": {k: v for k, v in self.shape.to_hf().items() if k != "transformers_version"},
             "tokenizer_sha256": self.store.tokenizer_hash,
+            "optim.name": self.config.optim.name,
         }
 
     def write_weights(self, weights: Mapping[str, Tensor], directory: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -205,3 +206,11 @@ def test_scripts_are_told_apart(
 ) -> None:
     (row,), _ = tokenizer_stats(trained, [(text, is_code)])
     assert (row.script, row.characters, row.bytes) == (script, characters, len(text.encode()))
+
+
+@pytest.mark.parametrize("run", ["x" * 300_000, " " * 300_000, "-" * 300_000, "天" * 300_000])
+def test_words_without_end_take_no_time(run: str) -> None:
+    began = time.process_time()
+    tokenizer = train_tokenizer([*TEXTS, f"a {run} b", *TEXTS], 300)
+    assert time.process_time() - began < 5  # a word in one piece: its length squared, minutes
+    assert tokenizer.decode(tokenizer.encode(f"a {run} b")) == f"a {run} b"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastllm.cli.main import main
+from fastllm.engine.llm import LLM
 from fastllm.errors import CheckpointError, NumericalError
 from fastllm.nn.batch import Documents
 from fastllm.train import loop, pretrain
@@ -141,6 +142,24 @@ def test_a_step_without_targets_is_an_error(tiny: Any, tmp_path: Path) -> None:
         train(tiny, tmp_path, "loop.steps=1", kind=Masked)
 
 
+def test_samples_are_beginnings_of_documents(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts: list[list[int]] = []
+    generate = LLM.generate
+
+    def seen(llm: LLM, given: Any, *more: Any) -> Any:
+        prompts.extend(given)
+        return generate(llm, given, *more)
+
+    monkeypatch.setattr(LLM, "generate", seen)
+    words = ("loop.steps=1", "loop.sample_every=1", "sample.prompts=[a, '']")
+    task, _, metrics = train(tiny, tmp_path, *words)
+    start = task.store.start_token_id
+    assert prompts == [[start, *task.tokenizer.encode("a", False)], [start]]
+    assert [pair[0] for pair in metrics[-1]["samples"]] == ["a", ""]
+
+
 def test_another_run_is_not_written_over(tiny: Any, tmp_path: Path) -> None:
     train(tiny, tmp_path, "loop.steps=1")
     with pytest.raises(CheckpointError, match=r"holds a run already \(step-000001\)"):
@@ -177,6 +196,9 @@ def test_seconds_decide_the_number_of_steps(tiny: Any, tmp_path: Path) -> None:
         ("data.tokenizer=nowhere", "'nowhere' is not a directory"),
         ("model.width=30", "width 30 is not a multiple of head_dim 16"),
         ("optim.nam=muon", "did you mean optim.name"),
+        ("optim.betas=0.9", r"optim\.betas must be two numbers"),
+        ("sample.max_tokens=0", r"sample\.max_tokens must be at least 1"),
+        ("sample.temperature=-1", r"sample\.temperature must be a number from 0"),
     ],
 )
 def test_what_cannot_be_is_named(tiny: Any, tmp_path: Path, word: str, message: str) -> None:
