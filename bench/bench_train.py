@@ -1,16 +1,16 @@
 """Suite `train`: tokens a second, MFU and memory of a training step, beside transformers.
 
 A step is forward, loss, backward and AdamW, on the same random models and the same batch of full
-rows. The bound is the machine's best bfloat16 product, so `percent_of_bound` is the MFU. fastllm
-keeps float32 masters and float32 gradients of its bfloat16 parameters; transformers runs in
-whichever of bfloat16 (without masters) and float32 is faster for it.
+rows; each peer has a process of its own, and they take turns. The bound is the machine's best
+bfloat16 product, so `percent_of_bound` is the MFU. fastllm keeps float32 masters and float32
+gradients of its bfloat16 parameters; transformers runs in whichever of bfloat16 (without masters)
+and float32 is faster for it.
 """
 
 from __future__ import annotations
 
 import functools
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
@@ -21,7 +21,7 @@ from fastllm.bench import peers, training
 from fastllm.testing.suite import OURS, BenchCase, Settings, Work, benchmark_case
 
 SUITE = "train"
-SECONDS = 1500
+SECONDS = 1200
 TITLE = "tokens a second, MFU and memory of a training step"
 MEASURED = ("10M", "50M", "135M")
 BATCHES = ((2, 512), (1, 2048))
@@ -70,26 +70,55 @@ def _label(size: str, method: str, rows: int, length: int) -> str:
 
 
 def _speed(settings: Settings, size: str, method: str, rows: int, length: int) -> Work:
-    config, device = training.SIZES[size], settings.device
-    ids = training.batch(config, rows, length)
-    functions: dict[str, Callable[[], Any]] = {
-        OURS: training.fastllm_step(config, ids, method, device)
-    }
-    notes = []
-    if peers.has_transformers() and (method == "full" or find_spec("peft") is not None):
-        dtype = faster_dtype(size, method, rows, length, device)
-        make = functools.partial(training.transformers_step, config, ids, method, device, dtype)
-        functions["transformers"] = make()
-        notes.append(f"transformers: {dtype}, SDPA, fused AdamW without masters; freed memory kept")
-        if not settings.quick and method == "full":
-            functions[COMPILED] = make(compiled=True)
+    compiled = not settings.quick and method == "full"
+    dtype, functions = _peers(settings.device, compiled, size, method, rows, length)
     return Work(
-        functions=functions,
+        functions={name: process.step for name, process in functions.items()},
         unit="tok/s",
         amount=rows * length,
-        flops=training.flops(config, rows, length, method),
+        flops=training.flops(training.SIZES[size], rows, length, method),
+        own_clock=True,
+        notes=(f"transformers: {dtype}, SDPA, fused AdamW without masters",) if dtype else (),
+    )
+
+
+def _memory(size: str, method: str, rows: int, length: int) -> Work:
+    dtype, functions = _peers("cpu", False, size, method, rows, length)
+    notes = ["the resident set's peak beyond the imports, three steps in a fresh process"]
+    if dtype:
+        notes.append(f"transformers: {dtype}")
+    return Work(
+        functions={name: process.peak for name, process in functions.items()},
+        unit="MB",
+        own_clock=True,
         notes=tuple(notes),
     )
+
+
+_running: list[training.StepProcess] = []  # of one case at a time
+
+
+def _start(peer: str, *point: Any) -> training.StepProcess:
+    process = training.StepProcess(peer, *point)
+    _running.append(process)
+    return process
+
+
+def _peers(
+    device: str, compiled: bool, size: str, method: str, rows: int, length: int
+) -> tuple[torch.dtype | None, dict[str, training.StepProcess]]:
+    """The dtype of transformers, None without it, and everybody's process; ends earlier ones."""
+    while _running:
+        _running.pop().close()
+    point = (size, method, rows, length)
+    dtype, names = None, []
+    if peers.has_transformers() and (method == "full" or find_spec("peft") is not None):
+        dtype = faster_dtype(*point, device)
+        names = ["transformers", *([COMPILED] if compiled else [])]
+    functions = {OURS: _start(OURS, *point, torch.bfloat16, device)}
+    for name in names:
+        functions[name] = _start(name, *point, dtype, device)
+    return dtype, functions
 
 
 @functools.cache
@@ -98,26 +127,11 @@ def faster_dtype(size: str, method: str, rows: int, length: int, device: str) ->
     if device != "cpu":
         return torch.bfloat16
     seconds = {}
-    config = training.SIZES[size]
-    ids = training.batch(config, rows, length)
     for dtype in (torch.bfloat16, torch.float32):
-        step = training.transformers_step(config, ids, method, device, dtype)
-        step()
-        start = time.perf_counter()
-        step()
-        seconds[dtype] = time.perf_counter() - start
+        process = training.StepProcess("transformers", size, method, rows, length, dtype, device)
+        seconds[dtype] = process.step()
+        process.close()
     return min(seconds, key=lambda dtype: seconds[dtype])
-
-
-def _memory(size: str, method: str, rows: int, length: int) -> Work:
-    point = (size, method, rows, length)
-    functions = {OURS: training.memory_step(OURS, *point, "bfloat16")}
-    notes = ["the resident set's peak beyond the imports, three steps in a fresh process"]
-    if peers.has_transformers():
-        dtype = str(faster_dtype(*point, "cpu")).removeprefix("torch.")
-        functions["transformers"] = training.memory_step("transformers", *point, dtype)
-        notes.append(f"transformers: {dtype}")
-    return Work(functions=functions, unit="MB", own_clock=True, notes=tuple(notes))
 
 
 @pytest.mark.parametrize("case", cases(Settings(quick=True)), ids=str)

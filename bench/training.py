@@ -1,16 +1,19 @@
 """One training step of the same model, batch and optimizer in fastllm and in transformers.
 
-Run as a program it measures memory: `python -m fastllm.bench.training PEER SIZE METHOD ROWS
-LENGTH DTYPE` makes a model in a fresh process, takes three steps, and prints the bytes of its
-resident set at the peak beyond what the imports had taken.
+Every peer trains in a process of its own, as it does for its users: what one of them asks of the
+memory allocator or leaves in caches does not reach the others. Run as a program,
+`python -m fastllm.bench.training PEER SIZE METHOD ROWS LENGTH DTYPE DEVICE`, it makes the model,
+warms up, and then answers every line of its input by a step's seconds and the bytes of its
+resident set at the peak, beyond what the imports had taken.
 """
 
 from __future__ import annotations
 
-import functools
 import os
 import resource
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +39,8 @@ SIZES = {  # layers, hidden, inner, heads, kv heads, vocabulary; millions of par
 }
 LEARNING_RATE = 1e-4
 LORA_RANK = 16
+WARM_UP = 2  # steps: the first allocates and compiles, the second allocates optimizer states
+_ANSWER = "step:"
 Step = Callable[[], Any]
 
 
@@ -64,7 +69,7 @@ def batch(config: ModelConfig, rows: int, length: int) -> Tensor:
 
 def fastllm_step(config: ModelConfig, ids: Tensor, method: str, device: str) -> Step:
     """bfloat16 parameters with float32 masters and float32 gradients."""
-    keep_freed_memory()  # as the training loop does; peers in the same process gain as well
+    keep_freed_memory()  # as the training loop does
     model = initialize(config, device=device, max_positions=ids.shape[1])
     parameters = list(model.parameters())
     if method == "lora":
@@ -129,27 +134,52 @@ def make_step(
     return transformers_step(config, ids, method, device, dtype, peer.endswith("compiled"))
 
 
-def memory_step(
-    peer: str, size: str, method: str, rows: int, length: int, dtype: str
-) -> Callable[[], float]:
-    """A function that measures, in a fresh process, the bytes that training takes."""
-    import subprocess
+class StepProcess:
+    """A process that takes steps when it is asked to; it ends with `close`, or with this one."""
 
-    command = [sys.executable, "-m", "fastllm.bench.training", peer, size, method, str(rows)]
-    command += [str(length), dtype]
-
-    @functools.cache
-    def measure() -> float:
+    def __init__(
+        self, peer: str, size: str, method: str, rows: int, length: int, dtype: torch.dtype,
+        device: str = "cpu",
+    ) -> None:  # fmt: skip
+        kind = str(dtype).removeprefix("torch.")
+        command = [sys.executable, "-m", "fastllm.bench.training"]
+        command += [peer, size, method, str(rows), str(length), kind, device]
         environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        return float(done.stdout.split()[-1])
+        self._process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self._peak = 0.0
 
-    return measure
+    def step(self) -> float:
+        """Seconds of one step."""
+        seconds, self._peak = self._ask()
+        return seconds
+
+    def peak(self) -> float:
+        """Bytes of the resident set at the peak of warming up and steps, beyond the imports."""
+        if not self._peak:
+            self.step()
+        return self._peak
+
+    def _ask(self) -> tuple[float, float]:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        while answer := self._process.stdout.readline():
+            if answer.startswith(_ANSWER):
+                seconds, peak = answer.split()[1:]
+                return float(seconds), float(peak)
+        raise RuntimeError(f"{self._process.args!r} ended with {self._process.wait()}")
+
+    def close(self) -> None:
+        """End the process and wait for it."""
+        self._process.kill()
+        self._process.communicate()
 
 
 def main(arguments: list[str]) -> None:
-    """Print the peak of the resident set beyond the imports, in bytes."""
-    peer, size, method, rows, length, dtype = arguments
+    """Take a step for every line of standard input."""
+    peer, size, method, rows, length, dtype, device = arguments
     if peer != "fastllm":
         import transformers
 
@@ -157,10 +187,17 @@ def main(arguments: list[str]) -> None:
     config = SIZES[size]
     before = _resident()
     ids = batch(config, int(rows), int(length))
-    step = make_step(peer, config, ids, method, "cpu", getattr(torch, dtype))
-    for _ in range(3):
+    step = make_step(peer, config, ids, method, device, getattr(torch, dtype))
+    for _ in range(WARM_UP):
         step()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        step()
+        if device != "cpu":
+            torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - start
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+        print(_ANSWER, seconds, peak, flush=True)
 
 
 def _resident() -> int:
