@@ -188,16 +188,23 @@ def _unknown(key: str, known: Mapping[str, Any], subject: str) -> str:
     return f"{subject} is unknown{hint}"
 
 
-def _build(cls: type[T], values: Mapping[str, Any], prefix: str) -> T:
+def _build(cls: type[T], values: Mapping[str, Any], prefix: str, base: T | None = None) -> T:
+    """A `cls` of the values. base: what fields that no value names have; default the class's."""
     arguments: dict[str, Any] = {}
     for field, kind in _fields(cls):
         key = prefix + field.name
         section = _section(kind)
         if section is not None:
-            if any(k.startswith(key + ".") for k in values) or not _has_default(field):
-                arguments[field.name] = _build(section, values, key + ".")
+            # A section's defaults are those that its field has, not those of the section's class.
+            own = _default(field) if base is None else getattr(base, field.name)
+            if any(k.startswith(key + ".") for k in values) or own is None:
+                arguments[field.name] = _build(section, values, key + ".", own)
+            else:
+                arguments[field.name] = own
         elif key in values:
             arguments[field.name] = convert(values[key], kind, key)
+        elif base is not None:
+            arguments[field.name] = getattr(base, field.name)
         elif not _has_default(field):
             raise ValueError(f"{key} has no default: give it in the file or as {key}=VALUE")
     try:
@@ -279,6 +286,13 @@ def _section(kind: Any) -> type | None:
 def _has_default(field: dataclasses.Field[Any]) -> bool:
     missing = dataclasses.MISSING
     return field.default is not missing or field.default_factory is not missing
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    """A field's default, None if it has none."""
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default if field.default is not dataclasses.MISSING else None
 
 
 def _plain(value: Any) -> Any:

@@ -148,6 +148,17 @@ def test_derived_values_lie_between_defaults_and_what_is_given() -> None:
     assert seen == [{"loop.inner.every", "loop.steps"}]
 
 
+def test_a_section_keeps_the_defaults_of_its_field() -> None:
+    @dataclass(frozen=True, kw_only=True, slots=True)
+    class Other:
+        loop: Loop = field(default_factory=lambda: Loop(steps=7, inner=Inner(every=5)))
+
+    assert load_config(Other, None, ["loop.fast=true"]).loop == Loop(
+        steps=7, fast=True, inner=Inner(every=5)
+    )
+    assert load_config(Other, None, ["loop.steps=2"]).loop.inner.every == 5
+
+
 def test_every_key_is_described() -> None:
     rows = {key: (kind, default) for key, kind, default in describe(Config)}
     assert list(rows) == list(keys(Config))
