@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -63,7 +64,8 @@ def run(argv: Sequence[str]) -> int:
             raise
         note(f"fastllm: error: {error}")
         return 1
-    show(result)
+    if os.environ.get("RANK", "0") == "0":  # one of torchrun's processes speaks
+        show(result)
     return 0
 
 

@@ -213,8 +213,10 @@ class Pretraining(Task):
         seen = step * plan.steps
         held_out = self.store.splits.get("holdout")
         none = "nothing is held out: no evaluation (fastllm data prepare --holdout 0.01)"
+        sharded = plan.sample_every and distributed.world() > 1
         return [
             *([] if held_out and held_out.tokens else [none]),
+            *(["several processes share the weights: no samples are taken"] if sharded else []),
             f"model: {total / 1e6:.3g}M parameters ({body / 1e6:.3g}M without embeddings), "
             f"{shape.num_hidden_layers} layers of {shape.hidden_size}, {self.config.dtype}",
             f"data: {there:,} tokens in rows of {data.seq_len}, {step:,} a step; "
