@@ -55,17 +55,26 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
+_DIAL = ("data.", "model.")  # sections whose open keys the depth fills in
+
+
 def help_text() -> str:
     """Usage, and every key with its type and default."""
     from ..train.config import describe
-    from ..train.pretrain import ALIASES, PretrainConfig
+    from ..train.pretrain import ALIASES, DERIVED, PretrainConfig
 
     short = {key: f"--{name}" for name, key in ALIASES.items()}
     rows = [
-        [f"{key} ({short[key]})" if key in short else key, kind, default]
+        [
+            f"{key} ({short[key]})" if key in short else key,
+            kind,
+            "from the depth"
+            if key in DERIVED or (default == "none" and key.startswith(_DIAL))
+            else default,
+        ]
         for key, kind, default in describe(PretrainConfig)
     ]
     return "\n".join(
-        [DESCRIPTION, "keys (none: from the depth):", "",
+        [DESCRIPTION, "keys:", "",
          *plain_table(["key", "type", "default"], rows)]
     )  # fmt: skip

@@ -152,7 +152,7 @@ def export_gguf(
     if type not in GGUF_TYPES:
         raise ValueError(f"type {type!r} is not one of {', '.join(GGUF_TYPES)}")
     if target.exists() and not overwrite:
-        raise FileExistsError(f"{target} exists; remove it, or allow it to be replaced")
+        raise FileExistsError(f"{target} exists; remove it, or give overwrite (--overwrite)")
     config = weights.config
     metadata: dict[str, object] = {"general.name": name or target.stem}
     metadata = config_metadata(config) | metadata

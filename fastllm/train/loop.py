@@ -179,7 +179,10 @@ class _Loop:
         self.metrics.report()
         finished = progress.step >= progress.steps
         if not finished:
-            self.metrics.say(f"{signals.name}: stopped after step {progress.step}, saved")
+            self.metrics.say(
+                f"{signals.name}: stopped after step {progress.step}, saved; resume auto "
+                "(--resume auto) goes on from there"
+            )
         return Result(
             status="finished" if finished else "stopped",
             step=progress.step,

@@ -48,6 +48,12 @@ ALIASES = {
     "wandb": "loop.metrics.wandb",
 }
 
+# Keys that `derive` gives although their sections have defaults of their own.
+DERIVED = frozenset({
+    "optim.name", "optim.lr", "optim.weight_decay", "loop.steps", "loop.schedule.warmup",
+    "loop.eval_every", "loop.save_every",
+})  # fmt: skip
+
 _MICRO_TOKENS = {"cpu": 4096, "cuda": 32768}  # fill the matrix units and fit beside the state
 _EXPECTED_MFU = 0.4  # before a step has been timed
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -177,6 +183,12 @@ class Pretraining(Task):
         data = config.data
         assert data.seq_len and data.batch_tokens, "load() fills them in"
         self.config = config
+        rows, world = max(data.batch_tokens // data.seq_len, 1), distributed.world()
+        if rows % world:
+            raise ValueError(
+                f"data.batch_tokens {data.batch_tokens} is {rows} rows of {data.seq_len}, which "
+                f"{world} processes cannot divide: give a multiple of {world * data.seq_len}"
+            )
         self.store = TokenStore.open(data.store)
         self.tokenizer = _tokenizer(data, self.store)
         self.shape = presets.model_config(
@@ -195,7 +207,7 @@ class Pretraining(Task):
         self.loader = Loader(
             self.store,
             seq_len=data.seq_len,
-            rows_per_step=max(data.batch_tokens // data.seq_len, 1),
+            rows_per_step=rows,
             micro_rows=data.micro_rows,
             seed=config.loop.seed,
             rank=distributed.rank(),

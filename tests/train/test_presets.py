@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from fastllm.models.trainable import initialize
-from fastllm.train import presets
+from fastllm.train import presets, pretrain
 from fastllm.train.presets import ShapeConfig
 
 
@@ -66,3 +68,8 @@ def test_counts_are_those_of_the_model(family: str) -> None:
     assert total == sum(p.numel() for p in model.parameters())
     assert total - body == model.model.embed_tokens.weight.numel()
     assert presets.flops_per_token(config) == 6 * total
+
+
+def test_what_help_says_comes_from_the_depth_is_derived(tiny: Any) -> None:
+    config = pretrain.PretrainConfig(data=pretrain.DataConfig(store=str(tiny.store)))
+    assert pretrain.derive(config, frozenset()).keys() >= pretrain.DERIVED

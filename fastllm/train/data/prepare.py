@@ -162,7 +162,7 @@ def vocabulary_of(tokenizer: Tokenizer, name: str) -> Vocabulary:
         start_token_id=end if start is None else start,
         end_token_id=end,
         sha256=tokenizer.fingerprint,
-        name=name,
+        name=str(Path(name).resolve()) if Path(name).exists() else name,
     )
 
 
