@@ -142,7 +142,8 @@ class StepProcess:
         device: str = "cpu",
     ) -> None:  # fmt: skip
         kind = str(dtype).removeprefix("torch.")
-        command = [sys.executable, "-m", "fastllm.bench.training"]
+        quiet = ["-W", "ignore::FutureWarning"]  # of libraries about libraries
+        command = [sys.executable, *quiet, "-m", "fastllm.bench.training"]
         command += [peer, size, method, str(rows), str(length), kind, device]
         environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
         self._process = subprocess.Popen(
