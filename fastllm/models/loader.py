@@ -244,10 +244,20 @@ def hf_tensors(model: Decoder) -> dict[str, Tensor]:
 
 def in_file_order(tensor: Tensor, name: str, config: ModelConfig) -> Tensor:
     """Undo what `WeightSource.get` does to the order of rows."""
-    index = None
-    if config.mla is not None:
-        index = half_split_index(config.mla, config.num_attention_heads, name)
+    index = _row_order(name, config)
     return tensor if index is None else tensor[index.argsort().to(tensor.device)]
+
+
+def in_model_order(tensor: Tensor, name: str, config: ModelConfig) -> Tensor:
+    """A weight of a Hugging Face directory with its rows as `WeightSource.get` gives them."""
+    index = _row_order(name, config)
+    return tensor if index is None else tensor[index.to(tensor.device)]
+
+
+def _row_order(name: str, config: ModelConfig) -> Tensor | None:
+    if config.mla is None:
+        return None
+    return half_split_index(config.mla, config.num_attention_heads, name)
 
 
 def _names(config: ModelConfig) -> Iterable[str]:

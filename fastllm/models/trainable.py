@@ -89,8 +89,9 @@ def load_trainable(
     model = _empty(source.config, compute, where, max_positions)
     for name, shape in source.config.weight_shapes().items():
         data = source.get(name).data
-        vector = len(shape) == 1 and data.dtype != torch.float16
-        _set(model, name, data.to(data.dtype if vector else compute, copy=True))
+        # Norms and biases stay as precise as the file has them, as in `load_model`.
+        precise = len(shape) == 1 and data.dtype != torch.bfloat16
+        _set(model, name, data.to(torch.float32 if precise else compute, copy=True))
         source.release(name)
     source.release()
     return _ready(model)

@@ -17,6 +17,7 @@ from torch import Tensor
 from fastllm.engine.llm import LLM
 from fastllm.engine.request import SamplingParams
 from fastllm.models.adapters import adapter_tensors, save_adapter
+from fastllm.models.loader import in_file_order, in_model_order
 from fastllm.models.safetensors_files import save_directory
 from fastllm.models.tokenizer import Tokenizer
 from fastllm.models.trainable import load_trainable
@@ -146,7 +147,9 @@ class SftTask(Task):
     def write_weights(self, weights: Mapping[str, Tensor], directory: Path) -> None:
         """A PEFT adapter, or a Hugging Face directory, with tokenizer and chat template."""
         if self.lora is None:
-            save_directory(directory, weights, self.decoder.config.to_hf())
+            config = self.decoder.config
+            ordered = {name: in_file_order(t, name, config) for name, t in weights.items()}
+            save_directory(directory, ordered, config.to_hf())
             generation = {"eos_token_id": sorted(self.encoder.end_ids)}
             _write(directory / "generation_config.json", generation)
         else:
@@ -154,6 +157,19 @@ class SftTask(Task):
         self.tokenizer.save(directory)
         template = self.encoder.template.source
         (directory / "chat_template.jinja").write_text(template, encoding="utf-8", newline="\n")
+
+    def read_weights(self, directory: Path) -> None:
+        """The inverse of `write_weights`."""
+        super().read_weights(directory)
+        if self.lora is not None:
+            return
+        with torch.no_grad():
+            for name, tensor in self.weights().items():
+                if not distributed.is_master(tensor):
+                    read = distributed.whole(tensor.detach())
+                    ordered = in_model_order(read, name, self.decoder.config)
+                    if ordered is not read:
+                        distributed.fill(tensor, ordered)
 
     # beside the loop
 

@@ -16,9 +16,11 @@ from fastllm.cli import sft as cli
 from fastllm.errors import CheckpointError, DataError
 from fastllm.models.config import ModelConfig
 from fastllm.models.loader import save_pretrained
+from fastllm.models.tokenizer import Tokenizer
 from fastllm.models.tokenizer_training import train_tokenizer
 from fastllm.models.trainable import initialize
 from fastllm.models.weights import open_weights
+from fastllm.testing.small_models import config_of
 from fastllm.train import sft
 from fastllm.train.data.conversations import parse_record
 from fastllm.train.data.masks import ConversationEncoder
@@ -264,3 +266,21 @@ def test_the_command_takes_model_and_data_or_a_file(
             cli.parse(wrong)
     assert cli.run(["--help"]) == 0
     assert "--lora.rank" in capsys.readouterr().out
+
+
+def test_a_latent_model_is_saved_and_resumed_in_the_order_of_its_file(
+    base: Path, chats: Path, tmp_path: Path
+) -> None:
+    tokenizer = Tokenizer.from_hf(base)
+    config = dataclasses.replace(config_of("deepseek v3"), vocab_size=tokenizer.vocab_size)
+    model = tmp_path / "latent"
+    save_pretrained(initialize(config, seed=1), model, tokenizer)
+    still = ["--method=full", "--batch_size=4", "--lr=1e-30", "--weight_decay=0"]
+    fine_tune(model, chats, tmp_path / "run", *still, "--loop.steps=1")
+    result = fine_tune(model, chats, tmp_path / "run", *still, "--loop.steps=2", "--resume=auto")
+    assert result.run.step == 2
+    expected = load_file(model / "model.safetensors")
+    found = load_file(result.output / "model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
