@@ -184,5 +184,6 @@ void test_attention();
 void test_attention_backward();
 void test_sampling();
 void test_training();
+void test_losses();
 
 }  // namespace fastllm::test

@@ -17,7 +17,8 @@ int main(int argc, char** argv) {
                 {"attention", test_attention},
                 {"attention_backward", test_attention_backward},
                 {"sampling", test_sampling},
-                {"training", test_training}};
+                {"training", test_training},
+                {"losses", test_losses}};
   std::printf("runtime: %s; levels:", thread_runtime());
   for (const std::string& level : supported_isas()) std::printf(" %s", level.c_str());
   std::printf("\n");

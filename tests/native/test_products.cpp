@@ -1,4 +1,4 @@
-// pack, quant_matmul, quant_embedding, linear: every format and activation mode at odd sizes.
+// pack, quant_matmul and its input's gradient, quant_embedding, linear: every format and activation mode at odd sizes.
 #include "harness.h"
 
 namespace fastllm::test {
@@ -38,6 +38,33 @@ Packed pack_random(Random& random, Format format, int64_t n, int64_t k) {
   return packed;
 }
 
+// dy times the whole weight, which embedding reads out in the dtype of dy.
+void input_gradients(Random& random, Packed& w, int64_t code, int64_t n, int64_t k) {
+  Owned ids(DType::i32, {n});
+  for (int64_t i = 0; i < n; ++i) ids.view.as<int32_t>()[i] = static_cast<int32_t>(i);
+  for (DType dtype : {DType::f32, DType::bf16}) {
+    Owned weight(dtype, {n, k});
+    run_everywhere("embedding", &Kernels::embedding,
+                   quant_embedding_args(weight, ids, w.data, w.scales, code, n), {&weight}, 0);
+    for (int64_t m : {1, 5, 30})
+      for (bool shared : {false, true}) {
+        Owned dy = random.tensor(dtype, {m, n}), dx(DType::f32, {m, k});
+        Owned scratch(DType::u8, {(m + 12) * (4 * n + n / 32 * 8 + 64)});
+        const QuantMatmulInputGradArgs args = quant_matmul_input_grad_args(
+            dx, dy, w.data, w.scales, code, shared ? static_cast<Tensor>(scratch) : Tensor{});
+        run_everywhere(
+            "quant_matmul_input_grad", &Kernels::quant_matmul_input_grad, args, {&dx}, 1e-4f, [&] {
+              for (int64_t i = 0; i < m * k; ++i) {
+                double want = 0;
+                for (int64_t c = 0; c < n; ++c)
+                  want += static_cast<double>(dy.get(i / k * n + c)) * weight.get(c * k + i % k);
+                CHECK(std::fabs(dx.get(i) - want) <= 1e-4 * (1 + std::fabs(want)));
+              }
+            });
+      }
+  }
+}
+
 void quantized() {
   Random random(5);
   for (Format format : {Format::q4_0, Format::q4_1, Format::q8_0})
@@ -48,6 +75,7 @@ void quantized() {
       Owned table(DType::f32, {2, k});
       run_everywhere("embedding", &Kernels::embedding,
                      quant_embedding_args(table, ids, w.data, w.scales, code, n), {&table}, 0);
+      input_gradients(random, w, code, n, k);
       for (int activation = 0; activation < 3; ++activation)
         for (int64_t m : {1, 2, 7, 13, 30})
           for (bool shared : {false, true}) {
