@@ -185,5 +185,6 @@ void test_attention_backward();
 void test_sampling();
 void test_training();
 void test_losses();
+void test_latent();
 
 }  // namespace fastllm::test

@@ -18,7 +18,8 @@ int main(int argc, char** argv) {
                 {"attention_backward", test_attention_backward},
                 {"sampling", test_sampling},
                 {"training", test_training},
-                {"losses", test_losses}};
+                {"losses", test_losses},
+                {"latent", test_latent}};
   std::printf("runtime: %s; levels:", thread_runtime());
   for (const std::string& level : supported_isas()) std::printf(" %s", level.c_str());
   std::printf("\n");
