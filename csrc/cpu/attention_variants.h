@@ -37,21 +37,9 @@ FASTLLM_INLINE void scale_columns(float (*scores)[kTile], int64_t rows, const fl
       vstore(scores[r] + c, vload(scores[r] + c) * vload(scale + c));
 }
 
-// Hyperbolic tangent within 2 ulp; NaN stays NaN. Up to 0.625 x + x^3 P(x^2) (P: minimax, relative
-// error 3e-9), above (1 - e) / (1 + e) with e = exp(-2|x|).
+// Hyperbolic tangent with the exponential of scores.
 FASTLLM_INLINE vf vtanh(vf x) {
-  const vf magnitude = vabs(x), square = x * x;
-  vf p = vset(2.1429588e-3f);
-  p = vfma(p, square, vset(-8.1773950e-3f));
-  p = vfma(p, square, vset(2.1700701e-2f));
-  p = vfma(p, square, vset(-5.3946763e-2f));
-  p = vfma(p, square, vset(1.3333206e-1f));
-  p = vfma(p, square, vset(-3.3333331e-1f));
-  const vf small = vfma(p * square, x, x);
-  const vf e = vexp2<6>(magnitude * vset(-2.88539008177792681f));
-  const vf large = (vset(1.f) - e) / (vset(1.f) + e);
-  const vi sign = vbits(x) & vseti(static_cast<int32_t>(0x80000000u));
-  return magnitude < vset(0.625f) ? small : vbits(vbits(large) | sign);
+  return tanh_of(x, vexp2<6>(vabs(x) * vset(-2.88539008177792681f)));
 }
 
 // scores = tanh(scale * scores).

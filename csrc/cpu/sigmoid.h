@@ -14,15 +14,7 @@ FASTLLM_INLINE vf exp_minus(vf x) {
   x = (vf)_mm512_min_ps(_mm512_set1_ps(1000.f), (__m512)x);
   const vf k = (vf)_mm512_roundscale_ps((__m512)(x * vset(-1.44269504088896341f)),
                                         _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  vf r = vfma(k, vset(-0.693359375f), -x);
-  r = vfma(k, vset(2.12194440e-4f), r);
-  vf p = vset(1.9875691500e-4f);
-  p = vfma(p, r, vset(1.3981999507e-3f));
-  p = vfma(p, r, vset(8.3334519073e-3f));
-  p = vfma(p, r, vset(4.1665795894e-2f));
-  p = vfma(p, r, vset(1.6666665459e-1f));
-  p = vfma(p, r, vset(5.0000001201e-1f));
-  return (vf)_mm512_scalef_ps((__m512)(vfma(p, r * r, r) + 1.f), (__m512)k);
+  return (vf)_mm512_scalef_ps((__m512)vexp_reduced(k, -x), (__m512)k);
 #else
   return vexp(-x);
 #endif

@@ -217,6 +217,20 @@ FASTLLM_INLINE float vhmax(vf v) {
   return lane[0];
 }
 
+// e^r of the remainder r = x - k ln2, |r| <= ln2/2: two steps of ln2 (Cody-Waite), then a polynomial
+// of degree 6.
+FASTLLM_INLINE vf vexp_reduced(vf k, vf x) {
+  vf r = vfma(k, vset(-0.693359375f), x);
+  r = vfma(k, vset(2.12194440e-4f), r);
+  vf p = vset(1.9875691500e-4f);
+  p = vfma(p, r, vset(1.3981999507e-3f));
+  p = vfma(p, r, vset(8.3334519073e-3f));
+  p = vfma(p, r, vset(4.1665795894e-2f));
+  p = vfma(p, r, vset(1.6666665459e-1f));
+  p = vfma(p, r, vset(5.0000001201e-1f));
+  return vfma(p, r * r, r) + 1.f;
+}
+
 // e^x within 2 ulp: x = k ln2 + r, |r| <= ln2/2, a degree-6 polynomial in r (Cody-Waite reduction).
 // Below -87.33 the result is 0 (a softmax needs no denormals); above 88.72 it is inf; NaN stays
 // NaN.
@@ -226,15 +240,7 @@ FASTLLM_INLINE vf vexp(vf x) {
   const vf magic = vset(12582912.f);
   const vf shifted = vfma(clamped, vset(1.44269504088896341f), magic);
   const vf k = shifted - magic;
-  vf r = vfma(k, vset(-0.693359375f), clamped);
-  r = vfma(k, vset(2.12194440e-4f), r);
-  vf p = vset(1.9875691500e-4f);
-  p = vfma(p, r, vset(1.3981999507e-3f));
-  p = vfma(p, r, vset(8.3334519073e-3f));
-  p = vfma(p, r, vset(4.1665795894e-2f));
-  p = vfma(p, r, vset(1.6666665459e-1f));
-  p = vfma(p, r, vset(5.0000001201e-1f));
-  p = vfma(p, r * r, r) + 1.f;
+  const vf p = vexp_reduced(k, clamped);
   // k can be 128 at the top: scale in two steps so that the exponent field never overflows.
   const vi ki = vbits(shifted) - vbits(magic);
   const vi half = ki >> 1;
@@ -242,6 +248,22 @@ FASTLLM_INLINE vf vexp(vf x) {
   y = x < vset(-87.33f) ? vset(0.f) : y;
   y = x > vset(88.72f) ? vset(__builtin_inff()) : y;
   return x != x ? x : y;
+}
+
+// tanh x within 2 ulp, given e = exp(-2|x|); NaN stays NaN. Up to 0.625 x + x^3 P(x^2) (P: minimax,
+// relative error 3e-9), above (1 - e) / (1 + e).
+FASTLLM_INLINE vf tanh_of(vf x, vf e) {
+  const vf square = x * x;
+  vf p = vset(2.1429588e-3f);
+  p = vfma(p, square, vset(-8.1773950e-3f));
+  p = vfma(p, square, vset(2.1700701e-2f));
+  p = vfma(p, square, vset(-5.3946763e-2f));
+  p = vfma(p, square, vset(1.3333206e-1f));
+  p = vfma(p, square, vset(-3.3333331e-1f));
+  const vf small = vfma(p * square, x, x);
+  const vf large = (vset(1.f) - e) / (vset(1.f) + e);
+  const vi sign = vbits(x) & vseti(static_cast<int32_t>(0x80000000u));
+  return vabs(x) < vset(0.625f) ? small : vbits(vbits(large) | sign);
 }
 
 // Calls body with a value of the element type: dispatch_float(dtype, [&](auto t) { decltype(t) ...

@@ -10,22 +10,7 @@ namespace {
 
 constexpr float kInf = __builtin_inff();
 
-// tanh within 2 ulp; NaN stays NaN: x + x^3 P(x^2) up to 0.625 (relative error 3e-9), above it
-// (1 - e) / (1 + e) with e = exp(-2|x|).
-FASTLLM_INLINE vf squash(vf x) {
-  const vf magnitude = vabs(x), square = x * x;
-  vf p = vset(2.1429588e-3f);
-  p = vfma(p, square, vset(-8.1773950e-3f));
-  p = vfma(p, square, vset(2.1700701e-2f));
-  p = vfma(p, square, vset(-5.3946763e-2f));
-  p = vfma(p, square, vset(1.3333206e-1f));
-  p = vfma(p, square, vset(-3.3333331e-1f));
-  const vf small = vfma(p * square, x, x);
-  const vf e = vexp(magnitude * vset(-2.f));
-  const vf large = (vset(1.f) - e) / (vset(1.f) + e);
-  const vi sign = vbits(x) & vseti(static_cast<int32_t>(0x80000000u));
-  return magnitude < vset(0.625f) ? small : vbits(vbits(large) | sign);
-}
+FASTLLM_INLINE vf squash(vf x) { return tanh_of(x, vexp(vabs(x) * vset(-2.f))); }
 
 // The first n floats at p, the others `fill`.
 FASTLLM_INLINE vf vload_part(const float* p, int64_t n, float fill) {

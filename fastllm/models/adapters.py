@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastllm.errors import ModelFileError
+from fastllm.models.disk import sync
 from fastllm.models.fields import MAX_CONFIG_BYTES, describe, read_json_object
 from fastllm.models.safetensors_files import read_header
 from fastllm.nn.lora import (
@@ -109,11 +110,7 @@ def _replace(path: Path, write: Any) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         write(aside)
-        descriptor = os.open(aside, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(aside)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)

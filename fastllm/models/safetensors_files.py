@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fastllm.errors import ModelFileError
+from fastllm.models.disk import sync
 from fastllm.models.fields import describe, parse_json_object, read_json_object
 from fastllm.models.stored_tensor import StoredTensor
 from fastllm.quantize.gguf_blocks import DENSE_DTYPES
@@ -239,8 +240,8 @@ def save_directory(
         text = json.dumps(dict(config), indent=2, sort_keys=True, allow_nan=False)
         (aside / "config.json").write_text(text + "\n", encoding="utf-8")
         for file in aside.iterdir():
-            _sync(file)
-        _sync(aside)
+            sync(file)
+        sync(aside)
         aside.chmod(0o755)  # mkdtemp makes it private
         _swap(aside, target)
     finally:
@@ -258,7 +259,7 @@ def _swap(aside: Path, target: Path) -> None:
         if old.exists():
             os.rename(old, target)
         raise
-    _sync(target.parent)
+    sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -308,11 +309,3 @@ def _own(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size():
         tensor = tensor.clone()
     return tensor
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,6 +13,7 @@ import os
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fastllm.models.config import ModelConfig
 from fastllm.models.decoder import Decoder
@@ -98,13 +99,17 @@ def load_trainable(
 
 
 def accumulate_in_fp32(model: nn.Module) -> None:
-    """Let the trainable bfloat16 parameters gather their gradients in float32.
+    """Let bfloat16 parameters that are trained collect their gradients in float32.
 
-    Sums over micro batches then do not lose what a bfloat16 sum rounds away.
+    Sets `p.grad_dtype` (torch 2.10 and newer): a backward may return a float32 gradient, and
+    anything else is converted, before it is added to `p.grad`. Micro batches then add up without
+    rounding to bfloat16 in between. Call it before the first backward, and again after parameters
+    have been replaced. Gradients of FSDP2's sharded parameters are made by FSDP2 itself: they are
+    left as they are (`MixedPrecisionPolicy(reduce_dtype=torch.float32)` adds those in float32).
     """
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter.dtype == torch.bfloat16:
-            parameter.grad_dtype = torch.float32
+    for p in model.parameters():
+        if p.requires_grad and p.dtype == torch.bfloat16 and not isinstance(p, DTensor):
+            p.grad_dtype = torch.float32
 
 
 def _empty(

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from fastllm.nn.low_rank import FrozenBase, LowRank, trained_products, without_term
 from fastllm.ops.linear import linear
-from fastllm.ops.packed_layout import QUANTIZED, dense_rows
 from fastllm.ops.quant_matmul import quant_matmul
-from fastllm.ops.quant_matmul_input_grad import quant_matmul_input_grad
+from fastllm.ops.quant_matmul_input_grad import packed_input_grad
 from fastllm.quantize.packed import PackedWeight, pack, repack_
 
 
@@ -188,9 +187,7 @@ def frozen_base(layers: Sequence[Linear]) -> FrozenBase:
 
 def input_gradient(grad: Tensor, packed: PackedWeight) -> Tensor:
     """grad [..., N] times a packed weight [N, K]."""
-    if packed.format in QUANTIZED:
-        return quant_matmul_input_grad(grad, packed.data, packed.scales, packed.format)
-    return grad @ dense_rows(packed.data, packed.format, packed.n, packed.k)
+    return packed_input_grad(grad, packed.data, packed.scales, packed.format, packed.n, packed.k)
 
 
 def packed_product(

@@ -1,6 +1,6 @@
 """Dense linear layer: y = x @ weight.T + bias, fp32 accumulation, one rounding.
 
-On the CPU every output is summed in fp32 over ascending K, in chunks of 256 (bf16) or 128 columns,
+On the CPU every output is summed in fp32 over ascending K, in chunks of 256 (bf16) or 32 columns,
 whatever the number of rows or threads and whether the weight is packed ahead or on the fly: a row's
 bits never change.
 """
@@ -64,9 +64,17 @@ def _weight_gradient(g: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype != torch.float32 or not plain or not values_readable(g):
         return g.T @ x
     y = torch.empty((g.shape[1], x.shape[1]), dtype=torch.float32)
-    size = _C.gradient_product_scratch(x.shape[1], g.shape[0], True)
-    _C.gradient_product(y, g, x, torch.empty(size, dtype=torch.uint8), True, False)
+    gradient_product(y, g, x, transposed=True)
     return y
+
+
+def gradient_product(
+    y: Tensor, a: Tensor, b: Tensor, *, transposed: bool = False, add: bool = False
+) -> None:
+    """y (+)= a @ b, or a.T @ b, natively on the CPU with fp32 sums; rows are contiguous."""
+    k = a.shape[0 if transposed else 1]
+    scratch = torch.empty(_C.gradient_product_scratch(b.shape[1], k, transposed), dtype=torch.uint8)
+    _C.gradient_product(y, a, b, scratch, transposed, add)
 
 
 _linear = Op(

@@ -9,14 +9,13 @@ from torch import Tensor
 
 from .. import _C
 from . import packed_layout as layout
-from .linear import prepared_rows
+from .linear import gradient_product, prepared_rows
 from .linear_kl import KINDS
 from .lm_head import PLAIN, Head
 from .lm_head_chunks import CrossEntropy, Scaling, add_rows
 from .pages import large_empty
 from .quant_matmul import ACTIVATIONS
-
-_DEQUANTIZED_ROWS = 2048  # of a packed weight, at a time, for the gradient of x
+from .quant_matmul_input_grad import quant_matmul_input_grad
 
 
 class NativeHead:
@@ -87,30 +86,21 @@ class NativeHead:
 
     def input_gradient(self, d: Tensor, head: Head, dx: Tensor) -> None:
         if head.format == PLAIN:
-            return _product(dx, d, head.weight)
-        # The stored columns are even in number for bf16.
-        columns, format = layout.columns_of(head.weight, head.format), head.format
-        for begin in range(0, head.n, _DEQUANTIZED_ROWS):
-            ids = torch.arange(begin, min(begin + _DEQUANTIZED_ROWS, head.n))
-            w = torch.empty((ids.shape[0], columns), dtype=d.dtype)
-            scales = head.packed_scales()
-            _C.quant_embedding(w, ids, head.weight, scales, layout.FORMATS.index(format), head.n)
-            part = d[:, begin : begin + ids.shape[0]]
-            _product(dx, part, w[:, : dx.shape[1]], add=begin > 0)
-        return None
+            gradient_product(dx, d, head.weight)
+        elif head.format in layout.DENSE:
+            gradient_product(
+                dx, d, layout.dense_rows(head.weight, head.format, head.n, dx.shape[1])
+            )
+        else:
+            dx.copy_(quant_matmul_input_grad(
+                d, head.weight, head.packed_scales(), head.format, torch.float32
+            ))  # fmt: skip
 
     def weight_gradient(self, y: Tensor, d: Tensor, x: Tensor, add: bool) -> None:
-        _product(y, d, x, transposed=True, add=add)
+        gradient_product(y, d, x, transposed=True, add=add)
 
     def bias_gradient(self, y: Tensor, d: Tensor) -> None:
         _C.column_sums(y, d, True)
-
-
-def _product(y: Tensor, a: Tensor, b: Tensor, transposed: bool = False, add: bool = False) -> None:
-    """y (+)= a @ b, or a.T @ b."""
-    k = a.shape[0 if transposed else 1]
-    scratch = torch.empty(_C.gradient_product_scratch(b.shape[1], k, transposed), dtype=torch.uint8)
-    _C.gradient_product(y, a, b, scratch, transposed, add)
 
 
 def _fits(x: Tensor, weight: Tensor, scales: Any, format: str) -> bool:

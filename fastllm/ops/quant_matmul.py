@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import _C
 from . import packed_layout as layout
 from .linear import as_rows, check_output, linear_ref, prepared_rows
-from .quant_matmul_input_grad import quant_matmul_input_grad
+from .quant_matmul_input_grad import packed_input_grad
 from .registry import Op, batch_invariant
 
 ACTIVATIONS = ("int8", "bf16", "fp32")
@@ -100,11 +100,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     data, scales = ctx.saved_tensors
     dx = dbias = None
     if ctx.needs_input_grad[0]:
-        g = dy.to(ctx.x_dtype)
-        if ctx.format in layout.DENSE:
-            dx = g @ layout.dense_rows(data, ctx.format, ctx.n, ctx.k)
-        else:
-            dx = quant_matmul_input_grad(g, data, scales, ctx.format)
+        dx = packed_input_grad(dy.to(ctx.x_dtype), data, scales, ctx.format, ctx.n, ctx.k)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[5]:
         dbias = as_rows(dy.float()).sum(0).to(ctx.bias_dtype)
     return dx, None, None, None, None, dbias, None, None

@@ -106,3 +106,12 @@ def quant_matmul_input_grad(
         raise ValueError(f"out_dtype must be torch.float32 or torch.bfloat16, got {out_dtype}")
     layout.check_packed(data, scales, format, dy.shape[-1])
     return _quant_matmul_input_grad(dy, data, scales, format, out_dtype)
+
+
+def packed_input_grad(
+    dy: Tensor, data: Tensor, scales: Tensor, format: str, n: int, k: int
+) -> Tensor:
+    """`dy @ W` in the dtype of `dy` for a weight `[n, k]` in any packed format, dense ones too."""
+    if format in layout.DENSE:
+        return dy @ layout.dense_rows(data, format, n, k)
+    return quant_matmul_input_grad(dy, data, scales, format)

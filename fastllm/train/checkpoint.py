@@ -13,7 +13,6 @@ before it as they were. Nothing in it is pickled.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -29,6 +28,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fastllm.errors import CheckpointError
+from fastllm.models.disk import sha256_file, sync
 from fastllm.train import distributed
 from fastllm.train.config import flat
 from fastllm.train.state import (
@@ -121,7 +121,7 @@ class Checkpoint:
                     return f"{name} is missing"
                 if file.stat().st_size != entry["bytes"]:
                     return f"{name} has {file.stat().st_size} bytes instead of {entry['bytes']}"
-                if _sha256(file) != entry["sha256"]:
+                if sha256_file(file) != entry["sha256"]:
                     return f"{name} does not hold the bytes that were written"
         except FileNotFoundError:
             return f"{MANIFEST} is missing"
@@ -204,7 +204,8 @@ class Checkpoints:
 
     def newest(self) -> Path | None:
         """The newest directory that was renamed into place."""
-        return self.all()[-1].path if self.all() else None
+        there = self.all()
+        return there[-1].path if there else None
 
     def find(self, resume: str, say: Say) -> Checkpoint | None:
         """What `resume` ("auto" or a path) means; None if there is no checkpoint at all.
@@ -366,24 +367,10 @@ def _write_state(snapshot: Snapshot, aside: Path, group: Any) -> dict[str, Any]:
 
 
 def _entry(file: Path) -> dict[str, Any]:
-    return {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
 
 
 def _step_of(path: Path) -> int:
     found = _NAME.fullmatch(path.name)
     assert found is not None, "only such names are listed"
     return int(found.group(1))
-
-
-def sync(path: Path) -> None:
-    """Flush a file or a directory to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Gradients between backward and step: their dtype, their norm, how clipping scales them."""
+"""Gradients between backward and step: their norm, how clipping scales them."""
 
 from __future__ import annotations
 
@@ -6,24 +6,10 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from fastllm.ops.sum_of_squares import sum_of_squares
-
-
-def accumulate_in_fp32(model: nn.Module) -> None:
-    """Let bfloat16 parameters that are trained collect their gradients in float32.
-
-    Sets `p.grad_dtype` (torch 2.10 and newer): a backward may return a float32 gradient, and
-    anything else is converted, before it is added to `p.grad`. Micro batches then add up without
-    rounding to bfloat16 in between. Call it before the first backward, and again after parameters
-    have been replaced. Gradients of FSDP2's sharded parameters are made by FSDP2 itself: they are
-    left as they are (`MixedPrecisionPolicy(reduce_dtype=torch.float32)` adds those in float32).
-    """
-    for p in model.parameters():
-        if p.requires_grad and p.dtype == torch.bfloat16 and not isinstance(p, DTensor):
-            p.grad_dtype = torch.float32
 
 
 def grad_norm(parameters: Iterable[Tensor]) -> Tensor:

@@ -31,7 +31,7 @@ from fastllm.train.checkpoint import Checkpoints, differences, take_snapshot
 from fastllm.train.config import to_dict
 from fastllm.train.memory import keep_freed_memory
 from fastllm.train.metrics import Metrics, MetricsConfig
-from fastllm.train.optim import clip_grad_norm_
+from fastllm.train.optim import clip_grad_norm_, set_rates
 from fastllm.train.peak import peak_flops
 from fastllm.train.schedule import ScheduleConfig, factor
 from fastllm.train.signals import StopSignals
@@ -230,9 +230,7 @@ class _Loop:
         schedule, steps = self.config.schedule, self.progress.steps
         if self.config.seconds:  # warmup was chosen for a number of steps that was a guess
             schedule = dataclasses.replace(schedule, warmup=min(schedule.warmup, -(-steps // 10)))
-        share = factor(schedule, self.progress.step, steps)
-        for group in self.task.optimizer.param_groups:
-            group["lr"] = group.setdefault("initial_lr", group["lr"]) * share
+        set_rates(self.task.optimizer, factor(schedule, self.progress.step, steps))
 
     def check(self, loss_sum: float, tokens: float) -> None:
         """Refuse to update from a step without targets or with numbers that are none."""

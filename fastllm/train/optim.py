@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
-import torch
 from torch import Tensor, nn
 
+from fastllm.models.trainable import accumulate_in_fp32
 from fastllm.nn.embedding import Embedding
-from fastllm.train.gradients import accumulate_in_fp32, clip_grad_norm_, grad_norm
+from fastllm.train.gradients import clip_grad_norm_, grad_norm
 from fastllm.train.optimizer import MasterOptimizer
 
 __all__ = [
@@ -185,7 +185,14 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> MasterOptimizer:
     )
 
 
-def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Set every group's learning rate to `factor` times its initial one."""
+class _Rated(Protocol):
+    param_groups: list[dict[str, Any]]
+
+
+def set_rates(optimizer: _Rated, factor: float) -> None:
+    """Set every group's learning rate to `factor` times its initial one.
+
+    The initial rate is `initial_lr`, or what the group had when it was first set.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * factor
+        group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor

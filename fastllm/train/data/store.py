@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastllm.errors import DataError
+from fastllm.models.disk import sha256_file
 
 FORMAT = "fastllm-token-store"
 VERSION = 1
@@ -129,12 +130,6 @@ class TokenStore:
         if not 0 <= number < len(self.offsets) - 1:
             raise IndexError(f"document {number} of a store that has {len(self.offsets) - 1}")
         return self.tokens[int(self.offsets[number]) : int(self.offsets[number + 1])]
-
-
-def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_index(path: Path) -> dict[str, Any]:

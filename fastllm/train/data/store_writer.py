@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastllm.errors import DataError
+from fastllm.models.disk import sha256_file, sync
 
 from .store import (
     DOCUMENTS,
@@ -29,7 +30,6 @@ from .store import (
     VERSION,
     Split,
     TokenStore,
-    sha256_file,
 )
 
 
@@ -193,11 +193,7 @@ def _replace(aside: Path, place: Path) -> None:
         shutil.rmtree(old)
     else:
         aside.rename(place)
-    descriptor = os.open(place.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)  # the rename itself
-    finally:
-        os.close(descriptor)
+    sync(place.parent)  # the rename itself
 
 
 def _umask() -> int:
