@@ -14,6 +14,7 @@ from .linear_kl import linear_kl
 from .linear_logprob import linear_logprob
 from .lora_add import lora_add
 from .mla_attention import append_mla, mla_attention, new_mla_cache
+from .moe_gate import Gate, moe_gate
 from .paged_attention import paged_attention
 from .paged_cache import KvCache, new_cache
 from .quant_matmul import quant_matmul
@@ -26,6 +27,7 @@ from .sum_of_squares import sum_of_squares
 from .swiglu import swiglu
 
 __all__ = [
+    "Gate",
     "KvCache",
     "adamw_step_",
     "add_rms_norm",
@@ -41,6 +43,7 @@ __all__ = [
     "log_probs",
     "lora_add",
     "mla_attention",
+    "moe_gate",
     "new_cache",
     "new_mla_cache",
     "paged_attention",
