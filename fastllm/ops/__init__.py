@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from . import lm_head_cpu, lm_head_cuda  # noqa: F401 (they add their rows to the tables)
+from . import (  # noqa: F401 (they add their rows to the tables)
+    lm_head_cpu,
+    lm_head_cuda,
+    moe_backward,
+    quant_moe_backward,
+)
 from .adamw import adamw_step_
 from .append_kv import append_kv, rope_append_kv
 from .attention import attention
 from .embedding import embedding, quant_embedding
+from .grouped_matmul import grouped_matmul, grouped_weight_grad
 from .head_linear import head_linear
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
@@ -35,6 +41,8 @@ __all__ = [
     "append_mla",
     "attention",
     "embedding",
+    "grouped_matmul",
+    "grouped_weight_grad",
     "head_linear",
     "linear",
     "linear_cross_entropy",
