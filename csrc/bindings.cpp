@@ -199,6 +199,9 @@ PYBIND11_MODULE(_C, m) {
   op(m, "gradient_product", &Kernels::gradient_product, gradient_product_args);
   m.def("gradient_product_scratch", gradient_product_scratch);
   op(m, "column_sums", &Kernels::column_sums, column_sums_args);
+  op(m, "moe_gate", &Kernels::moe_gate, moe_gate_args);
+  m.def("moe_gate_scratch", moe_gate_scratch);
+  op(m, "moe_gate_backward", &Kernels::moe_gate_backward, moe_gate_backward_args);
 
 #ifdef FASTLLM_WITH_CUDA
   cuda_op(m, "paged_attention_cuda", cuda::paged_attention, cuda::paged_attention_call);

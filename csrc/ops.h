@@ -493,6 +493,12 @@ struct ColumnSumsArgs {
 };
 ColumnSumsArgs column_sums_args(Tensor y, Tensor x, bool add);
 
+}  // namespace fastllm
+
+#include "ops_moe.h"
+
+namespace fastllm {
+
 struct Kernels {
   Kernel<RmsNormArgs>* rms_norm;
   Kernel<RmsNormBackwardArgs>* rms_norm_backward;
@@ -522,6 +528,8 @@ struct Kernels {
   Kernel<KlRowsArgs>* kl_rows;
   Kernel<GradientProductArgs>* gradient_product;
   Kernel<ColumnSumsArgs>* column_sums;
+  Kernel<MoeGateArgs>* moe_gate;
+  Kernel<MoeGateBackwardArgs>* moe_gate_backward;
 };
 
 namespace generic {

@@ -31,6 +31,8 @@ Kernel<LossRowsArgs> loss_rows;
 Kernel<KlRowsArgs> kl_rows;
 Kernel<GradientProductArgs> gradient_product;
 Kernel<ColumnSumsArgs> column_sums;
+Kernel<MoeGateArgs> moe_gate;
+Kernel<MoeGateBackwardArgs> moe_gate_backward;
 
 const Kernels kernels = {
     .rms_norm = rms_norm,
@@ -61,6 +63,8 @@ const Kernels kernels = {
     .kl_rows = kl_rows,
     .gradient_product = gradient_product,
     .column_sums = column_sums,
+    .moe_gate = moe_gate,
+    .moe_gate_backward = moe_gate_backward,
 };
 
 }  // namespace fastllm::FASTLLM_ISA
