@@ -6,7 +6,7 @@ import importlib
 import json
 import pkgutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -64,9 +64,18 @@ def run(argv: Sequence[str]) -> int:
 
     use_threads(options.threads)
     settings = Settings(quick=options.quick, model=options.model, device=options.device)
-    measured = [row for name in names for row in measure(suites[name], settings)]
+    measured: list[Row] = []
+
+    def keep(row: Row) -> None:
+        # after every row: a peer that fails after minutes takes nothing with it
+        measured.append(row)
+        if options.json:
+            write_rows(Path(options.json), measured)
+
+    for name in names:
+        measure(suites[name], settings, keep)
     if options.json:
-        write_rows(Path(options.json), measured)
+        print(f"{len(measured)} rows written to {options.json}")
     return 0
 
 
@@ -86,8 +95,8 @@ def find_suites() -> dict[str, ModuleType]:
     return found
 
 
-def measure(suite: ModuleType, settings: Settings) -> list[Row]:
-    """Run one suite and print its table."""
+def measure(suite: ModuleType, settings: Settings, keep: Callable[[Row], None]) -> None:
+    """Run one suite, giving each row to `keep` as it is measured, and print its table."""
     from ..testing import machine
     from ..testing.suite import run_cases
 
@@ -95,6 +104,7 @@ def measure(suite: ModuleType, settings: Settings) -> list[Row]:
     start = time.perf_counter()
 
     def report(case: BenchCase, row: Row, work: Work) -> None:
+        keep(row)
         note(f"  {case}: {row.value:g} {row.unit}")
         notes.update(dict.fromkeys(work.notes))
 
@@ -105,7 +115,6 @@ def measure(suite: ModuleType, settings: Settings) -> list[Row]:
     for line in notes:
         print(f"  {line}")
     print(f"  {time.perf_counter() - start:.0f} s")
-    return rows
 
 
 def show(rows: Sequence[Row]) -> None:
@@ -129,4 +138,3 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(asdict(row), ensure_ascii=False) for row in rows]
     path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
-    print(f"{len(rows)} rows written to {path}")

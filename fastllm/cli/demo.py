@@ -141,6 +141,7 @@ def _measure(model: str, device: str, folder: Path, parts: Sequence[str]) -> Non
     for line in notes:
         print(f"  {line}")
     bench.write_rows(folder / "demo.json", rows)
+    print(f"rows: {(folder / 'demo.json').resolve()}")
     if find_spec("matplotlib") is None:
         print("matplotlib is not installed, so there is no picture (pip install matplotlib)")
         return
