@@ -1,4 +1,4 @@
-"""ModelConfig: everything that the dense decoder needs to know about a model.
+"""ModelConfig: everything that the decoder needs to know about a model.
 
 Configuration is data. Only the keys that config_hf.py and config_gguf.py name are read from a
 file, and every value is checked here, once, whatever file it came from.
@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastllm.models.mla_config import MlaConfig
+from fastllm.models.moe_config import MoeConfig
 from fastllm.models.rope_scaling import RopeConfig, yarn_scale
 
 if TYPE_CHECKING:
     from fastllm.models.gguf import GGUFTensor
 
 LATENT_TYPES = ("deepseek_v2", "deepseek_v3")  # with latent attention
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", *LATENT_TYPES)
+SPARSE_TYPES = ("mixtral", "qwen3_moe", "olmoe")  # always with experts; LATENT_TYPES may have them
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", *SPARSE_TYPES, *LATENT_TYPES)
 
 # Far above every published model, and low enough that a hostile file cannot ask for much memory.
 _BOUNDS = {
@@ -39,7 +41,7 @@ _BOUNDS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """A decoder: grouped-query or latent attention, RMSNorm, gated MLP, rotary positions.
+    """A decoder: grouped-query or latent attention, RMSNorm, MLPs or experts, rotary positions.
 
     Raises ValueError if a value is out of range or values contradict each other.
     """
@@ -60,8 +62,9 @@ class ModelConfig:
     attention_output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False  # RMSNorm over each head of q and k, before the rotation
+    qk_norm_whole: bool = False  # or over all heads of q together, and of k
     mla: MlaConfig | None = None  # latent attention; head_dim is then that of queries and keys
-    dense_layers: int | None = None  # the first so many have a plain MLP; None: all
+    experts: MoeConfig | None = None  # mixtures of experts instead of MLPs; None: no layer has one
     sliding_window: tuple[int | None, ...] = ()  # per layer: keys a query sees, itself included
     rope: RopeConfig = field(default_factory=RopeConfig)
     bos_token_id: int | None = None
@@ -77,6 +80,7 @@ class ModelConfig:
             object.__setattr__(self, "sliding_window", (None,) * self.num_hidden_layers)
         self._check_choices()
         self._check_heads()
+        self._check_experts()
         self._check_rope()
         for window in self.sliding_window:
             if window is not None and not 1 <= window <= 1 << 27:
@@ -127,11 +131,24 @@ class ModelConfig:
                 f"{self.mla.qk_head_dim} cannot have {self.num_key_value_heads} key heads of "
                 f"{self.head_dim}"
             )
+        if self.qk_norm and self.qk_norm_whole:
+            raise ValueError("qk_norm and qk_norm_whole exclude each other")
         width = self.num_attention_heads * self.head_dim
         if width > 16 * self.hidden_size + 4096:
             raise ValueError(
                 f"{self.num_attention_heads} heads of {self.head_dim} do not fit a hidden_size "
                 f"of {self.hidden_size}"
+            )
+
+    def _check_experts(self) -> None:
+        experts, can = self.experts, self.model_type in (*SPARSE_TYPES, *LATENT_TYPES)
+        if experts is None and self.model_type in SPARSE_TYPES:
+            raise ValueError(f"{self.model_type} needs experts")
+        if experts is not None and not can:
+            raise ValueError(f"{self.model_type} has no experts")
+        if experts is not None and experts.dense_layers[-1:] >= (self.num_hidden_layers,):
+            raise ValueError(
+                f"dense_layers names layer {experts.dense_layers[-1]} of {self.num_hidden_layers}"
             )
 
     def _check_rope(self) -> None:
@@ -179,22 +196,32 @@ class ModelConfig:
         window = self.sliding_window[layer]
         return -1 if window is None else window - 1
 
+    def experts_of(self, layer: int) -> MoeConfig | None:
+        """The experts of `layer`, or None where it has a plain MLP."""
+        experts = self.experts
+        return None if experts is None or layer in experts.dense_layers else experts
+
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every weight of the model under its Hugging Face name, in the model's order."""
-        hidden, inner = self.hidden_size, self.intermediate_size
+        """Every weight of the model under its Hugging Face name, in the model's order.
+
+        The experts of a layer are two tensors, `mlp.experts.gate_up_proj` and `down_proj`, as
+        transformers has them in memory; see `fastllm.models.expert_files` for how files hold them.
+        """
+        hidden = self.hidden_size
         norms = self._attention_norms()
-        linears = [
-            *self._attention_linears(),
-            ("mlp.gate_proj", inner, hidden, self.mlp_bias),
-            ("mlp.up_proj", inner, hidden, self.mlp_bias),
-            ("mlp.down_proj", hidden, inner, self.mlp_bias),
-        ]
         shapes: dict[str, tuple[int, ...]] = {
             "model.embed_tokens.weight": (self.vocab_size, hidden)
         }
         for layer in range(self.num_hidden_layers):
             prefix = f"model.layers.{layer}."
             shapes[prefix + "input_layernorm.weight"] = (hidden,)
+            experts = self.experts_of(layer)
+            inner = self.intermediate_size if experts is None else 0
+            linears = [*self._attention_linears(), *self._mlp_linears("mlp", inner)]
+            if experts is not None:
+                shared = experts.shared_intermediate_size
+                linears += self._mlp_linears("mlp.shared_experts", shared)
+                shapes |= {prefix + name: shape for name, shape in self._routed(experts)}
             for name, rows, columns, bias in linears:
                 shapes[f"{prefix}{name}.weight"] = (rows, columns)
                 if bias:
@@ -206,6 +233,28 @@ class ModelConfig:
         if not self.tie_word_embeddings:
             shapes["lm_head.weight"] = (self.vocab_size, hidden)
         return shapes
+
+    def _mlp_linears(self, name: str, inner: int) -> list[tuple[str, int, int, bool]]:
+        """(name, rows, columns, bias) of the linears of an MLP; of none if it has no columns."""
+        hidden, bias = self.hidden_size, self.mlp_bias
+        if not inner:
+            return []
+        return [
+            (f"{name}.gate_proj", inner, hidden, bias),
+            (f"{name}.up_proj", inner, hidden, bias),
+            (f"{name}.down_proj", hidden, inner, bias),
+        ]
+
+    def _routed(self, experts: MoeConfig) -> list[tuple[str, tuple[int, ...]]]:
+        """(name, shape) of the router's and the experts' tensors of a layer."""
+        count, inner, hidden = experts.num_experts, experts.moe_intermediate_size, self.hidden_size
+        bias = [("mlp.gate.e_score_correction_bias", (count,))] if experts.bias_correction else []
+        return [
+            ("mlp.gate.weight", (count, hidden)),
+            *bias,
+            ("mlp.experts.gate_up_proj", (count, 2 * inner, hidden)),
+            ("mlp.experts.down_proj", (count, hidden, inner)),
+        ]
 
     def _attention_linears(self) -> list[tuple[str, int, int, bool]]:
         """(name, rows, columns, bias) of every linear of a layer's attention."""
@@ -236,6 +285,10 @@ class ModelConfig:
     def _attention_norms(self) -> list[tuple[str, int]]:
         """(name, size) of every norm of a layer's attention."""
         if self.mla is None:
+            if self.qk_norm_whole:
+                q, kv = self.num_attention_heads, self.num_key_value_heads
+                sizes = (q * self.head_dim, kv * self.head_dim)
+                return list(zip(("self_attn.q_norm", "self_attn.k_norm"), sizes, strict=True))
             names = ("self_attn.q_norm", "self_attn.k_norm") if self.qk_norm else ()
             return [(name, self.head_dim) for name in names]
         norms = [("self_attn.kv_a_layernorm", self.mla.kv_lora_rank)]

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from fastllm.errors import ModelFileError
-from fastllm.models.config import MODEL_TYPES, ModelConfig
+from fastllm.models.config import LATENT_TYPES, MODEL_TYPES, ModelConfig
+from fastllm.models.config_hf_experts import experts_from_hf, experts_to_hf
 from fastllm.models.fields import Fields, describe
 from fastllm.models.mla_config import MlaConfig
 from fastllm.models.rope_scaling import RopeConfig
@@ -40,7 +41,8 @@ class _Defaults:
     num_key_value_heads: int | None = None  # None: as many as query heads
     head_dim: int | None = None  # None: hidden_size / num_attention_heads
     q_lora_rank: int | None = None
-    dense_layers: int = 0
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
 
 
 _MODELS = {
@@ -48,6 +50,17 @@ _MODELS = {
     "mistral": _Defaults("MistralForCausalLM", 131072, 1, (2,), num_key_value_heads=8),
     "qwen2": _Defaults("Qwen2ForCausalLM", 32768, None, (), num_key_value_heads=32),
     "qwen3": _Defaults("Qwen3ForCausalLM", 32768, None, (), num_key_value_heads=32, head_dim=128),
+    "mixtral": _Defaults(
+        "MixtralForCausalLM",
+        131072,
+        1,
+        (2,),
+        num_key_value_heads=8,
+        rms_norm_eps=1e-5,
+        rope_theta=1e6,
+    ),
+    "qwen3_moe": _Defaults("Qwen3MoeForCausalLM", 32768, None, (), num_key_value_heads=4),
+    "olmoe": _Defaults("OlmoeForCausalLM", 4096, None, (50279,), rms_norm_eps=1e-5),
     "deepseek_v2": _Defaults("DeepseekV2ForCausalLM", 2048, 1, (2,), q_lora_rank=1536),
     "deepseek_v3": _Defaults(
         "DeepseekV3ForCausalLM",
@@ -56,13 +69,13 @@ _MODELS = {
         (1,),
         num_key_value_heads=128,
         q_lora_rank=1536,
-        dense_layers=3,
     ),
 }
 
 
-_WINDOWED = ("mistral", "qwen2", "qwen3")
-_OPTIONAL_ATTENTION_BIAS = ("llama", "qwen3", "deepseek_v2", "deepseek_v3")
+_WINDOWED = ("mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
+_ONE_WINDOW = ("mistral", "mixtral", "qwen3_moe")  # of all layers, or none
+_OPTIONAL_ATTENTION_BIAS = ("llama", "qwen3", "qwen3_moe", "olmoe", *LATENT_TYPES)
 _OPTIONAL_MLP_BIAS = ("llama", "deepseek_v2")
 
 
@@ -85,7 +98,8 @@ def config_from_hf(
             model_type=model_type,
             **_sizes(fields, _MODELS[model_type]),
             **_features(fields, model_type),
-            **_latent(fields, model_type),
+            mla=_latent(fields, model_type),
+            experts=experts_from_hf(fields, model_type),
             sliding_window=_sliding_window(fields, model_type),
             rope=_rope(fields, _MODELS[model_type]),
             **_tokens(fields, _MODELS[model_type], Fields(generation or {}, path)),
@@ -138,7 +152,7 @@ def _sizes(fields: Fields, defaults: _Defaults) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": fields.integer("num_key_value_heads", default=kv_heads),
         "head_dim": head_dim,
-        "rms_norm_eps": fields.number("rms_norm_eps", default=1e-6),
+        "rms_norm_eps": fields.number("rms_norm_eps", default=defaults.rms_norm_eps),
         "max_position_embeddings": fields.integer(
             "max_position_embeddings", default=defaults.max_position_embeddings
         ),
@@ -155,17 +169,17 @@ def _features(fields: Fields, model_type: str) -> dict[str, Any]:
         "attention_bias": flag or model_type == "qwen2",
         "attention_output_bias": flag,
         "mlp_bias": model_type in _OPTIONAL_MLP_BIAS and fields.boolean("mlp_bias", default=False),
-        "qk_norm": model_type == "qwen3",
+        "qk_norm": model_type in ("qwen3", "qwen3_moe"),
+        "qk_norm_whole": model_type == "olmoe",
     }
 
 
-def _latent(fields: Fields, model_type: str) -> dict[str, Any]:
-    """Latent attention, and how many layers are not mixtures of experts."""
+def _latent(fields: Fields, model_type: str) -> MlaConfig | None:
     defaults = _MODELS[model_type]
     if defaults.q_lora_rank is None:
-        return {}
+        return None
     absent = "q_lora_rank" not in fields.values  # an explicit null means that there is none
-    mla = MlaConfig(
+    return MlaConfig(
         q_lora_rank=fields.integer("q_lora_rank", defaults.q_lora_rank if absent else None),
         kv_lora_rank=fields.integer("kv_lora_rank", 512),
         qk_nope_head_dim=fields.integer("qk_nope_head_dim", 128),
@@ -173,9 +187,6 @@ def _latent(fields: Fields, model_type: str) -> dict[str, Any]:
         v_head_dim=fields.integer("v_head_dim", 128),
         rope_interleave=model_type == "deepseek_v2" or fields.boolean("rope_interleave", True),
     )
-    dense = fields.integer("first_k_dense_replace", defaults.dense_layers)
-    layers = fields.integer("num_hidden_layers")
-    return {"mla": mla, "dense_layers": None if dense >= layers else max(dense, 0)}
 
 
 def _sliding_window(fields: Fields, model_type: str) -> tuple[int | None, ...]:
@@ -183,12 +194,14 @@ def _sliding_window(fields: Fields, model_type: str) -> tuple[int | None, ...]:
     layers = fields.integer("num_hidden_layers")
     if model_type not in _WINDOWED or not 1 <= layers <= MAX_LAYERS_LISTED:
         return ()  # ModelConfig refuses such a number of layers
-    if model_type == "mistral":
-        absent = "sliding_window" not in fields.values
+    if model_type in ("mistral", "mixtral"):
+        absent = model_type == "mistral" and "sliding_window" not in fields.values
         window = fields.integer("sliding_window", default=4096 if absent else None)
         return (window,) * layers
     enabled = fields.boolean("use_sliding_window", default=False)
     window = fields.integer("sliding_window", default=4096) if enabled else None
+    if model_type in _ONE_WINDOW:
+        return (window,) * layers
     kinds = fields.strings("layer_types", MAX_LAYERS_LISTED, default=None)
     if kinds is None:
         first = fields.integer("max_window_layers", default=28)
@@ -225,7 +238,9 @@ def _rope(fields: Fields, defaults: _Defaults) -> RopeConfig:
     partial = fields.number("partial_rotary_factor", default=1.0)
     return RopeConfig(
         type=rope_type,
-        theta=rope.number("rope_theta", default=fields.number("rope_theta", default=10000.0)),
+        theta=rope.number(
+            "rope_theta", default=fields.number("rope_theta", default=defaults.rope_theta)
+        ),
         partial_rotary_factor=rope.number("partial_rotary_factor", default=partial),
         original_max_position_embeddings=original,
         truncate=rope.boolean("truncate", default=True),
@@ -284,13 +299,15 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         values["mlp_bias"] = config.mlp_bias
     if config.mla is not None:
         values |= _latent_to_hf(config, config.mla)
+    if config.experts is not None:
+        values |= experts_to_hf(config, config.experts)
     values.update(_windows_to_hf(config))
     try:
         read_back = config_from_hf(values, "config.json", None)
     except ModelFileError as error:
         raise ValueError(f"config has no Hugging Face form: {error}") from None
     for name in ("attention_bias", "attention_output_bias", "mlp_bias", "qk_norm",
-                 "sliding_window", "mla", "dense_layers"):  # fmt: skip
+                 "qk_norm_whole", "sliding_window", "mla", "experts"):  # fmt: skip
         if getattr(read_back, name) != getattr(config, name):
             raise ValueError(
                 f"config has {name}={getattr(config, name)}, which Hugging Face's "
@@ -303,9 +320,12 @@ def _latent_to_hf(config: ModelConfig, mla: MlaConfig) -> dict[str, Any]:
     values = asdict(mla)
     if config.model_type == "deepseek_v2":
         del values["rope_interleave"]  # its class knows no other order
-    dense = config.num_hidden_layers if config.dense_layers is None else config.dense_layers
-    # transformers reads the rotated width from head_dim
-    return values | {"head_dim": mla.qk_rope_head_dim, "first_k_dense_replace": dense}
+    # transformers reads the rotated width from head_dim; experts, where there are, say how many
+    # layers have a plain MLP
+    return values | {
+        "head_dim": mla.qk_rope_head_dim,
+        "first_k_dense_replace": config.num_hidden_layers,
+    }
 
 
 def _rope_to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -341,8 +361,10 @@ def _windows_to_hf(config: ModelConfig) -> dict[str, Any]:
     window = max(windows, default=None)
     if config.model_type not in _WINDOWED:
         return {}
-    if config.model_type == "mistral":
+    if config.model_type in ("mistral", "mixtral"):
         return {"sliding_window": window}
+    if config.model_type in _ONE_WINDOW:
+        return {"use_sliding_window": window is not None, "sliding_window": window}
     kinds = ["full_attention" if w is None else "sliding_attention" for w in config.sliding_window]
     first = kinds.index("sliding_attention") if windows else config.num_hidden_layers
     return {

@@ -17,11 +17,12 @@ from torch.distributed.tensor import DTensor
 
 from fastllm.models.config import ModelConfig
 from fastllm.models.decoder import Decoder
+from fastllm.models.expert_files import holds_experts
 from fastllm.models.loader import DTYPES, check_device, choose_compute, is_quantized, load_model
 from fastllm.models.names import resolve
 from fastllm.models.weights import WeightSource, open_weights
 
-_RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight")
+_RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight", "experts.down_proj")
 
 
 def initialize(
@@ -37,8 +38,8 @@ def initialize(
     Matrices are normal with deviation sqrt(2 / (5 hidden)) (Nguyen and Salazar, 2019; arXiv
     1910.05895); those that write to the residual stream are divided by sqrt(2 layers), so that its
     variance at the end does not grow with depth (Radford et al., 2019). Norms are 1, biases 0.
-    Every tensor has a generator of its own, seeded by `seed` and its name: the values depend
-    neither on the device nor on the number of processes nor on the other tensors.
+    Every tensor has a generator of its own, seeded by `seed` and its name, and so has every expert:
+    the values depend neither on the device nor on the number of processes nor on other tensors.
 
     Args:
         config: sizes and kind.
@@ -54,7 +55,13 @@ def initialize(
         raise ValueError(f"dtype must be torch.bfloat16 or torch.float32, got {dtype!r:.80}")
     model = _empty(config, dtype, check_device(device), max_positions)
     for name, shape in config.weight_shapes().items():
-        _set(model, name, _initial(config, name, shape, seed).to(dtype))
+        if holds_experts(name):
+            data = torch.empty(shape, dtype=dtype)
+            for expert, rows in enumerate(data):
+                rows.copy_(_initial(config, name, shape[1:], seed, expert))
+            _set(model, name, data)
+        else:
+            _set(model, name, _initial(config, name, shape, seed).to(dtype))
     return _ready(model)
 
 
@@ -89,6 +96,9 @@ def load_trainable(
         return load_model(source, compute, where, activation, max_positions).train()
     model = _empty(source.config, compute, where, max_positions)
     for name, shape in source.config.weight_shapes().items():
+        if holds_experts(name):
+            _set(model, name, _read_experts(source, name, shape, compute))
+            continue
         data = source.get(name).data
         # Norms and biases stay as precise as the file has them, as in `load_model`.
         precise = len(shape) == 1 and data.dtype != torch.bfloat16
@@ -124,10 +134,24 @@ def _empty(
     )
 
 
+def _read_experts(
+    source: WeightSource, name: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    """The experts of a layer, read and converted one by one."""
+    data = torch.empty(shape, dtype=dtype)
+    for expert, rows in enumerate(data):
+        rows.copy_(source.get_expert(name, expert).data)
+    source.release(name)
+    return data
+
+
 def _set(model: Decoder, name: str, data: Tensor) -> None:
     owner, _, attribute = name.rpartition(".")
-    parameter = nn.Parameter(data.to(model.device))
-    setattr(model.get_submodule(owner), attribute, parameter)
+    module = model.get_submodule(owner)
+    if attribute in module._buffers:  # a router's bias, which stays float32
+        setattr(module, attribute, data.to(model.device, torch.float32))
+    else:
+        setattr(module, attribute, nn.Parameter(data.to(model.device)))
 
 
 def _ready(model: Decoder) -> Decoder:
@@ -137,13 +161,16 @@ def _ready(model: Decoder) -> Decoder:
     return model.train()
 
 
-def _initial(config: ModelConfig, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    """Float32 values of one weight."""
+def _initial(
+    config: ModelConfig, name: str, shape: tuple[int, ...], seed: int, expert: int | None = None
+) -> Tensor:
+    """Float32 values of one weight, or of one expert's part of it."""
     if len(shape) == 1:
-        return torch.zeros(shape) if name.endswith(".bias") else torch.ones(shape)
+        return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
     deviation = math.sqrt(0.4 / config.hidden_size)
     if name.endswith(_RESIDUAL_OUTPUTS):
         deviation /= math.sqrt(2 * config.num_hidden_layers)
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    key = f"{seed}/{name}" if expert is None else f"{seed}/{name}.{expert}"
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
     return torch.randn(shape, generator=generator).mul_(deviation)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -20,6 +20,7 @@ import torch
 from fastllm.errors import ModelFileError
 from fastllm.models.config import ModelConfig
 from fastllm.models.config_gguf import ROPE_TENSORS
+from fastllm.models.expert_files import members, stored_shapes, usual_name
 from fastllm.models.gguf import GGUFFile, GGUFTensor
 from fastllm.models.mla_config import half_split_index
 from fastllm.models.safetensors_files import SafetensorsFiles
@@ -56,7 +57,13 @@ class WeightSource(Protocol):
     names: tuple[str, ...]
 
     def get(self, name: str) -> StoredTensor:
-        """One weight as it is stored. KeyError for a name that is not in `names`."""
+        """One weight as it is stored. KeyError for a name that is not in `names`.
+
+        The experts of a layer come out as one tensor, which may be a copy of them all.
+        """
+
+    def get_expert(self, name: str, expert: int) -> StoredTensor:
+        """The matrix of one expert in the weight `name` [experts, rows, columns]."""
 
     def release(self, name: str | None = None) -> None:
         """Give back the pages of one weight, or of all, after they have been packed."""
@@ -85,33 +92,55 @@ class SafetensorsWeights:
         self.path = directory
         self.files = SafetensorsFiles.open(directory)
         self.config = ModelConfig.from_directory(directory)
-        if self.config.dense_layers is not None:
-            raise ModelFileError(
-                directory / "config.json",
-                "first_k_dense_replace",
-                f"layers from {self.config.dense_layers} on are mixtures of experts, which are "
-                "not supported",
-                "Use a model whose layers all have a plain MLP",
-            )
-        shapes = self.config.weight_shapes()
-        self.names = tuple(shapes)
-        found = {
-            name: entry.shape
-            for name, entry in self.files.entries.items()
-            if not _is_derived(name, self.config)
-        }
-        _check_names(directory, shapes, found, dict(zip(shapes, shapes, strict=True)))
+        self._shapes = self.config.weight_shapes()
+        self.names = tuple(self._shapes)
+        self._stored = _usual_names(directory, self.files, self.config)
+        expected = stored_shapes(self.config, self._stored)
+        found = {name: self.files.entries[own].shape for name, own in self._stored.items()}
+        _check_names(directory, expected, found, self._stored)
 
     def get(self, name: str) -> StoredTensor:
-        stored, mla = self.files.get(name), self.config.mla
+        if name not in self._stored and name in self._shapes:  # experts, matrix by matrix
+            count = self._shapes[name][0]
+            return _joined([self.get_expert(name, i) for i in range(count)], torch.stack)
+        stored, mla = self.files.get(self._stored[name]), self.config.mla
         index = None
         if mla is not None:
             index = half_split_index(mla, self.config.num_attention_heads, name)
         return stored if index is None else replace(stored, data=stored.data[index])
 
+    def get_expert(self, name: str, expert: int) -> StoredTensor:
+        if name in self._stored:
+            whole = self.files.get(self._stored[name])
+            return StoredTensor(whole.format, whole.shape[1:], whole.data[expert])
+        parts = [self.files.get(self._stored[part]) for part in members(name, expert)]
+        return parts[0] if len(parts) == 1 else _joined(parts, torch.cat)
+
     def release(self, name: str | None = None) -> None:
         if name is None:  # the library maps whole files: one tensor's pages cannot be named
             self.files.release()
+
+
+def _usual_names(directory: Path, files: SafetensorsFiles, config: ModelConfig) -> dict[str, str]:
+    """The names in the files of the tensors that belong to the model, by their usual names."""
+    stored: dict[str, str] = {}
+    for own in files.entries:
+        name = usual_name(own, config)
+        if _is_derived(name, config):
+            continue
+        if name in stored:
+            raise ModelFileError(directory, own, f"is the same weight as {stored[name]}")
+        stored[name] = own
+    return stored
+
+
+def _joined(
+    parts: list[StoredTensor], join: Callable[[list[torch.Tensor]], torch.Tensor]
+) -> StoredTensor:
+    """Dense tensors as one; of different dtypes in float32."""
+    same = len({part.format for part in parts}) == 1
+    data = join([part.data if same else part.to_float32() for part in parts])
+    return StoredTensor(parts[0].format if same else "f32", tuple(data.shape), data)
 
 
 def _is_derived(name: str, config: ModelConfig) -> bool:
@@ -142,7 +171,7 @@ class GGUFWeights:
                 self._tensors[self._hf_name(tensor)] = tensor
         found = {name: tensor.shape for name, tensor in self._tensors.items()}
         gguf_names = {hf: tensor.name for hf, tensor in self._tensors.items()}
-        _check_names(file.path, shapes, found, gguf_names)
+        _check_names(file.path, shapes.items(), found, gguf_names)
         for tensor in self._tensors.values():
             _check_format(file.path, tensor)
         self._half_split: dict[int, torch.Tensor] = {}
@@ -171,6 +200,9 @@ class GGUFWeights:
         if ".self_attn.k_proj." in name:
             return self._in_half_split_order(stored, self.config.num_key_value_heads)
         return stored
+
+    def get_expert(self, name: str, expert: int) -> StoredTensor:
+        raise KeyError(f"{name}: models of GGUF files have no experts")
 
     def _in_half_split_order(self, stored: StoredTensor, heads: int) -> StoredTensor:
         if heads not in self._half_split:
@@ -218,12 +250,13 @@ def _check_format(path: Path, tensor: GGUFTensor) -> None:
 
 def _check_names(
     path: Path,
-    expected: Mapping[str, tuple[int, ...]],
+    expected: Iterable[tuple[str, tuple[int, ...]]],
     found: Mapping[str, tuple[int, ...]],
     file_names: Mapping[str, str],
 ) -> None:
     """Every weight there, with the shape that the configuration gives it, and nothing else."""
-    for name, shape in expected.items():
+    known = set()  # ends at the first that is missing: no larger than the files are
+    for name, shape in expected:
         if name not in found:
             raise ModelFileError(path, name, "the weight is missing from the file")
         if found[name] != shape:
@@ -232,8 +265,9 @@ def _check_names(
                 file_names.get(name, name),
                 f"has shape {list(found[name])}, the configuration says {list(shape)}",
             )
+        known.add(name)
     for name in found:
-        if name not in expected:
+        if name not in known:
             raise ModelFileError(
                 path,
                 file_names.get(name, name),

@@ -22,13 +22,14 @@ class Attention(nn.Module):
     """Grouped queries: `heads` of q for `kv_heads` of k and v.
 
     window_left: keys before its own that a query sees, -1 = all. norm_eps: of the RMSNorm over
-    each head of q and k, None: there is none.
+    each head of q and k, or with `norm_whole` over all heads of q and over all of k; None: there
+    is none.
     """
 
     def __init__(
         self, hidden: int, *, heads: int, kv_heads: int, head_dim: int, window_left: int = -1,
         bias: bool = False, output_bias: bool = False, norm_eps: float | None = None,
-        activation: str = "bf16",
+        norm_whole: bool = False, activation: str = "bf16",
     ) -> None:  # fmt: skip
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
@@ -39,8 +40,11 @@ class Attention(nn.Module):
         self.k_proj = Linear(hidden, kv_size, bias, activation)
         self.v_proj = Linear(hidden, kv_size, bias, activation)
         self.o_proj = Linear(q_size, hidden, output_bias, activation)
-        self.q_norm = None if norm_eps is None else RMSNorm(head_dim, norm_eps)
-        self.k_norm = None if norm_eps is None else RMSNorm(head_dim, norm_eps)
+        self.norm_whole = norm_whole
+        self.q_norm = self.k_norm = None
+        if norm_eps is not None:
+            self.q_norm = RMSNorm(q_size if norm_whole else head_dim, norm_eps)
+            self.k_norm = RMSNorm(kv_size if norm_whole else head_dim, norm_eps)
         members = (self.q_proj, self.k_proj, self.v_proj)
         self.qkv = ParallelLinear(members, ("q_proj", "k_proj", "v_proj"))
 
@@ -75,7 +79,10 @@ class Attention(nn.Module):
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [T, heads, D], k and v [T, kv_heads, D], before the rotation."""
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv(x))
-        if self.q_norm is not None and self.k_norm is not None:
+        q, k, v = self.qkv(x)
+        if self.norm_whole and self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
+        if not self.norm_whole and self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
