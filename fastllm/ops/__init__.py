@@ -20,11 +20,14 @@ from .linear_kl import linear_kl
 from .linear_logprob import linear_logprob
 from .lora_add import lora_add
 from .mla_attention import append_mla, mla_attention, new_mla_cache
+from .moe import moe
+from .moe_dispatch import moe_dispatch
 from .moe_gate import Gate, moe_gate
 from .paged_attention import paged_attention
 from .paged_cache import KvCache, new_cache
 from .quant_matmul import quant_matmul
 from .quant_matmul_input_grad import quant_matmul_input_grad
+from .quant_moe import quant_moe
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import rope
 from .sampling import log_probs, sampling, top_log_probs
@@ -51,6 +54,8 @@ __all__ = [
     "log_probs",
     "lora_add",
     "mla_attention",
+    "moe",
+    "moe_dispatch",
     "moe_gate",
     "new_cache",
     "new_mla_cache",
@@ -58,6 +63,7 @@ __all__ = [
     "quant_embedding",
     "quant_matmul",
     "quant_matmul_input_grad",
+    "quant_moe",
     "rms_norm",
     "rope",
     "rope_append_kv",

@@ -56,7 +56,7 @@ class Impl:
     name: str
     device: str
     fn: Callable[..., Any]
-    dtypes: frozenset[torch.dtype]  # of the op's first floating argument
+    dtypes: frozenset[torch.dtype]  # of the op's first floating argument, else of its first tensor
     variants: frozenset[str]  # e.g. packed formats or activation modes; empty: the op has none
     when: Callable[..., bool] | None
     opt_in: bool
@@ -138,14 +138,17 @@ class Op:
 
     def select(self, args: tuple[Any, ...]) -> Callable[..., Any]:
         """The implementation that serves `args`: the first row that supports them, else `ref`."""
+        first = None
         for arg in args:
-            if isinstance(arg, Tensor) and arg.dtype.is_floating_point:
-                return self._choose(arg, args)
-        return self._reference(args)
+            if isinstance(arg, Tensor):
+                if arg.dtype.is_floating_point:
+                    return self._choose(arg, args)
+                first = arg if first is None else first
+        return self._reference(args) if first is None else self._choose(first, args)
 
     def _choose(self, first: Tensor, args: tuple[Any, ...]) -> Callable[..., Any]:
-        # `first` is the first floating tensor of args. The rows left after device and dtype are
-        # cached: this runs in every eager call.
+        # `first` is the first floating tensor of args, or the first one of an op on integers. The
+        # rows left after device and dtype are cached: this runs in every eager call.
         device = "cpu" if first.is_cpu else first.device.type
         dtype = first.dtype
         rows = self._rows.get((device, dtype))
@@ -173,12 +176,12 @@ class Op:
         if is_compiling() or _dispatch_modes() or _functorch_level():
             return self.overload(*args)
         first = None
-        needs_grad = False
+        floating = needs_grad = False
         for arg in args:
             kind = type(arg)
             if kind is Tensor or kind is Parameter:
-                if first is None and arg.dtype.is_floating_point:
-                    first = arg
+                if not floating and (first is None or arg.dtype.is_floating_point):
+                    first, floating = arg, arg.dtype.is_floating_point
                 if arg.requires_grad:
                     needs_grad = True
             elif kind not in _PLAIN_TYPES and isinstance(arg, Tensor):
