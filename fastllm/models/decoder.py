@@ -136,6 +136,15 @@ class Decoder(nn.Module):
             yield f"model.layers.{i}.self_attn", layer.self_attn.qkv
             yield f"model.layers.{i}.mlp", layer.mlp.gate_up
 
+    def weights(self) -> dict[str, Tensor]:
+        """The live tensors of a model of plain weights, under the names of `weight_shapes`.
+
+        Parameters, a tied LM head once, and the buffers that are weights (biases of routers).
+        """
+        kept = self.state_dict(keep_vars=True)
+        shapes = self.config.weight_shapes()
+        return {name: tensor for name, tensor in kept.items() if name in shapes}
+
     def pack_(self) -> None:
         """Make packed caches of the parameters, for generation on live weights.
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..models.config import ModelConfig
+from ..models.moe_config import MoeConfig
 from ..models.rope_scaling import rope_tables
 
 LATENT_EPS = 1e-6  # of the norms of latents
@@ -28,8 +29,8 @@ def plain_logits(config: ModelConfig, weights: Mapping[str, Tensor], ids: Sequen
         attend = _attention if config.mla is None else _latent_attention
         h = h + attend(config, own, x, config.window_left(layer))
         x = _norm(h, own["post_attention_layernorm.weight"], config.rms_norm_eps)
-        gate, up = _linear(own, "mlp.gate_proj", x), _linear(own, "mlp.up_proj", x)
-        h = h + _linear(own, "mlp.down_proj", F.silu(gate) * up)
+        experts = config.experts_of(layer)
+        h = h + (_mlp(own, "mlp", x) if experts is None else _experts(experts, own, x))
     h = _norm(h, weights["model.norm.weight"], config.rms_norm_eps)
     return h @ (table if config.tie_word_embeddings else weights["lm_head.weight"]).T
 
@@ -51,6 +52,38 @@ def _linear(own: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
     y = x @ own[f"{name}.weight"].T
     bias = own.get(f"{name}.bias")
     return y if bias is None else y + bias
+
+
+def _mlp(own: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
+    gate, up = _linear(own, f"{name}.gate_proj", x), _linear(own, f"{name}.up_proj", x)
+    return _linear(own, f"{name}.down_proj", F.silu(gate) * up)
+
+
+def _experts(experts: MoeConfig, own: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """Every expert for every token, weighted with 0 where it was not chosen."""
+    weights = _gate_weights(experts, own, _linear(own, "mlp.gate", x))
+    y = _mlp(own, "mlp.shared_experts", x) if experts.shared else torch.zeros_like(x)
+    for e in range(experts.num_experts):
+        gate, up = (x @ own["mlp.experts.gate_up_proj"][e].T).chunk(2, -1)
+        y = y + weights[:, e, None] * ((F.silu(gate) * up) @ own["mlp.experts.down_proj"][e].T)
+    return y
+
+
+def _gate_weights(experts: MoeConfig, own: Mapping[str, Tensor], logits: Tensor) -> Tensor:
+    """[T, E]: what each expert's output is multiplied with."""
+    scores = logits.softmax(-1) if experts.scoring == "softmax" else logits.sigmoid()
+    choice = scores
+    if experts.bias_correction:
+        choice = scores + own["mlp.gate.e_score_correction_bias"]
+    grouped = choice.unflatten(1, (experts.groups, -1))
+    best = grouped.topk(2 if experts.group_score == "top2" else 1, -1).values.sum(-1)
+    kept = torch.zeros_like(best).scatter(1, best.topk(experts.kept_groups, -1).indices, 1.0)
+    choice = choice.masked_fill(kept.repeat_interleave(grouped.shape[2], 1) == 0, float("-inf"))
+    chosen = torch.zeros_like(scores).scatter(1, choice.topk(experts.per_token, -1).indices, 1.0)
+    weights = scores * chosen
+    if experts.renormalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return weights * experts.scale
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -77,10 +110,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window_left: int) -> 
 def _attention(
     config: ModelConfig, own: Mapping[str, Tensor], x: Tensor, window_left: int
 ) -> Tensor:
-    q, k, v = (
-        _linear(own, f"self_attn.{name}_proj", x).unflatten(-1, (-1, config.head_dim))
-        for name in "qkv"
-    )
+    q, k, v = (_linear(own, f"self_attn.{name}_proj", x) for name in "qkv")
+    if config.qk_norm_whole:
+        q = _norm(q, own["self_attn.q_norm.weight"], config.rms_norm_eps)
+        k = _norm(k, own["self_attn.k_norm.weight"], config.rms_norm_eps)
+    q, k, v = (part.unflatten(-1, (-1, config.head_dim)) for part in (q, k, v))
     if config.qk_norm:
         q = _norm(q, own["self_attn.q_norm.weight"], config.rms_norm_eps)
         k = _norm(k, own["self_attn.k_norm.weight"], config.rms_norm_eps)

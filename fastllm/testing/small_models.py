@@ -11,6 +11,7 @@ from torch import Tensor
 from ..models.config import ModelConfig
 from ..models.decoder import Decoder
 from ..models.mla_config import MlaConfig
+from ..models.moe_config import MoeConfig
 from ..models.trainable import initialize
 from ..nn.batch import Documents
 
@@ -37,11 +38,42 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3": {"model_type": "qwen3", "qk_norm": True},
     "deepseek v3": {"model_type": "deepseek_v3", **_LATENT},
 }  # fmt: skip
+_ROUTED: dict[str, Any] = {"num_experts": 8, "per_token": 3, "moe_intermediate_size": 40}
+SPARSE: dict[str, dict[str, Any]] = {
+    "mixtral": {
+        "model_type": "mixtral",
+        "experts": MoeConfig(
+            num_experts=4, per_token=2, moe_intermediate_size=80, renormalize=True
+        ),
+    },
+    "qwen3 moe": {
+        "model_type": "qwen3_moe", "qk_norm": True, "num_hidden_layers": 3,
+        "experts": MoeConfig(**_ROUTED, renormalize=True, dense_layers=(1,)),
+    },
+    "olmoe": {
+        "model_type": "olmoe", "qk_norm_whole": True, "num_attention_heads": 3,
+        "num_key_value_heads": 3,
+        "experts": MoeConfig(**_ROUTED | {"moe_intermediate_size": 80}),
+    },
+    "deepseek v2 experts": {
+        "model_type": "deepseek_v2", **_LATENT,
+        "experts": MoeConfig(
+            **_ROUTED, shared=2, groups=4, kept_groups=2, scale=1.5, dense_layers=(0,)
+        ),
+    },
+    "deepseek v3 experts": {
+        "model_type": "deepseek_v3", **_LATENT,
+        "experts": MoeConfig(
+            **_ROUTED, shared=1, scoring="sigmoid", groups=2, kept_groups=1, group_score="top2",
+            renormalize=True, scale=2.5, bias_correction=True, dense_layers=(0,),
+        ),
+    },
+}  # fmt: skip
 
 
 def config_of(case: str) -> ModelConfig:
-    """The configuration of one of CONFIGS."""
-    return ModelConfig(**{**_SIZES, **CONFIGS[case]})
+    """The configuration of one of CONFIGS or SPARSE."""
+    return ModelConfig(**{**_SIZES, **(CONFIGS | SPARSE)[case]})
 
 
 def model_of(case: str, dtype: torch.dtype, seed: int = 0) -> Decoder:
@@ -49,7 +81,7 @@ def model_of(case: str, dtype: torch.dtype, seed: int = 0) -> Decoder:
     model = initialize(config_of(case), dtype=dtype, seed=seed)
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in model.weights().values():
             if parameter.dim() == 1:
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=g))
             else:
