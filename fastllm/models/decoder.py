@@ -1,4 +1,4 @@
-"""The decoder: one dense pre-norm transformer for Llama, SmolLM, Mistral, Qwen and DeepSeek.
+"""The decoder: one pre-norm transformer for Llama, Mistral, Mixtral, Qwen, OLMoE and DeepSeek.
 
 The residual stream is float32; blocks compute in bfloat16 or float32; logits are float32. Whole
 prompts, chunks of prompts, batched decode steps and captured graphs all run this one forward.
@@ -20,6 +20,7 @@ from fastllm.nn.embedding import Embedding
 from fastllm.nn.linear import Linear, ParallelLinear
 from fastllm.nn.mla import MultiHeadLatentAttention
 from fastllm.nn.mlp import MLP
+from fastllm.nn.moe import Experts, MoE, Router
 from fastllm.nn.norm import RMSNorm
 from fastllm.ops.linear_cross_entropy import linear_cross_entropy
 from fastllm.ops.linear_logprob import linear_logprob
@@ -33,12 +34,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, activation: str) -> None:
         super().__init__()
         self.self_attn = make_attention(config, layer, activation)
-        self.mlp = MLP(
-            config.hidden_size,
-            config.intermediate_size,
-            bias=config.mlp_bias,
-            activation=activation,
-        )
+        self.mlp = make_feed_forward(config, layer, activation)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -71,7 +67,8 @@ def make_attention(
             window_left=config.window_left(layer),
             bias=config.attention_bias,
             output_bias=config.attention_output_bias,
-            norm_eps=config.rms_norm_eps if config.qk_norm else None,
+            norm_eps=config.rms_norm_eps if config.qk_norm or config.qk_norm_whole else None,
+            norm_whole=config.qk_norm_whole,
             activation=activation,
         )
     return MultiHeadLatentAttention(
@@ -84,6 +81,28 @@ def make_attention(
         value_dim=config.mla.v_head_dim,
         softmax_scale=config.softmax_scale,
         bias=config.attention_bias,
+        activation=activation,
+    )
+
+
+def make_feed_forward(config: ModelConfig, layer: int, activation: str) -> MLP | MoE:
+    """The MLP or the mixture of experts of a layer, without weights."""
+    experts = config.experts_of(layer)
+    if experts is None:
+        return MLP(
+            config.hidden_size,
+            config.intermediate_size,
+            bias=config.mlp_bias,
+            activation=activation,
+        )
+    return MoE(
+        config.hidden_size,
+        experts.moe_intermediate_size,
+        experts.num_experts,
+        experts.routing,
+        shared_inner=experts.shared_intermediate_size,
+        bias_correction=experts.bias_correction,
+        bias=config.mlp_bias,
         activation=activation,
     )
 
@@ -134,7 +153,10 @@ class Decoder(nn.Module):
         """Every group of linears that may run as one product, with its module's name."""
         for i, layer in enumerate(self.model.layers):
             yield f"model.layers.{i}.self_attn", layer.self_attn.qkv
-            yield f"model.layers.{i}.mlp", layer.mlp.gate_up
+            if isinstance(layer.mlp, MLP):
+                yield f"model.layers.{i}.mlp", layer.mlp.gate_up
+            elif layer.mlp.shared_experts is not None:
+                yield f"model.layers.{i}.mlp.shared_experts", layer.mlp.shared_experts.gate_up
 
     def weights(self) -> dict[str, Tensor]:
         """The live tensors of a model of plain weights, under the names of `weight_shapes`.
@@ -163,6 +185,8 @@ class Decoder(nn.Module):
         for module in self.modules():
             if isinstance(module, Linear) and module not in grouped and module.weight is not None:
                 module.pack_()
+            elif isinstance(module, Experts) and module.gate_up_proj is not None:
+                module.pack_()
 
     def weights_changed(self) -> None:
         """Say that weights have changed: packed caches are made again before they are next used.
@@ -184,6 +208,12 @@ class Decoder(nn.Module):
     def served_tensors(self) -> Iterator[Tensor]:
         """Every tensor that holds weights and that a forward pass may read: to see them move."""
         yield from self.parameters()
+        for module in self.modules():
+            if isinstance(module, Experts):
+                for packed in module.packs():
+                    yield from (packed.data, packed.scales)
+            elif isinstance(module, Router) and module.e_score_correction_bias is not None:
+                yield module.e_score_correction_bias
         owners: list[Linear | ParallelLinear | Embedding] = [
             group for _, group in self.parallel_linears()
         ]

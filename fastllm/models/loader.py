@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastllm.models.config import ModelConfig
 from fastllm.models.decoder import Decoder
+from fastllm.models.expert_files import to_files
 from fastllm.models.mla_config import half_split_index
 from fastllm.models.names import resolve
 from fastllm.models.safetensors_files import save_directory
@@ -22,9 +23,12 @@ from fastllm.models.stored_tensor import StoredTensor
 from fastllm.models.tokenizer import Tokenizer
 from fastllm.models.weights import GGUFWeights, WeightSource, open_weights
 from fastllm.nn.linear import DenseLinear, Linear, ParallelLinear
+from fastllm.nn.moe import Experts, Router
 from fastllm.ops.pages import Arena
 from fastllm.quantize.gguf_blocks import QUANTIZED_FORMATS
 from fastllm.quantize.packed import PackedWeight, pack, unpack
+from fastllm.quantize.packed_experts import PackedExperts, empty_experts, pack_expert_
+from fastllm.quantize.packed_experts import unpack as unpack_experts
 
 DTYPES = {
     "float32": torch.float32,
@@ -142,6 +146,8 @@ class _Loader:
                 module.weight = self._matrix(f"{name}.weight")
             elif isinstance(module, Linear) and module.weight is not None and module.packed is None:
                 self._fill_linear(module, name, body.embed_tokens.packed)
+            elif isinstance(module, Experts):
+                self._fill_experts(module, name)
         self._fill_vectors(model)
         self.source.release()
 
@@ -161,6 +167,21 @@ class _Loader:
         linear.packed = embedding if tied else self._pack([f"{name}.weight"])[0]
         linear.weight = None
 
+    def _fill_experts(self, experts: Experts, name: str) -> None:
+        """Packed one by one, so that no layer's experts are there twice."""
+        experts.packed_gate_up = self._pack_experts(f"{name}.gate_up_proj", experts.count)
+        experts.packed_down = self._pack_experts(f"{name}.down_proj", experts.count)
+        experts.gate_up_proj = experts.down_proj = None
+
+    def _pack_experts(self, name: str, count: int) -> PackedExperts:
+        first = self.source.get_expert(name, 0)
+        format, (n, k) = self._format(first), first.shape
+        packed = empty_experts(format, count, n, k, self.device, self.arena)
+        for expert in range(count):
+            pack_expert_(packed, expert, self.source.get_expert(name, expert).data)
+        self.source.release(name)
+        return packed
+
     def _fill_bias(self, linear: Linear, name: str) -> None:
         if linear.bias is not None:
             linear.bias = self._vector(f"{name}.bias")
@@ -170,6 +191,10 @@ class _Loader:
             if parameter.is_meta:
                 owner, _, attribute = name.rpartition(".")
                 setattr(model.get_submodule(owner), attribute, self._vector(name))
+        for name, module in model.named_modules():
+            if isinstance(module, Router) and module.e_score_correction_bias is not None:
+                bias = self._vector(f"{name}.e_score_correction_bias")
+                module.e_score_correction_bias = bias.detach().float()
 
     def _matrix(self, name: str) -> nn.Parameter:
         """A weight that is used as it lies, in the compute dtype."""
@@ -222,23 +247,33 @@ def save_pretrained(
     the directory exists and `overwrite` is false.
     """
     config = replace(model.config, dtype=model.dtype)
-    save_directory(directory, hf_tensors(model), config.to_hf(), overwrite=overwrite)
+    tensors = to_files(hf_tensors(model), config)
+    save_directory(directory, tensors, config.to_hf(), overwrite=overwrite)
     if tokenizer is not None:
         tokenizer.save(directory)
 
 
 def hf_tensors(model: Decoder) -> dict[str, Tensor]:
-    """Every weight, in Hugging Face layout and under its name, in the order of the model."""
-    found = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    """Every weight, in Hugging Face layout and under its name, in the order of the model.
+
+    Experts are one tensor: `fastllm.models.expert_files.to_files` gives the names of files.
+    """
+    found = {name: tensor.detach() for name, tensor in model.weights().items()}
     for name, group in model.parallel_linears():
-        if group.packed is not None:
-            names = [f"{name}.{member}.weight" for member in group.names]
+        names = [f"{name}.{member}.weight" for member in group.names]
+        if group.packed is not None and names[0] not in found:  # a cache may be stale
             parts = _dense(group.packed, names).split(group.sizes)
             found.update(zip(names, parts, strict=True))
     for name, module in model.named_modules():
         packed = getattr(module, "packed", None)
         if isinstance(packed, PackedWeight) and f"{name}.weight" not in found:
             found[f"{name}.weight"] = _dense(packed, [name])
+        if isinstance(module, Experts):
+            for part, experts in (
+                ("gate_up_proj", module.packed_gate_up), ("down_proj", module.packed_down),
+            ):  # fmt: skip
+                if experts is not None and f"{name}.{part}" not in found:
+                    found[f"{name}.{part}"] = _dense_experts(experts, f"{name}.{part}")
     return {name: in_file_order(found[name], name, model.config) for name in _names(model.config)}
 
 
@@ -266,8 +301,18 @@ def _names(config: ModelConfig) -> Iterable[str]:
 
 def _dense(packed: PackedWeight, names: Sequence[str]) -> Tensor:
     if packed.format in QUANTIZED_FORMATS:
-        raise ValueError(
-            f"{names[0]} is quantized ({packed.format}), which a Hugging Face directory cannot "
-            "hold; load the unquantized model to save it"
-        )
+        raise _is_quantized(names[0], packed.format)
     return unpack(packed).to(packed.data.dtype)
+
+
+def _dense_experts(packed: PackedExperts, name: str) -> Tensor:
+    if packed.format in QUANTIZED_FORMATS:
+        raise _is_quantized(name, packed.format)
+    return unpack_experts(packed).to(packed.data.dtype)
+
+
+def _is_quantized(name: str, format: str) -> ValueError:
+    return ValueError(
+        f"{name} is quantized ({format}), which a Hugging Face directory cannot hold; load the "
+        "unquantized model to save it"
+    )

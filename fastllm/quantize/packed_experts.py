@@ -78,6 +78,25 @@ def pack_experts(
         raise ValueError(f"rows must have three dimensions, [E, n, ...], got {tuple(rows.shape)}")
     experts, n, width = rows.shape
     k = width if format in layout.DENSE else _columns(format, width)
+    packed = empty_experts(format, experts, n, k, device, arena)
+    for e in range(experts):
+        pack_expert_(packed, e, rows[e])
+    return packed
+
+
+def empty_experts(
+    format: str,
+    experts: int,
+    n: int,
+    k: int,
+    device: torch.device | str = "cpu",
+    arena: Arena | None = None,
+) -> PackedExperts:
+    """Memory for so many `[n, k]` weights in the layout of `device`: `pack_expert_` fills it.
+
+    The other arguments are those of `pack_experts`. Raises ValueError on an unknown format.
+    """
+    layout.check_format(format)
     per_group = rows_per_group(device)
     data_shape = (experts, *layout.data_shape(format, n, k, per_group))
     scales_shape = (experts, *layout.scales_shape(format, n, k, per_group))
@@ -87,10 +106,22 @@ def pack_experts(
         scales = torch.empty(scales_shape, dtype=torch.float16, device=device)
     else:
         data, scales = arena.empty(data_shape, dtype), arena.empty(scales_shape, torch.float16)
-    for e in range(experts):
-        one = pack(format, rows[e], n, k, device)
-        data[e], scales[e] = one.data, one.scales
     return PackedExperts(data, scales, format, n, k)
+
+
+def pack_expert_(packed: PackedExperts, expert: int, rows: Tensor) -> None:
+    """Write one expert: models are loaded without a layer's plain weights in memory.
+
+    Args:
+        packed: from `empty_experts` or `pack_experts`.
+        expert: from 0.
+        rows: as of `fastllm.quantize.packed.pack`.
+
+    Raises:
+        ValueError: on rows of another shape or dtype.
+    """
+    one = pack(packed.format, rows, packed.n, packed.k, packed.device)
+    packed.data[expert], packed.scales[expert] = one.data, one.scales
 
 
 def _columns(format: str, row_bytes: int) -> int:

@@ -1,0 +1,187 @@
+"""A mixture of experts in place of an MLP: each token passes through a few of many gated MLPs.
+
+    gate = router(x);   y = sum over a token's slots of weight * expert(x)  (+ shared MLP of x)
+
+Nothing is dropped and no expert has a capacity. Experts lie in two tensors a layer; like linears
+they are parameters, or packed weights alone, or both, and all forms give the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastllm.nn.linear import Linear
+from fastllm.nn.mlp import MLP
+from fastllm.nn.routing import Routing
+from fastllm.ops.moe import moe
+from fastllm.ops.moe_gate import Gate, moe_gate
+from fastllm.ops.quant_moe import quant_moe
+from fastllm.quantize.packed_experts import PackedExperts, pack_experts, repack_
+
+
+class Balance(Protocol):
+    """What watches a layer's router while it is trained."""
+
+    def record(self, gate: Gate) -> Tensor:
+        """Take note of a forward pass; returns `gate.topk_weights`, to which losses that depend on
+        the router may be attached. Runs again where layers are computed again in the backward.
+        """
+
+
+class Router(Linear):
+    """Scores every expert for every token and takes the best; logits are float32.
+
+    bias_correction: a float32 buffer, added to the scores for the choice and not to the weights
+    (2408.15664). It is no parameter: its owner moves it in place.
+    """
+
+    e_score_correction_bias: Tensor | None
+
+    def __init__(
+        self, hidden: int, experts: int, routing: Routing, *, bias_correction: bool = False,
+        activation: str = "bf16",
+    ) -> None:  # fmt: skip
+        super().__init__(hidden, experts, False, activation)
+        self.routing = routing
+        bias = torch.empty(experts, device="meta") if bias_correction else None
+        self.register_buffer("e_score_correction_bias", bias)
+
+    def choose(self, x: Tensor) -> Gate:
+        """x [T, hidden] -> ids and weights [T, k] of the chosen experts, and statistics."""
+        rule = self.routing
+        return moe_gate(
+            self(x, torch.float32),
+            rule.per_token,
+            scoring=rule.scoring,
+            bias=self.e_score_correction_bias,
+            groups=rule.groups,
+            kept_groups=rule.kept_groups,
+            group_score=rule.group_score,
+            renormalize=rule.renormalize,
+            scale=rule.scale,
+        )
+
+
+class Experts(nn.Module):
+    """The experts of a layer: down(silu(gate(x)) * up(x)) each.
+
+    `gate_up_proj` is [count, 2 * inner, hidden], the rows of gate first; `down_proj` is
+    [count, hidden, inner]. first: these are the experts `first` to `first + count` of more, and
+    results hold their contributions alone; None: these are all.
+    """
+
+    def __init__(
+        self, count: int, hidden: int, inner: int, *, first: int | None = None,
+        activation: str = "bf16",
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.count, self.hidden, self.inner, self.first = count, hidden, inner, first
+        self.activation = activation
+        self.gate_up_proj: nn.Parameter | None = _empty(count, 2 * inner, hidden)
+        self.down_proj: nn.Parameter | None = _empty(count, hidden, inner)
+        self.packed_gate_up: PackedExperts | None = None
+        self.packed_down: PackedExperts | None = None
+
+    def pack_(self) -> None:
+        """Make the packed caches from the parameters; those that are there are written in place."""
+        if self.gate_up_proj is None or self.down_proj is None:
+            raise ValueError("these experts are packed alone: there is nothing to pack")
+        self.packed_gate_up = pack_parameters(self.gate_up_proj, self.packed_gate_up)
+        self.packed_down = pack_parameters(self.down_proj, self.packed_down)
+
+    def packs(self) -> Iterator[PackedExperts]:
+        """The packed weights that there are."""
+        for packed in (self.packed_gate_up, self.packed_down):
+            if packed is not None:
+                yield packed
+
+    def forward(
+        self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, base: Tensor | None = None
+    ) -> Tensor:
+        """Weighted sum of the chosen experts' outputs, and of `base` where it is given.
+
+        Args:
+            x: `[T, hidden]` in the compute dtype.
+            topk_ids: `[T, k]` int32; experts outside the slice, and -1, contribute nothing.
+            topk_weights: `[T, k]` float32.
+            base: `[T, hidden]`, float32 or the compute dtype, added before the one rounding.
+
+        Returns:
+            `[T, hidden]` in the dtype of `x`.
+        """
+        gate_up, down = self.packed_gate_up, self.packed_down
+        if gate_up is not None and down is not None and not self._records(x, topk_weights, base):
+            return quant_moe(
+                x, gate_up.parts, down.parts, self.inner, topk_ids, topk_weights, base=base,
+                mode=self.activation, first_expert=self.first,
+            )  # fmt: skip
+        assert self.gate_up_proj is not None and self.down_proj is not None, "a loader sets them"
+        return moe(
+            x, self.gate_up_proj, self.down_proj, topk_ids, topk_weights, base=base,
+            first_expert=self.first,
+        )  # fmt: skip
+
+    def _records(self, *inputs: Tensor | None) -> bool:
+        """Whether autograd records the products, which it does in the plain form."""
+        tensors = (*inputs, self.gate_up_proj, self.down_proj)
+        return (
+            self.gate_up_proj is not None
+            and torch.is_grad_enabled()
+            and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.count}, hidden={self.hidden}, inner={self.inner}"
+
+
+class MoE(nn.Module):
+    """Router, experts and, where `shared_inner` is not 0, an MLP for all tokens.
+
+    `balance`: set by whoever trains the model and wants to see or steer the load of the experts;
+    it is asked where gradients are recorded.
+    """
+
+    def __init__(
+        self, hidden: int, inner: int, experts: int, routing: Routing, *, shared_inner: int = 0,
+        bias_correction: bool = False, bias: bool = False, activation: str = "bf16",
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.gate = Router(
+            hidden, experts, routing, bias_correction=bias_correction, activation=activation
+        )
+        self.experts = Experts(experts, hidden, inner, activation=activation)
+        self.shared_experts: MLP | None = None
+        if shared_inner:
+            self.shared_experts = MLP(hidden, shared_inner, bias=bias, activation=activation)
+        self.balance: Balance | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, hidden] -> [T, hidden]."""
+        gate = self.gate.choose(x)
+        weights = gate.topk_weights
+        if self.balance is not None and torch.is_grad_enabled():
+            weights = self.balance.record(gate)
+        base = None if self.shared_experts is None else self.shared_experts(x)
+        return self.experts(x, gate.topk_ids, weights, base)
+
+
+def pack_parameters(weight: Tensor, cache: PackedExperts | None = None) -> PackedExperts:
+    """Pack a [count, out, in] float32 or bfloat16 tensor for its own device.
+
+    cache: an earlier pack, which is written in place and returned if it fits.
+    """
+    format = "f32" if weight.dtype == torch.float32 else "bf16"
+    if cache is not None and (cache.format, cache.experts, cache.n, cache.k, cache.device) == (
+        format, *weight.shape, weight.device,
+    ):  # fmt: skip
+        repack_(cache, weight.detach())
+        return cache
+    return pack_experts(format, weight.detach(), weight.device)
+
+
+def _empty(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
