@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fastllm.nn.linear import Linear
 from fastllm.nn.mlp import MLP
@@ -30,6 +31,15 @@ class Balance(Protocol):
         """Take note of a forward pass; returns `gate.topk_weights`, to which losses that depend on
         the router may be attached. Runs again where layers are computed again in the backward.
         """
+
+
+class Exchange(Protocol):
+    """What brings tokens to the experts of other processes, and their outputs back."""
+
+    def combine(
+        self, experts: Experts, x: Tensor, topk_ids: Tensor, topk_weights: Tensor
+    ) -> Tensor:
+        """The sum over the experts of all processes, float32 [T, hidden]."""
 
 
 class Router(Linear):
@@ -100,8 +110,9 @@ class Experts(nn.Module):
                 yield packed
 
     def forward(
-        self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, base: Tensor | None = None
-    ) -> Tensor:
+        self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, base: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:  # fmt: skip
         """Weighted sum of the chosen experts' outputs, and of `base` where it is given.
 
         Args:
@@ -109,20 +120,21 @@ class Experts(nn.Module):
             topk_ids: `[T, k]` int32; experts outside the slice, and -1, contribute nothing.
             topk_weights: `[T, k]` float32.
             base: `[T, hidden]`, float32 or the compute dtype, added before the one rounding.
+            out_dtype: default the dtype of `x`; float32 to add the parts of other slices.
 
         Returns:
-            `[T, hidden]` in the dtype of `x`.
+            `[T, hidden]` in `out_dtype`.
         """
         gate_up, down = self.packed_gate_up, self.packed_down
         if gate_up is not None and down is not None and not self._records(x, topk_weights, base):
             return quant_moe(
                 x, gate_up.parts, down.parts, self.inner, topk_ids, topk_weights, base=base,
-                mode=self.activation, first_expert=self.first,
+                mode=self.activation, first_expert=self.first, out_dtype=out_dtype,
             )  # fmt: skip
         assert self.gate_up_proj is not None and self.down_proj is not None, "a loader sets them"
         return moe(
-            x, self.gate_up_proj, self.down_proj, topk_ids, topk_weights, base=base,
-            first_expert=self.first,
+            x, local(self.gate_up_proj), local(self.down_proj), topk_ids, topk_weights, base=base,
+            first_expert=self.first, out_dtype=out_dtype,
         )  # fmt: skip
 
     def _records(self, *inputs: Tensor | None) -> bool:
@@ -142,7 +154,8 @@ class MoE(nn.Module):
     """Router, experts and, where `shared_inner` is not 0, an MLP for all tokens.
 
     `balance`: set by whoever trains the model and wants to see or steer the load of the experts;
-    it is asked where gradients are recorded.
+    it is asked where gradients are recorded. `exchange`: set where other processes hold the rest of
+    the experts.
     """
 
     def __init__(
@@ -158,6 +171,7 @@ class MoE(nn.Module):
         if shared_inner:
             self.shared_experts = MLP(hidden, shared_inner, bias=bias, activation=activation)
         self.balance: Balance | None = None
+        self.exchange: Exchange | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, hidden] -> [T, hidden]."""
@@ -166,7 +180,15 @@ class MoE(nn.Module):
         if self.balance is not None and torch.is_grad_enabled():
             weights = self.balance.record(gate)
         base = None if self.shared_experts is None else self.shared_experts(x)
-        return self.experts(x, gate.topk_ids, weights, base)
+        if self.exchange is None:
+            return self.experts(x, gate.topk_ids, weights, base)
+        y = self.exchange.combine(self.experts, x, gate.topk_ids, weights)
+        return (y if base is None else y + base).to(x.dtype)
+
+
+def local(weight: Tensor) -> Tensor:
+    """What this process holds of a weight: all of it, or its slice of the experts."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 def pack_parameters(weight: Tensor, cache: PackedExperts | None = None) -> PackedExperts:
