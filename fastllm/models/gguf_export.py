@@ -19,6 +19,7 @@ from fastllm.models.adapters import WEIGHTS_FILE, Adapter
 from fastllm.models.config import ModelConfig
 from fastllm.models.config_to_gguf import config_metadata, gguf_architecture, rope_tensors
 from fastllm.models.decoder import Decoder
+from fastllm.models.expert_files import to_files
 from fastllm.models.gguf_writer import write_gguf
 from fastllm.models.loader import in_file_order
 from fastllm.models.safetensors_files import save_directory
@@ -28,8 +29,10 @@ from fastllm.models.tokenizer_to_gguf import tokenizer_metadata
 from fastllm.models.weights import GGUF_LAYER_NAMES, GGUF_MODEL_NAMES, WeightSource, half_split_rows
 from fastllm.nn.linear import Linear
 from fastllm.nn.lora import adapted
+from fastllm.nn.moe import Experts
 from fastllm.quantize.gguf_blocks import DENSE_DTYPES, QUANTIZED_FORMATS, quantize
 from fastllm.quantize.packed import PackedWeight, unpack
+from fastllm.quantize.packed_experts import unpack as unpack_experts
 
 # llama.cpp's number of each kind of file
 GGUF_TYPES: Mapping[str, int] = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "bf16": 32}
@@ -111,6 +114,10 @@ def _decoder_getter(model: Decoder) -> Callable[[str], StoredTensor]:
             group, i = groups.get(owner, (None, 0))
             if isinstance(packed, PackedWeight):
                 data = unpack(packed)
+            elif isinstance(module, Experts):
+                experts = module.packed(kind)
+                assert experts is not None, "loaders fill weights"
+                data = unpack_experts(experts)
             else:
                 assert isinstance(module, Linear) and group is not None, "loaders fill weights"
                 assert group.packed is not None, "a member without weight is served by its group"
@@ -245,10 +252,12 @@ def export_hf(
             "formats go to GGUF"
         )
     config = replace(weights.config, dtype=DENSE_DTYPES[type])
-    tensors = {
-        name: _converted(in_file_order(weights.values(name), name, config), type, name).data
-        for name in config.weight_shapes()
-    }
-    save_directory(directory, tensors, config.to_hf(), overwrite=overwrite)
+    tensors = {}
+    for name in config.weight_shapes():
+        # who is chosen may hang on the last digit of a router's bias
+        format = "f32" if name.endswith("e_score_correction_bias") else type
+        values = in_file_order(weights.values(name), name, config)
+        tensors[name] = _converted(values, format, name).data
+    save_directory(directory, to_files(tensors, config), config.to_hf(), overwrite=overwrite)
     if tokenizer is not None:
         tokenizer.save(directory)

@@ -269,9 +269,8 @@ def hf_tensors(model: Decoder) -> dict[str, Tensor]:
         if isinstance(packed, PackedWeight) and f"{name}.weight" not in found:
             found[f"{name}.weight"] = _dense(packed, [name])
         if isinstance(module, Experts):
-            for part, experts in (
-                ("gate_up_proj", module.packed_gate_up), ("down_proj", module.packed_down),
-            ):  # fmt: skip
+            for part in ("gate_up_proj", "down_proj"):
+                experts = module.packed(part)
                 if experts is not None and f"{name}.{part}" not in found:
                     found[f"{name}.{part}"] = _dense_experts(experts, f"{name}.{part}")
     return {name: in_file_order(found[name], name, model.config) for name in _names(model.config)}

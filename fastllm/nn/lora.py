@@ -17,6 +17,7 @@ from torch import nn
 
 from fastllm.nn.linear import Linear
 from fastllm.nn.low_rank import Factor, LowRank
+from fastllm.nn.moe import Experts
 
 ALL_LINEAR = "all-linear"
 _CONFIG = "_lora_config"  # of a model with an adapter
@@ -31,7 +32,8 @@ class LoraConfig:
 
     r: rank. alpha: the term is scaled by alpha / r, or by alpha / sqrt(r) with rslora (2312.03732).
     dropout: share of A's inputs dropped in training. target_modules: layers by the end of their
-    name ("q_proj", "self_attn.q_proj", "layers.0.mlp.up_proj"), or "all-linear".
+    name ("q_proj", "self_attn.q_proj", "layers.0.mlp.up_proj"), or "all-linear". Of the default
+    ones a model of experts needs to have only some: experts and routers take no adapter.
     """
 
     r: int = 16
@@ -140,11 +142,15 @@ def target_layers(model: nn.Module, targets: Sequence[str] | str) -> list[tuple[
     ]
     if targets == ALL_LINEAR:
         return layers
+    sparse = any(isinstance(module, Experts) for module in model.modules())
+    if sparse and tuple(targets) == DEFAULT_TARGETS:
+        targets = [t for t in targets if any(_ends_with(name, t) for name, _ in layers)]
     for target in targets:
         if not any(_ends_with(name, target) for name, _ in layers):
             known = list(dict.fromkeys(name.rpartition(".")[2] for name, _ in layers))
             near = difflib.get_close_matches(target, known, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint += " Experts and routers take none." if sparse else ""
             raise ValueError(
                 f"target_modules: {target!r} names no layer that can take an adapter.{hint} "
                 f"Known: {', '.join(known)}, or 'all-linear'"

@@ -103,6 +103,10 @@ class Experts(nn.Module):
         self.packed_gate_up = pack_parameters(self.gate_up_proj, self.packed_gate_up)
         self.packed_down = pack_parameters(self.down_proj, self.packed_down)
 
+    def packed(self, name: str) -> PackedExperts | None:
+        """What is packed of "gate_up_proj" or "down_proj"."""
+        return {"gate_up_proj": self.packed_gate_up, "down_proj": self.packed_down}[name]
+
     def packs(self) -> Iterator[PackedExperts]:
         """The packed weights that there are."""
         for packed in (self.packed_gate_up, self.packed_down):
