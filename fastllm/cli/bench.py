@@ -35,6 +35,7 @@ fastllm bench decode prefill --quick
 fastllm bench linear --json linear.json
 fastllm bench decode --model ./model.gguf
 fastllm bench decode --model random-1b --device cuda
+fastllm bench moe --plot experts.png
 fastllm bench all --json bench/results/cpu.json
 """
 
@@ -50,6 +51,9 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads, ours and peers'")
     parser.add_argument("--json", metavar="FILE", default=None, help="write the rows to FILE")
+    parser.add_argument(
+        "--plot", metavar="FILE", default=None, help="draw the picture of a suite that has one"
+    )
     options = parser.parse_args(list(argv))
     suites = find_suites()
     if not options.suites:
@@ -60,6 +64,10 @@ def run(argv: Sequence[str]) -> int:
     for name in names:
         if name not in suites:
             raise ValueError(f"no suite named {name!r}; there are {', '.join(suites)}")
+    pictures = [suites[name] for name in names if hasattr(suites[name], "plot")]
+    if options.plot and not pictures:
+        have = ", ".join(name for name, suite in suites.items() if hasattr(suite, "plot"))
+        raise ValueError(f"--plot: of the suites only {have} has a picture")
     from ..testing.suite import Settings
 
     use_threads(options.threads)
@@ -76,6 +84,8 @@ def run(argv: Sequence[str]) -> int:
         measure(suites[name], settings, keep)
     if options.json:
         print(f"{len(measured)} rows written to {options.json}")
+    if options.plot and not pictures[0].plot(measured, Path(options.plot)):
+        raise ValueError("--plot: a quick run leaves out the cases of the picture")
     return 0
 
 
@@ -112,7 +122,8 @@ def measure(suite: ModuleType, settings: Settings, keep: Callable[[Row], None]) 
     note(machine.device_name(settings.device))
     rows = run_cases(suite.cases(settings), report)
     show(rows)
-    for line in notes:
+    summary = suite.summary(rows) if hasattr(suite, "summary") else []
+    for line in (*notes, *summary):
         print(f"  {line}")
     print(f"  {time.perf_counter() - start:.0f} s")
 

@@ -102,7 +102,9 @@ def test_machine_probes_are_plausible() -> None:
     assert 1e9 < timing.matmul_peak("f32") < 1e14
 
 
-@pytest.mark.parametrize("name", ["decode", "head", "linear", "load", "ops", "prefill", "train"])
+@pytest.mark.parametrize(
+    "name", ["decode", "head", "linear", "load", "moe", "ops", "prefill", "train"]
+)
 def test_suites_list_cases_and_quick_is_a_part(name: str) -> None:
     module = find_suites()[name]
     model = "smollm2"
