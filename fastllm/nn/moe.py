@@ -13,7 +13,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from fastllm.nn.linear import Linear
 from fastllm.nn.mlp import MLP
@@ -192,6 +191,10 @@ class MoE(nn.Module):
 
 def local(weight: Tensor) -> Tensor:
     """What this process holds of a weight: all of it, or its slice of the experts."""
+    if type(weight) in (Tensor, nn.Parameter):
+        return weight
+    from torch.distributed.tensor import DTensor  # 519 modules, 0.4 s, which generation never needs
+
     return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
