@@ -18,7 +18,7 @@ def experts_from_hf(fields: Fields, model_type: str) -> MoeConfig | None:
     """
     if model_type == "mixtral":
         return MoeConfig(
-            num_experts=fields.integer("num_local_experts", 8),
+            num_experts=_count(fields, 8),
             per_token=fields.integer("num_experts_per_tok", 2),
             moe_intermediate_size=fields.integer("intermediate_size"),
             renormalize=True,
@@ -27,7 +27,7 @@ def experts_from_hf(fields: Fields, model_type: str) -> MoeConfig | None:
         if fields.has("clip_qkv"):
             raise fields.fail("clip_qkv", "clipped queries, keys and values are not supported")
         return MoeConfig(
-            num_experts=fields.integer("num_experts", 64),
+            num_experts=_count(fields, 64),
             per_token=fields.integer("num_experts_per_tok", 8),
             moe_intermediate_size=fields.integer("intermediate_size"),
             renormalize=fields.boolean("norm_topk_prob", False),
@@ -47,7 +47,7 @@ def _qwen3(fields: Fields) -> MoeConfig:
         if not isinstance(layer, int) or isinstance(layer, bool):
             raise fields.fail("mlp_only_layers", f"must hold integers, holds {describe(layer)}")
     return MoeConfig(
-        num_experts=fields.integer("num_experts", 128),
+        num_experts=_count(fields, 128),
         per_token=fields.integer("num_experts_per_tok", 8),
         moe_intermediate_size=fields.integer("moe_intermediate_size", 768),
         renormalize=fields.boolean("norm_topk_prob", False),
@@ -97,6 +97,11 @@ def _third_choice(fields: Fields) -> dict[str, Any]:
         "group_score": "top2",
         "renormalize": fields.boolean("norm_topk_prob", True),
     }
+
+
+def _count(fields: Fields, default: int) -> Any:
+    """Versions of transformers spell the number of experts in two ways, and read both."""
+    return fields.integer("num_experts", fields.integer("num_local_experts", default))
 
 
 def _or_null(fields: Fields, key: str, absent: int, null: int) -> Any:

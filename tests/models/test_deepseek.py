@@ -76,7 +76,7 @@ def test_a_saved_config_means_what_transformers_takes_it_for(
     theirs.save_pretrained(tmp_path)
     values = theirs.to_dict() | {"architectures": [f"Deepseek{version}ForCausalLM"]}
     ours = ModelConfig.from_hf(values)
-    assert ours.mla is not None and ours.dense_layers is None
+    assert ours.mla is not None and ours.experts is None
     for name in MLA_FIELDS:
         assert getattr(ours.mla, name) == getattr(theirs, name), name
     assert ours.head_dim == theirs.qk_head_dim and ours.rotary_dim == theirs.head_dim
@@ -88,15 +88,14 @@ def test_a_saved_config_means_what_transformers_takes_it_for(
 @pytest.mark.parametrize("version", ["V2", "V3"])
 def test_absent_keys_mean_the_defaults_of_the_class(version: str) -> None:
     sizes = {"vocab_size": 320, "hidden_size": 2048, "intermediate_size": 96}
-    sizes |= {"num_attention_heads": 128, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 128, "num_hidden_layers": 2, "num_experts_per_tok": 2}
     theirs = getattr(transformers, f"Deepseek{version}Config")(**sizes)
     named = {"architectures": [f"Deepseek{version}ForCausalLM"]}
     ours = ModelConfig.from_hf(named | {"model_type": theirs.model_type} | sizes)
     assert ours.mla is not None
     for name in MLA_FIELDS:
         assert getattr(ours.mla, name) == getattr(theirs, name), name
-    dense = theirs.first_k_dense_replace
-    assert ours.dense_layers == (None if dense >= 2 else dense)
+    assert (ours.experts is None) == (theirs.first_k_dense_replace >= 2)
     assert ours.max_position_embeddings == theirs.max_position_embeddings
 
 
@@ -108,12 +107,15 @@ def test_yarn_scales_the_softmax_of_latent_attention() -> None:
     assert yarn.softmax_scale == pytest.approx(40**-0.5 * factor**2)
 
 
-def test_mixtures_of_experts_are_refused_by_name(tmp_path: Path, model_directory: Path) -> None:
+def test_a_missing_router_is_named(tmp_path: Path, model_directory: Path) -> None:
     values = json.loads((model_directory / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(values | {"first_k_dense_replace": 1}))
     (tmp_path / "model.safetensors").symlink_to(model_directory / "model.safetensors")
-    assert ModelConfig.from_directory(tmp_path).dense_layers == 1  # its attention can be read
-    with pytest.raises(ModelFileError, match=r"first_k_dense_replace.*layers from 1 on"):
+    config = ModelConfig.from_directory(tmp_path)
+    assert config.experts is not None and config.experts.dense_layers == (0,)
+    with pytest.raises(
+        ModelFileError, match=r"layers\.1\.mlp\.gate\.weight: the weight is missing"
+    ):
         load_model(tmp_path)
 
 
