@@ -1,8 +1,8 @@
 """The attention of one layer of a DeepSeek-V2 or V3 checkpoint, by itself.
 
-`load_model` reads whole models; here the attention of any layer comes
 `load_model` reads whole models; here the attention of any layer comes out as a module with plain
 parameters, for training, study, or a model whose rest lies elsewhere.
+"""
 
 from __future__ import annotations
 
