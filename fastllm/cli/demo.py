@@ -1,4 +1,4 @@
-"""`fastllm demo`: the machine, three answers, speeds, a model from nothing, a model fine-tuned."""
+"""`fastllm demo`: the machine, three answers, speeds, models from nothing, a model fine-tuned."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ Shows what the machine offers and that every op is right on it, then, one part a
   speed     measures generation, reading of prompts and training beside transformers (in whichever
             of bfloat16 and float32 is faster) and llama.cpp, if they are installed, on the same
             model
-  pretrain  trains a tokenizer and a small model on the documentation and the sources of this
-            Python, for two minutes, and compares it with gzip -9 on files that it never saw
+  pretrain  trains a tokenizer and two small models, a mixture of experts and a dense one of equal
+            active size, on the documentation and the sources of this Python, for two minutes in
+            all, and compares them with gzip -9 on files that they never saw
   sft       fine-tunes the model with an adapter on dialogues made here, for 90 seconds, and asks
             it held-out questions before and after
 

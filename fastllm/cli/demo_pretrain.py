@@ -1,8 +1,10 @@
-"""The demo's pretraining: a tokenizer and a small model, from texts that every Python brings along.
+"""The demo's pretraining: a tokenizer and two small models of texts that every Python brings along.
 
-The texts are the interpreter's documentation topics and the sources of its standard library. The
-model is judged on files that it never saw, in bits per byte, beside `gzip -9` of the same files:
-both are compressors, the one learned in minutes, the other a rule.
+The texts are the interpreter's documentation topics and the sources of its standard library. One
+model is a mixture of experts; the other is dense and multiplies each token with as many weights.
+Both read the same tokens in the same order. They are judged on files that they never saw, in bits
+per byte, beside `gzip -9` of the same files: all are compressors, the ones learned in a minute, the
+other a rule.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import shutil
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +27,9 @@ if TYPE_CHECKING:
     from ..train.data.store import TokenStore
 
 VOCAB_SIZE = 8192
-DEPTH = 3  # 2.9M parameters: of depths 3 and 4 the one that ends lower in two minutes on two cores
+DEPTH = 3  # of depths 3 and 4 the one that ends lower in two minutes on two cores
+EXPERTS = 16  # of which a token takes 4
+SHARE = 0.58  # of the time, for the model with experts; the dense one needs less for its tokens
 # Tests, tables and what is about to leave the library say little about how Python is written.
 _SKIPPED = {
     "test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings",
@@ -35,34 +40,55 @@ _BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Pretrained:
-    """What came of it."""
+class Run:
+    """One of the two trainings."""
 
     model: Path  # a Hugging Face directory
+    parameters: int
+    active: int  # of them a token is multiplied with, the LM head's included
+    steps: int
     bits_per_byte: float
-    gzip_bits_per_byte: float
     tokens_per_second: float
+    lines: list[dict[str, Any]]  # of metrics
 
     def record(self) -> dict[str, Any]:
         """As JSON values."""
+        names = ("parameters", "active", "steps", "bits_per_byte", "tokens_per_second")
+        return {"model": str(self.model), **{name: getattr(self, name) for name in names}}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pretrained:
+    """What came of it."""
+
+    experts: Run
+    dense: Run
+    gzip_bits_per_byte: float
+
+    @property
+    def expert_load(self) -> float:
+        """Slots of the busiest expert over the mean, worst layer, in the last line of metrics."""
+        return next(float(r["expert_load"]) for r in reversed(self.experts.lines) if "experts" in r)
+
+    def record(self) -> dict[str, Any]:
+        """As JSON values: those of the model with experts, and the dense one's apart."""
         return {
-            "model": str(self.model),
-            "bits_per_byte": self.bits_per_byte,
+            **self.experts.record(),
             "gzip_bits_per_byte": self.gzip_bits_per_byte,
-            "tokens_per_second": self.tokens_per_second,
+            "expert_load": self.expert_load,
+            "dense": self.dense.record(),
         }
 
 
 def pretrain_demo(out: Path, seconds: float, depth: int = DEPTH) -> Pretrained:
-    """Corpus, tokenizer, store, model; everything below `out`.
+    """Corpus, tokenizer, store, two models; everything below `out`.
 
     Raises what the parts raise, KeyboardInterrupt if a signal stopped the training.
     """
     from ..models.tokenizer_training import save_tokenizer, train_tokenizer
-    from ..train import pretrain
     from ..train.data.prepare import PrepareConfig, prepare
 
-    heading(f"A tokenizer and a model of your own Python's texts, in {seconds:.0f} seconds")
+    heading(f"A tokenizer and two models of your own Python's texts, in {seconds:.0f} seconds")
     files = corpus(out / "topics")
     size = sum(file.stat().st_size for file in files)
     tokenizer = train_tokenizer((f.read_text("utf-8") for f in files), VOCAB_SIZE)
@@ -90,35 +116,74 @@ def pretrain_demo(out: Path, seconds: float, depth: int = DEPTH) -> Pretrained:
             ),
         ]
     )
-    run = out / "run"
-    shutil.rmtree(run, ignore_errors=True)
-    result = pretrain.main(pretrain.load(None, overrides(out, run, seconds, depth)))
-    if result.status != "finished" or result.checkpoint is None:
-        raise KeyboardInterrupt
-    records = [json.loads(line) for line in (run / "metrics.jsonl").open(encoding="utf-8")]
-    done = Pretrained(
-        model=result.checkpoint,
-        bits_per_byte=result.metrics["bits_per_byte"],
-        gzip_bits_per_byte=gzip_bits(store, tokenizer),
-        tokens_per_second=rate(records),
-    )
-    show(done, records, run)
+    experts = trained(out, "experts", expert_overrides(SHARE * seconds, depth))
+    dense = trained(out, "dense", dense_overrides(experts.steps, out / "experts", depth))
+    done = Pretrained(experts=experts, dense=dense, gzip_bits_per_byte=gzip_bits(store, tokenizer))
+    show(done, out)
     return done
 
 
-def overrides(out: Path, run: Path, seconds: float, depth: int) -> list[str]:
-    """The run as `fastllm pretrain` takes it: what the preset gives, in so many seconds."""
+def trained(out: Path, name: str, words: Sequence[str]) -> Run:
+    """One training in `out`/`name`. Raises KeyboardInterrupt if a signal stopped it."""
+    from ..models.config import ModelConfig
+    from ..train import presets, pretrain
+
+    folder = out / name
+    shutil.rmtree(folder, ignore_errors=True)
+    config = pretrain.load(None, [*overrides(out, folder), *words])
+    result = pretrain.main(config)
+    if result.status != "finished" or result.checkpoint is None:
+        raise KeyboardInterrupt
+    model = ModelConfig.from_directory(result.checkpoint)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").open(encoding="utf-8")]
+    return Run(
+        model=result.checkpoint,
+        parameters=presets.parameters(model)[0],
+        active=presets.active_parameters(model) + model.vocab_size * model.hidden_size,
+        steps=result.step,
+        bits_per_byte=result.metrics["bits_per_byte"],
+        tokens_per_second=rate(lines),
+        lines=lines,
+    )
+
+
+def overrides(out: Path, run: Path) -> list[str]:
+    """What both runs share, as `fastllm pretrain` takes it; presets give the rest."""
     return [
         f"--store={out / 'store'}",
         f"--tokenizer={out / 'tokenizer'}",
-        f"--depth={depth}",
-        f"--seconds={seconds}",
         f"--out={run}",
         "--optim.name=muon",
         "--data.eval_rows=0",
         "--loop.eval_every=1000000",
         "--loop.save_every=1000000",
         "--loop.metrics.every=20",
+    ]
+
+
+def expert_overrides(seconds: float, depth: int) -> list[str]:
+    """A mixture of experts, trained for so long."""
+    return [
+        "--preset=moe",
+        f"--depth={depth}",
+        f"--model.experts={EXPERTS}",
+        f"--seconds={seconds}",
+    ]
+
+
+def dense_overrides(steps: int, experts: Path, depth: int) -> list[str]:
+    """The same without experts: width, heads, batches, rate and steps of the run in `experts`."""
+    from ..train.pretrain import load
+
+    other = load(experts / "config.yaml")
+    return [
+        "--model.family=qwen3",
+        f"--depth={depth}",
+        f"--steps={steps}",
+        f"--tokens={other.data.tokens}",
+        f"--data.batch_tokens={other.data.batch_tokens}",
+        f"--data.micro_rows={other.data.micro_rows}",
+        f"--lr={other.optim.lr}",
     ]
 
 
@@ -158,26 +223,48 @@ def rate(records: Sequence[dict[str, Any]]) -> float:
     return rates[len(rates) // 2] if rates else float("nan")
 
 
-def show(done: Pretrained, records: Sequence[dict[str, Any]], run: Path) -> None:
-    """Numbers, curve and samples."""
+def show(done: Pretrained, out: Path) -> None:
+    """Numbers, curves, chart and samples."""
     from ..engine.llm import LLM
     from ..engine.request import SamplingParams
 
-    better = "below" if done.bits_per_byte < done.gzip_bits_per_byte else "NOT below"
-    facts(
-        [
-            ("loss", sparkline([r["loss"] for r in records if "loss" in r])),
-            ("trained", f"{max(r.get('tokens', 0) for r in records):,} tokens, "
-                        f"{done.tokens_per_second:,.0f} tok/s"),
-            ("held-out files", f"{done.bits_per_byte:.3f} bits per byte, {better} gzip -9: "
-                               f"{done.gzip_bits_per_byte:.3f}"),
-            ("report", str((run / "report.html").resolve())),
-        ]
-    )  # fmt: skip
-    llm = LLM(done.model)
+    for title, run in (("experts", done.experts), ("dense", done.dense)):
+        better = "below" if run.bits_per_byte < done.gzip_bits_per_byte else "NOT below"
+        facts(
+            [
+                (title, f"{run.parameters / 1e6:.2f}M parameters, {run.active / 1e6:.2f}M active"),
+                ("loss", sparkline([r["loss"] for r in run.lines if "loss" in r])),
+                ("trained", f"{max(r.get('tokens', 0) for r in run.lines):,} tokens, "
+                            f"{run.tokens_per_second:,.0f} tok/s"),
+                ("held-out files", f"{run.bits_per_byte:.3f} bits per byte, {better} gzip -9: "
+                                   f"{done.gzip_bits_per_byte:.3f}"),
+                ("report", str((out / title / "report.html").resolve())),
+            ]
+        )  # fmt: skip
+        print()
+    facts([("busiest expert", f"{done.expert_load:.2f} of the mean, in the worst layer"),
+           ("chart", _chart(done, out / "experts-and-dense.png"))])  # fmt: skip
+    llm = LLM(done.experts.model)
     params = SamplingParams(max_tokens=48, temperature=0.7, top_p=0.95, seed=1)
     for prompt, output in zip(_PROMPTS, llm.generate(list(_PROMPTS), params), strict=True):
         print(f"\n{prompt}{output.outputs[0].text}")
+
+
+def _chart(done: Pretrained, path: Path) -> str:
+    """Where the chart is, or why there is none."""
+    if find_spec("matplotlib") is None:
+        return "needs matplotlib (pip install matplotlib)"
+    from .demo_chart import draw_comparison
+
+    runs = {"experts": done.experts, "dense": done.dense}
+    bits = {name: run.bits_per_byte for name, run in runs.items()}
+    draw_comparison(
+        path,
+        {name: run.lines for name, run in runs.items()},
+        {name: run.tokens_per_second for name, run in runs.items()},
+        {**bits, "gzip -9": done.gzip_bits_per_byte},
+    )
+    return str(path.resolve())
 
 
 def sparkline(values: Sequence[float], width: int = 48) -> str:

@@ -33,6 +33,7 @@ from fastllm.train import distributed
 from fastllm.train.config import flat
 from fastllm.train.state import (
     copy_to_host,
+    load_into,
     load_optimizer_state,
     load_random_state,
     optimizer_state,
@@ -81,6 +82,7 @@ def take_snapshot(
 ) -> Snapshot:  # fmt: skip
     """Copy everything that a later step would change. Every process must call it."""
     tensors, numbers = optimizer_state(task.model, task.optimizer)
+    tensors |= task.state()
     weights = {}
     for name, tensor in task.weights().items():
         value = distributed.whole(tensor.detach())
@@ -148,6 +150,7 @@ class Checkpoint:
         try:
             task.read_weights(self.path)
             load_optimizer_state(task.model, task.optimizer, self.path / STATE, saved.optimizer)
+            load_into(task.state(), self.path / STATE)
             task.batches.load_state_dict(saved.batches)
         except ValueError as error:
             raise CheckpointError(f"{self.path} cannot be resumed here: {error}") from error

@@ -25,10 +25,12 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from fastllm.models.decoder import Decoder
 from fastllm.models.loader import check_device
+from fastllm.nn.moe import MoE
+from fastllm.train.expert_parallel import ExpertGroup
 
 # What file systems of clusters that have no locks answer: there a second run is not noticed.
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
@@ -68,7 +70,7 @@ def process_group(device: str = "cpu") -> Iterator[torch.device]:
         yield where
     finally:
         host_group.cache_clear()
-        host_mesh.cache_clear()
+        _host_mesh.cache_clear()
         dist.destroy_process_group()
 
 
@@ -80,12 +82,6 @@ def host_group() -> Any:
     Every process must make the first call at the same point.
     """
     return dist.new_group(backend="gloo") if dist.is_initialized() else None
-
-
-@functools.cache
-def host_mesh() -> DeviceMesh:
-    """All processes in a row, for tensors in host memory."""
-    return init_device_mesh("cpu", (world(),), mesh_dim_names=("shard",))
 
 
 @contextmanager
@@ -143,14 +139,21 @@ def fill(tensor: Tensor, values: Tensor) -> None:
     tensor.copy_(values)
 
 
-def shard(model: Decoder) -> Decoder:
+def shard(model: Decoder, expert_parallel: int = 1) -> Decoder:
     """Divide a model's parameters among all processes (FSDP2), in place; one process: nothing.
 
     Each attention and each feed-forward is gathered for its turn; embedding, norms and LM head stay
     whole within a step. Gradients are summed, not averaged: the loop divides by the tokens of all
     processes. bfloat16 parameters become float32 ones, which blocks read as bfloat16: each process
     holds its part of the masters, and no bfloat16 copy beside them.
+
+    expert_parallel: so many processes in a row share out the experts of each layer, see
+        `expert_parallel.ExpertGroup`; an expert is then gathered among those alone that hold it.
+
+    Raises:
+        ValueError: if processes or experts are no multiple of `expert_parallel`.
     """
+    _check_expert_parallel(model, expert_parallel)
     if world() == 1:
         return model
     mesh = init_device_mesh(model.device.type, (world(),), mesh_dim_names=("shard",))
@@ -161,6 +164,8 @@ def shard(model: Decoder) -> Decoder:
     )
     # Outputs of linears are views; nothing writes into them in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    if expert_parallel > 1:
+        share_out_experts(model, expert_parallel, policy)
     for layer in model.model.layers:
         fully_shard(layer.self_attn, mesh=mesh, mp_policy=policy)
         register_fsdp_forward_method(layer.self_attn, "over_documents")
@@ -174,6 +179,65 @@ def shard(model: Decoder) -> Decoder:
     for parameter in model.parameters():
         parameter.is_master = model.dtype != torch.float32  # type: ignore[attr-defined]
     return model
+
+
+def _check_expert_parallel(model: Decoder, size: int) -> None:
+    experts = model.config.experts
+    if size == 1:
+        return
+    if experts is None:
+        raise ValueError("expert_parallel is for models with experts: this one has none")
+    if world() % size:
+        raise ValueError(
+            f"expert_parallel {size} does not divide the {world()} processes that there are "
+            "(torchrun --nproc-per-node)"
+        )
+    if experts.num_experts % size:
+        raise ValueError(
+            f"expert_parallel {size} does not divide the {experts.num_experts} experts of a layer"
+        )
+
+
+def share_out_experts(model: Decoder, size: int, policy: MixedPrecisionPolicy) -> None:
+    """Leave each process its slice of every layer's experts, sharded among those that hold it."""
+    shape = (world() // size, size)
+    mesh = init_device_mesh(model.device.type, shape, mesh_dim_names=("shard", "expert"))
+    group = ExpertGroup(mesh.get_group("expert"))
+    for layer in model.model.layers:
+        if not isinstance(layer.mlp, MoE):
+            continue
+        experts = layer.mlp.experts
+        experts.count //= size
+        experts.first = group.rank * experts.count
+        for name, whole in list(experts.named_parameters()):
+            own = whole.detach()[experts.first : experts.first + experts.count].clone()
+            part = DTensor.from_local(own, mesh["expert"], [Shard(0)], run_check=False)
+            setattr(experts, name, nn.Parameter(part, requires_grad=whole.requires_grad))
+        # Rows of an expert, not experts, are what its holders share: dimension 0 is taken.
+        fully_shard(
+            experts, mesh=mesh["shard"], mp_policy=policy, shard_placement_fn=lambda _: Shard(1)
+        )
+        layer.mlp.exchange = group
+
+
+def expert_group(model: Decoder) -> ExpertGroup | None:
+    """The processes that share out the experts of a model; None: each has all of them."""
+    for layer in model.model.layers:
+        if isinstance(layer.mlp, MoE) and isinstance(layer.mlp.exchange, ExpertGroup):
+            return layer.mlp.exchange
+    return None
+
+
+def host_mesh_like(mesh: DeviceMesh) -> DeviceMesh:
+    """The same processes in the same arrangement, for tensors in host memory."""
+    if mesh.device_type == "cpu":
+        return mesh
+    return _host_mesh(tuple(mesh.mesh.flatten().tolist()), tuple(mesh.mesh.shape))
+
+
+@functools.cache
+def _host_mesh(ranks: tuple[int, ...], shape: tuple[int, ...]) -> DeviceMesh:
+    return DeviceMesh("cpu", torch.tensor(ranks).view(shape))
 
 
 def reshard(model: nn.Module) -> None:

@@ -214,6 +214,7 @@ class _Loop:
         self.check(loss_sum, tokens)
         task.optimizer.step(grad_scale=scale)
         task.optimizer.zero_grad(set_to_none=True)
+        task.after_update()
         task.weights_changed()
         self.loss = loss_sum / tokens
         self.flops += flops
@@ -259,7 +260,7 @@ class _Loop:
             return every > 0 and (last or step % every == 0)
 
         if last or step % config.metrics.every == 0:
-            self.log()
+            self.log(whole=due(config.eval_every) or last)
         if due(config.eval_every):
             with self.untrained():
                 self.evaluation = self.task.evaluate()
@@ -274,10 +275,10 @@ class _Loop:
         if last or (config.save_every and step % config.save_every == 0):
             self.save(last=last)
 
-    def log(self) -> None:
-        """A line of metrics: means since the one before."""
+    def log(self, *, whole: bool) -> None:
+        """A line of metrics: means since the one before. whole: with what is long."""
         progress, clock = self.progress, max(self.clock, 1e-9)
-        record = {
+        record: dict[str, Any] = {
             "step": progress.step,
             "loss": progress.loss_sum / progress.loss_tokens,
             "lr": self.task.optimizer.param_groups[0]["lr"],
@@ -289,6 +290,7 @@ class _Loop:
         if self.flops:
             peak = peak_flops(self.task.device, self.task.compute_dtype) * distributed.world()
             record["mfu"] = self.flops / clock / peak
+        record |= self.task.numbers(whole=whole)
         remaining = (progress.steps - progress.step) * progress.seconds / progress.step
         self.metrics.training(record, steps=progress.steps, remaining=remaining)
         progress.loss_sum, progress.loss_tokens = 0.0, 0

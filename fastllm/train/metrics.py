@@ -1,9 +1,9 @@
 """What a run tells: `metrics.jsonl` always, a progress bar in a terminal, plain lines elsewhere.
 
 A line of `metrics.jsonl` is an object with `step` and what was measured then: training (`loss`,
-`lr`, `norm`, `tokens`, `tokens_per_second`, `mfu`, `seconds`), evaluation (`eval_loss`,
-`bits_per_byte`), or `samples`. A resumed run first drops the lines beyond the step that it starts
-at. Only the first process tells anything.
+`lr`, `norm`, `tokens`, `tokens_per_second`, `mfu`, `seconds`; of a model with experts also what
+`balance.Balance.numbers` names), evaluation (`eval_loss`, `bits_per_byte`), or `samples`. A resumed
+run first drops the lines beyond the step that it starts at. Only the first process tells anything.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import yaml
 
-from fastllm.train import distributed
+from fastllm.train import balance, distributed
 from fastllm.train.config import flat
 from fastllm.train.report import write_report
 from fastllm.train.sinks import Sink, open_sinks
@@ -78,7 +78,7 @@ class Metrics:
         if kind != "none":
             self._view = RichView() if kind == "rich" else PlainView()
 
-    def training(self, record: Mapping[str, float], *, steps: int, remaining: float) -> None:
+    def training(self, record: Mapping[str, Any], *, steps: int, remaining: float) -> None:
         """A line of training. steps: in all. remaining: seconds."""
         self._write(record)
         if self._view is not None:
@@ -176,9 +176,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def summary(
-    record: Mapping[str, float], steps: int, remaining: float, *, short: bool = False
-) -> str:
+def summary(record: Mapping[str, Any], steps: int, remaining: float, *, short: bool = False) -> str:
     """`step 120/1000  loss 3.2104  ...`: one line of training for people.
 
     short: leave out rate and norm, so that a bar and the line fit into 80 columns.
@@ -186,6 +184,8 @@ def summary(
     parts = [f"step {record['step']}/{steps}", f"loss {record['loss']:.4f}"]
     if not short:
         parts += [f"lr {record['lr']:.2e}", f"norm {record['norm']:.2f}"]
+    if "expert_load" in record:
+        parts.append(balance.describe(record))
     parts.append(f"{record['tokens_per_second']:,.0f} tok/s")
     if "mfu" in record:
         parts.append(f"MFU {100 * record['mfu']:.1f}%")
@@ -205,7 +205,7 @@ class PlainView:
     def __init__(self) -> None:
         self._last = 0.0
 
-    def training(self, record: Mapping[str, float], steps: int, remaining: float) -> None:
+    def training(self, record: Mapping[str, Any], steps: int, remaining: float) -> None:
         """Show a line of training; the first and the last always are."""
         now = time.monotonic()
         if now - self._last > 0.5 or record["step"] == steps:
@@ -235,7 +235,7 @@ class RichView:
         self._task = self._bar.add_task("training", text="", total=None)
         self._bar.start()
 
-    def training(self, record: Mapping[str, float], steps: int, remaining: float) -> None:
+    def training(self, record: Mapping[str, Any], steps: int, remaining: float) -> None:
         """Move the bar."""
         text = summary(record, steps, remaining, short=True)
         self._bar.update(self._task, completed=record["step"], total=steps, text=text)

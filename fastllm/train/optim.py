@@ -125,8 +125,10 @@ def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """The trained parameters of a model, each once, by what they are.
 
     Returns:
-        "hidden": matrices inside the blocks; "head": the LM head's matrix where it is not the
-        embedding's; "rest": embeddings, norms, biases.
+        "hidden": matrices inside the blocks, batches of them where they are experts; "gate_up":
+        experts' gate and up in one tensor, one below the other; "head": matrices whose rows are
+        classes: routers, and the LM head where it is not the embedding; "rest": embeddings, norms,
+        biases.
     """
     embeddings = {
         id(p)
@@ -134,14 +136,16 @@ def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
         if isinstance(module, (Embedding, nn.Embedding))
         for p in module.parameters(recurse=False)
     }
-    groups: dict[str, list[nn.Parameter]] = {"hidden": [], "head": [], "rest": []}
+    groups: dict[str, list[nn.Parameter]] = {"hidden": [], "gate_up": [], "head": [], "rest": []}
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
         if p.ndim < 2 or id(p) in embeddings:
             kind = "rest"
+        elif "lm_head" in name.split(".") or name.endswith("mlp.gate.weight"):
+            kind = "head"
         else:
-            kind = "head" if "lm_head" in name.split(".") else "hidden"
+            kind = "gate_up" if p.ndim == 3 and name.endswith("gate_up_proj") else "hidden"
         groups[kind].append(p)
     return groups
 
@@ -175,8 +179,10 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> MasterOptimizer:
         "muon": True,
     }
     hidden = muon if config.name == "muon" else adamw
+    two = {"stacked": 2} if config.name == "muon" else {}
     groups = [
         {"params": parts["hidden"], "weight_decay": config.weight_decay, **hidden},
+        {"params": parts["gate_up"], "weight_decay": config.weight_decay, **hidden, **two},
         {"params": parts["head"], "weight_decay": config.weight_decay, **adamw},
         {"params": parts["rest"], "weight_decay": 0.0, **adamw},
     ]

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from fastllm.ops.adamw import adamw_step_, as_scale
 from fastllm.train.muon import orthogonalize, rate_factor
@@ -33,9 +33,10 @@ MUON_DEFAULTS: dict[str, Any] = {
     "newton_schulz_steps": 5,
     "weight_decay": 0.0,
     "match_rms": True,
+    "stacked": 1,  # matrices that lie one below the other in a parameter
     "muon": True,
 }
-_LEAST = {"lr": 0.0, "eps": 0.0, "weight_decay": 0.0, "newton_schulz_steps": 1}
+_LEAST = {"lr": 0.0, "eps": 0.0, "weight_decay": 0.0, "newton_schulz_steps": 1, "stacked": 1}
 _SHARES = ("beta1", "beta2", "momentum")  # at least 0 and below 1
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -69,6 +70,11 @@ class MasterOptimizer(torch.optim.Optimizer):
                 raise ValueError(
                     f"Muon takes matrices, got a parameter of shape {tuple(p.shape)}: give it to "
                     "AdamW"
+                )
+            if p.ndim >= 2 and p.shape[-2] % self.param_groups[-1].get("stacked", 1):
+                raise ValueError(
+                    f"a parameter of shape {tuple(p.shape)} cannot be "
+                    f"{self.param_groups[-1]['stacked']} stacked matrices"
                 )
 
     def initialize_state(self) -> None:
@@ -175,25 +181,37 @@ def _muon_step(
     momentum = local(state["momentum"])
     momentum.lerp_(g, 1 - group["momentum"])
     direction = g.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-    update = local(_orthogonalize_like(direction.bfloat16(), p, group["newton_schulz_steps"]))
+    steps, stacked = group["newton_schulz_steps"], group["stacked"]
+    update = local(_orthogonalize_like(direction.bfloat16(), p, steps, stacked))
     weight = local(state["master"] if "master" in state else p)
-    rate = group["lr"] * rate_factor(p.shape, group["match_rms"])
+    size = torch.Size((p.shape[-2] // stacked, p.shape[-1]))
+    rate = group["lr"] * rate_factor(size, group["match_rms"])
     weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
     if "master" in state:
         local(p).copy_(weight)
 
 
-def _orthogonalize_like(direction: Tensor, p: Tensor, steps: int) -> Tensor:
-    # The iteration needs the whole matrix: a shard is gathered, every process computes the same,
-    # and keeps its own part.
+def _orthogonalize_like(direction: Tensor, p: Tensor, steps: int, stacked: int) -> Tensor:
+    # The iteration needs whole matrices. Where a matrix is cut it is gathered, every process
+    # computes the same, and keeps its own part; of a batch that is shared out matrix by matrix,
+    # such as experts, each process does those that it has.
     if not isinstance(p, DTensor):
-        return orthogonalize(direction, steps)
+        return orthogonalize(direction, steps, stacked)
     mesh, placements = p.device_mesh, p.placements
-    shard = DTensor.from_local(
+    part = DTensor.from_local(
         direction, mesh, placements, run_check=False, shape=p.shape, stride=p.stride()
     )
-    whole = orthogonalize(shard.full_tensor(), steps).contiguous()
-    return distribute_tensor(whole, mesh, placements, src_data_rank=None)
+    wanted = [held if _leaves_whole(held, p.ndim) else Replicate() for held in placements]
+    matrices = part.redistribute(placements=wanted)
+    whole = orthogonalize(matrices.to_local(), steps, stacked).contiguous()
+    done = DTensor.from_local(
+        whole, mesh, wanted, run_check=False, shape=p.shape, stride=p.stride()
+    )
+    return done.redistribute(placements=placements)
+
+
+def _leaves_whole(placement: Placement, ndim: int) -> bool:
+    return isinstance(placement, Shard) and placement.dim < ndim - 2
 
 
 def _check_values(group: dict[str, Any]) -> None:

@@ -20,19 +20,24 @@ from torch import Tensor
 from fastllm.engine.llm import LLM
 from fastllm.engine.request import SamplingParams
 from fastllm.models.config import ModelConfig
+from fastllm.models.expert_files import to_files
+from fastllm.models.moe_config import MoeConfig
 from fastllm.models.safetensors_files import save_directory
 from fastllm.models.tokenizer import Tokenizer
 from fastllm.models.trainable import initialize
 from fastllm.train import distributed, loop, presets
+from fastllm.train.balance import BalanceConfig, attach_balance
 from fastllm.train.config import load_config, to_dict
 from fastllm.train.data.loader import Loader, MicroBatch
 from fastllm.train.data.store import TokenStore
+from fastllm.train.decoder_weights import read_weights, weights_of
 from fastllm.train.loop import LoopConfig, Result, Task
 from fastllm.train.optim import OptimConfig, make_optimizer
 from fastllm.train.peak import peak_flops
 from fastllm.train.presets import ShapeConfig
 
 ALIASES = {
+    "preset": "model.preset",
     "depth": "model.depth",
     "store": "data.store",
     "tokenizer": "data.tokenizer",
@@ -108,8 +113,14 @@ class PretrainConfig:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of weights and blocks
     device: str = "cpu"
     recompute: bool = False  # activations: a third more time, far less memory
+    balance: BalanceConfig = field(default_factory=BalanceConfig)  # of experts
+    expert_parallel: int = 1  # processes that share out the experts of each layer
 
     def __post_init__(self) -> None:
+        if self.expert_parallel < 1:
+            raise ValueError(f"expert_parallel must be at least 1, got {self.expert_parallel}")
+        if self.expert_parallel > 1 and self.model.preset == "dense":
+            raise ValueError("expert_parallel is for models with experts: give model.preset moe")
         if self.dtype not in _DTYPES:
             raise ValueError(f"dtype must be bfloat16 or float32, got {self.dtype!r:.80}")
 
@@ -136,7 +147,7 @@ def derive(config: PretrainConfig, given: Set[str]) -> dict[str, Any]:
     assert full.width is not None, "shape fills it in"
     row = config.data.seq_len or presets.seq_len(full.width)
     model = presets.model_config(full, vocab_size=store.vocab_size, bos=None, eos=(), context=row)
-    size = presets.parameters(model)[1]
+    size = presets.active_parameters(model)
     tokens, steps = config.data.tokens, config.loop.steps if "loop.steps" in given else None
     if config.loop.seconds and tokens is None and steps is None:
         tokens = _tokens_in(config, model)
@@ -161,6 +172,8 @@ def derive(config: PretrainConfig, given: Set[str]) -> dict[str, Any]:
     }
     values |= {f"model.{name}": value for name, value in to_dict(full).items()}
     values["model.context"] = full.context or row
+    balance = presets.balance(config.balance, full)
+    values |= {f"balance.{name}": value for name, value in to_dict(balance).items()}
     if not config.data.tokenizer:
         values["data.tokenizer"] = store.index["tokenizer"].get("name", "")
     return values
@@ -202,7 +215,9 @@ class Pretraining(Task):
         self.decoder = initialize(
             self.shape, dtype=_DTYPES[config.dtype], seed=config.loop.seed, device=device
         )
-        self.model = distributed.shard(self.decoder)
+        self.balance = attach_balance(self.decoder, config.balance)
+        self.model = distributed.shard(self.decoder, config.expert_parallel)
+        self.expert_group = distributed.expert_group(self.decoder)
         self.optimizer = make_optimizer(self.model, config.optim)
         self.loader = Loader(
             self.store,
@@ -219,6 +234,7 @@ class Pretraining(Task):
     def describe(self) -> list[str]:
         """Model, data and rates."""
         total, body = presets.parameters(self.shape)
+        active = presets.active_parameters(self.shape)
         shape, data, plan = self.shape, self.config.data, self.config.loop
         there, optim = self.store.split("train").tokens, self.config.optim
         step = self.loader.rows_per_step * self.loader.seq_len
@@ -231,6 +247,7 @@ class Pretraining(Task):
             *(["several processes share the weights: no samples are taken"] if sharded else []),
             f"model: {total / 1e6:.3g}M parameters ({body / 1e6:.3g}M without embeddings), "
             f"{shape.num_hidden_layers} layers of {shape.hidden_size}, {self.config.dtype}",
+            *([] if shape.experts is None else [_of_experts(shape.experts, active)]),
             f"data: {there:,} tokens in rows of {data.seq_len}, {step:,} a step; "
             f"{plan.steps:,} steps read {seen:,} ({seen / there:.2f} epochs)",
             f"{optim.name}: rate {optim.lr:.2e}, {plan.schedule.kind}, "
@@ -240,6 +257,10 @@ class Pretraining(Task):
     def loss(self, micro: MicroBatch) -> Tensor:
         """Cross entropy of the next tokens, summed."""
         micro = micro.to(self.device)
+        if self.balance is not None:
+            self.balance.begin()
+        if self.expert_group is not None:
+            self.expert_group.begin(micro.documents.ids.shape[0], self.device)
         return self.decoder.loss(
             micro.documents, micro.targets, "sum", checkpoint=self.config.recompute
         )
@@ -289,6 +310,19 @@ class Pretraining(Task):
         attention = sum(presets.attention_flops(self.shape, length) for length in lengths)
         return presets.flops_per_token(self.shape) * sum(lengths) + attention
 
+    def after_update(self) -> None:
+        """The loads of the step move the selection biases."""
+        if self.balance is not None:
+            self.balance.after_step()
+
+    def state(self) -> dict[str, Tensor]:
+        """The counts of the experts' loads."""
+        return {} if self.balance is None else self.balance.state()
+
+    def numbers(self, *, whole: bool) -> dict[str, Any]:
+        """The experts' loads. whole: of every expert."""
+        return {} if self.balance is None else self.balance.numbers(loads=whole)
+
     def identity(self) -> dict[str, Any]:
         """The model, its tokens and its optimizer; the data's own state names the data."""
         return {
@@ -298,10 +332,30 @@ class Pretraining(Task):
             "optim.name": self.config.optim.name,
         }
 
+    def weights(self) -> dict[str, Tensor]:
+        """Every parameter, and the biases that routers select by."""
+        return weights_of(self.decoder)
+
     def write_weights(self, weights: Mapping[str, Tensor], directory: Path) -> None:
         """A Hugging Face directory, tokenizer included."""
-        save_directory(directory, weights, self.shape.to_hf())
+        save_directory(directory, to_files(weights, self.shape), self.shape.to_hf())
         self.tokenizer.save(directory)
+
+    def read_weights(self, directory: Path) -> None:
+        """The inverse of `write_weights`."""
+        weights = self.weights().items()
+        live = {n: t for n, t in weights if not distributed.is_master(t)}
+        read_weights(live, self.shape, directory)
+
+
+def _of_experts(experts: MoeConfig, active: int) -> str:
+    """What a token meets of a model with experts."""
+    shared = f" and {experts.shared} shared" if experts.shared else ""
+    return (
+        f"experts: {experts.per_token} of {experts.num_experts}{shared} a token, "
+        f"{experts.moe_intermediate_size} wide; {active / 1e6:.3g}M parameters outside embeddings "
+        "are active"
+    )
 
 
 def _tokenizer(data: DataConfig, store: TokenStore) -> Tokenizer:

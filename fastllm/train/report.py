@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastllm.train.config import flat
+from fastllm.train.report_balance import draw_balance, last_loads, load_curves, load_table
 
 PNG, PAGE = "loss.png", "report.html"
 
@@ -39,12 +40,15 @@ def write_report(
         "loss": [("training", series(records, "loss")), ("held out", series(records, "eval_loss"))],
         "bits per byte": [("held out", series(records, "bits_per_byte"))],
         "tokens per second": [("", series(records, "tokens_per_second"))],
+        "load of the busiest expert, over the mean": load_curves(records),
+        "balancing loss, 1 where loads are even": [("", series(records, "aux_loss"))],
+        "router z loss": [("", series(records, "z_loss"))],
     }
     (out / PAGE).write_text(page(out.name, records, settings, curves), encoding="utf-8")
     if importlib.util.find_spec("matplotlib") is None:
         say(f"{PNG} needs matplotlib: pip install 'fastllm-engine[train]' ({PAGE} has the curves)")
         return
-    draw(out / PNG, out.name, curves["loss"])
+    draw(out / PNG, out.name, curves["loss"], records)
 
 
 def series(records: Sequence[Mapping[str, Any]], name: str) -> Points:
@@ -52,14 +56,20 @@ def series(records: Sequence[Mapping[str, Any]], name: str) -> Points:
     return [(r["step"], r[name]) for r in records if name in r and math.isfinite(r[name])]
 
 
-def draw(path: Path, title: str, lines: Sequence[tuple[str, Points]]) -> None:
-    """The loss curve as a picture."""
+def draw(
+    path: Path, title: str, lines: Sequence[tuple[str, Points]],
+    records: Sequence[Mapping[str, Any]] = (),
+) -> None:  # fmt: skip
+    """The loss curve as a picture; below it the experts' loads, where the records have them."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    experts = any("experts" in record for record in records)
+    figure = Figure(figsize=(8, 10.5 if experts else 4.5), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    axes, *more = figure.subplots(3 if experts else 1, squeeze=False)[:, 0]
+    if experts:
+        draw_balance(more, records)
     for (label, points), colour in zip(lines, _COLOURS, strict=False):
         if points:
             axes.plot(*zip(*points, strict=True), label=label, color=colour, linewidth=1.4)
@@ -86,6 +96,9 @@ def page(
     for heading, lines in curves.items():
         if any(len(points) > 1 for _, points in lines):
             parts.append(f"<h2>{heading}</h2>{svg(lines)}")
+    layers, loads = last_loads(records)
+    if loads:
+        parts.append(f"<h2>load of every expert, at the end</h2>{load_table(layers, loads)}")
     samples = [r for r in records if r.get("samples")]
     if samples:
         parts.append(f"<h2>samples of step {samples[-1]['step']}</h2>")

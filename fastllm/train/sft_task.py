@@ -17,6 +17,7 @@ from torch import Tensor
 from fastllm.engine.llm import LLM
 from fastllm.engine.request import SamplingParams
 from fastllm.models.adapters import adapter_tensors, save_adapter
+from fastllm.models.expert_files import to_files
 from fastllm.models.loader import in_file_order, in_model_order
 from fastllm.models.safetensors_files import save_directory
 from fastllm.models.tokenizer import Tokenizer
@@ -28,6 +29,7 @@ from fastllm.train.data.batch import MicroBatch
 from fastllm.train.data.conversations import Conversation
 from fastllm.train.data.examples import ExampleBatches, micro_batches
 from fastllm.train.data.masks import ConversationEncoder, Example
+from fastllm.train.decoder_weights import read_weights, weights_of
 from fastllm.train.optim import OptimConfig, make_optimizer
 from fastllm.train.task import Task
 
@@ -139,9 +141,9 @@ class SftTask(Task):
         }
 
     def weights(self) -> dict[str, Tensor]:
-        """The adapter's factors under PEFT's names, or every parameter."""
+        """The adapter's factors under PEFT's names, or every weight."""
         if self.lora is None:
-            return dict(self.model.named_parameters())
+            return weights_of(self.decoder)
         return adapter_tensors(self.decoder)
 
     def write_weights(self, weights: Mapping[str, Tensor], directory: Path) -> None:
@@ -149,7 +151,7 @@ class SftTask(Task):
         if self.lora is None:
             config = self.decoder.config
             ordered = {name: in_file_order(t, name, config) for name, t in weights.items()}
-            save_directory(directory, ordered, config.to_hf())
+            save_directory(directory, to_files(ordered, config), config.to_hf())
             generation = {"eos_token_id": sorted(self.encoder.end_ids)}
             _write(directory / "generation_config.json", generation)
         else:
@@ -160,16 +162,17 @@ class SftTask(Task):
 
     def read_weights(self, directory: Path) -> None:
         """The inverse of `write_weights`."""
-        super().read_weights(directory)
         if self.lora is not None:
+            super().read_weights(directory)
             return
+        live = {n: t for n, t in self.weights().items() if not distributed.is_master(t)}
+        read_weights(live, self.decoder.config, directory)
         with torch.no_grad():
-            for name, tensor in self.weights().items():
-                if not distributed.is_master(tensor):
-                    read = distributed.whole(tensor.detach())
-                    ordered = in_model_order(read, name, self.decoder.config)
-                    if ordered is not read:
-                        distributed.fill(tensor, ordered)
+            for name, tensor in live.items():
+                read = distributed.whole(tensor.detach())
+                ordered = in_model_order(read, name, self.decoder.config)
+                if ordered is not read:
+                    distributed.fill(tensor, ordered)
 
     # beside the loop
 

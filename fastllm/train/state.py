@@ -141,8 +141,9 @@ def copy_to_host(tensor: Tensor) -> Tensor:
     """A copy in host memory; a sharded tensor's copy is sharded too."""
     if isinstance(tensor, DTensor):
         part = tensor.to_local().detach().to("cpu", copy=True)
+        mesh = distributed.host_mesh_like(tensor.device_mesh)
         return DTensor.from_local(
-            part, distributed.host_mesh(), tensor.placements, run_check=False,
+            part, mesh, tensor.placements, run_check=False,
             shape=tensor.shape, stride=tensor.stride(),
         )  # fmt: skip
     return tensor.detach().to("cpu", copy=True).contiguous()

@@ -84,6 +84,20 @@ class Task:
         model's shape and the tokenizer's hash."""
         return {}
 
+    def after_update(self) -> None:
+        """Called after each update, before `weights_changed`: what a step changes beside the
+        parameters. Every process is there."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Live tensors beside weights and optimizer that a resumed run needs, by name; the same on
+        every process."""
+        return {}
+
+    def numbers(self, *, whole: bool) -> dict[str, Any]:
+        """More values for a line of metrics, about the steps since the one before, whose count
+        begins anew. whole: also what is too long for every line."""
+        return {}
+
     def weights_changed(self) -> None:
         """Called after each update: the model drops what it computed from the old weights."""
         self.model.weights_changed()  # type: ignore[operator]
