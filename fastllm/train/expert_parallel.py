@@ -27,6 +27,10 @@ from torch import Tensor
 if TYPE_CHECKING:
     from fastllm.nn.moe import Experts
 
+# torch 2.13 has new names for both.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class ExpertGroup:
     """The processes of one group, and how many tokens each of them has in this micro batch."""
@@ -78,14 +82,14 @@ def gather_rows(group: ExpertGroup, rows: Tensor, fill: int) -> Tensor:
     if missing:
         own = torch.cat((own, own.new_full((missing, *own.shape[1:]), fill)))
     every = own.new_empty((group.size * group.tokens, *own.shape[1:]))
-    dist.all_gather_into_tensor(every, own, group=group.group)
+    _all_gather(every, own, group=group.group)
     return every
 
 
 def sum_rows(group: ExpertGroup, rows: Tensor, count: int) -> Tensor:
     """The sum over processes of `[n T', C]`, of which this one keeps its own `count` rows."""
     own = rows.new_empty((group.tokens, *rows.shape[1:]))
-    dist.reduce_scatter_tensor(own, rows.contiguous(), group=group.group)
+    _reduce_scatter(own, rows.contiguous(), group=group.group)
     return own[:count]
 
 
