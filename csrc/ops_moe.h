@@ -1,9 +1,7 @@
 // The native ops of a mixture of experts: argument structs and the functions that check tensors and
-// fill them. Included by ops.h.
+// fill them.
 #pragma once
-#include <cstdint>
-
-#include "common/tensor.h"
+#include "ops_core.h"
 
 namespace fastllm {
 

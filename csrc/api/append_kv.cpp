@@ -4,7 +4,7 @@
 #include "api/paging.h"
 #include "api/rope.h"
 #include "common/check.h"
-#include "ops.h"
+#include "ops_core.h"
 
 namespace fastllm {
 

@@ -1,6 +1,6 @@
 // Checks that the attention ops share.
 #pragma once
-#include "ops.h"
+#include "ops_core.h"
 
 namespace fastllm {
 

@@ -1,7 +1,7 @@
 #include <cmath>
 
 #include "common/check.h"
-#include "ops.h"
+#include "ops_core.h"
 
 namespace fastllm {
 namespace {

@@ -1,7 +1,7 @@
 // Checks of packed weights that several ops share.
 #pragma once
 #include "common/check.h"
-#include "ops.h"
+#include "ops_core.h"
 
 namespace fastllm {
 

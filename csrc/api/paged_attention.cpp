@@ -1,7 +1,7 @@
 #include "api/attention.h"
 #include "api/paging.h"
 #include "common/check.h"
-#include "ops.h"
+#include "ops_core.h"
 
 namespace fastllm {
 

@@ -1,6 +1,6 @@
 // Checks that ops on a paged cache share.
 #pragma once
-#include "ops.h"
+#include "ops_core.h"
 
 namespace fastllm {
 

@@ -1,6 +1,6 @@
 #include "api/packed.h"
 #include "common/check.h"
-#include "ops.h"
+#include "ops_core.h"
 
 namespace fastllm {
 

@@ -1,7 +1,7 @@
 #include "api/rope.h"
 
 #include "common/check.h"
-#include "ops.h"
+#include "ops_core.h"
 
 namespace fastllm {
 

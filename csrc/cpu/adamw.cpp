@@ -1,7 +1,7 @@
 // One AdamW step: every stream is read and written once. Tails go through the same vector code, so
 // that an element's bits depend on nothing but its own numbers.
 #include "cpu/integers.h"
-#include "ops.h"
+#include "ops_core.h"
 
 namespace fastllm::FASTLLM_ISA {
 namespace {

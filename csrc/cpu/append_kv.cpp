@@ -4,7 +4,7 @@
 // L1 meanwhile; the whole append is under 1% of a prefill.
 #include "cpu/paging.h"
 #include "cpu/rotate.h"
-#include "ops.h"
+#include "ops_core.h"
 
 namespace fastllm::FASTLLM_ISA {
 namespace {

@@ -1,6 +1,6 @@
 // Writing new rows, latent and rotated key, into the compressed pages: a copy of each.
 #include "cpu/paging.h"
-#include "ops.h"
+#include "ops_core.h"
 
 namespace fastllm::FASTLLM_ISA {
 

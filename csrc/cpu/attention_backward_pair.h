@@ -4,7 +4,7 @@
 #include "common/scratch.h"
 #include "cpu/attention_backward_tile.h"
 #include "cpu/integers.h"
-#include "ops.h"
+#include "ops_core.h"
 
 namespace fastllm::FASTLLM_ISA {
 namespace {

@@ -6,7 +6,7 @@
 #include "cpu/attention_words.h"
 #include "cpu/integers.h"
 #include "cpu/lse.h"
-#include "ops.h"
+#include "ops_core.h"
 
 namespace fastllm::FASTLLM_ISA {
 namespace {

@@ -5,7 +5,7 @@
 #pragma once
 #include "cpu/attention_tile.h"
 #include "cpu/transpose.h"
-#include "ops.h"
+#include "ops_core.h"
 
 namespace fastllm::FASTLLM_ISA {
 namespace {

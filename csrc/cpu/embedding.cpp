@@ -1,7 +1,7 @@
 // Rows of a dense or packed table, one rounding. Bound by memory; an id outside the table gives
 // zeros.
 #include "cpu/packed.h"
-#include "ops.h"
+#include "ops_core.h"
 
 namespace fastllm::FASTLLM_ISA {
 namespace {

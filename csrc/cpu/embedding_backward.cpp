@@ -2,7 +2,7 @@
 // of one id stay in order), then every row of the table is summed and written once, zeros included.
 // Sorting 2,048 ids of 49,152 takes 60 us where the table's bytes take 4 ms.
 #include "cpu/integers.h"
-#include "ops.h"
+#include "ops_core.h"
 
 namespace fastllm::FASTLLM_ISA {
 namespace {

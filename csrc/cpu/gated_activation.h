@@ -3,7 +3,7 @@
 // again has the bits of the first one.
 #pragma once
 #include "cpu/sigmoid.h"
-#include "ops.h"
+#include "ops_moe.h"
 
 namespace fastllm::FASTLLM_ISA {
 namespace {

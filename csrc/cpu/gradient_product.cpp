@@ -8,7 +8,7 @@
 #include "cpu/integers.h"
 #include "cpu/matmul_dense.h"
 #include "cpu/pack_panel.h"
-#include "ops.h"
+#include "ops_core.h"
 
 namespace fastllm::FASTLLM_ISA {
 namespace {

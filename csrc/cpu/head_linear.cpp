@@ -3,7 +3,7 @@
 // strip once and lets all rows meet it, with the tiles of linear, so that the bits are linear's.
 #include "cpu/matmul_dense.h"
 #include "cpu/pack_panel.h"
-#include "ops.h"
+#include "ops_core.h"
 
 namespace fastllm::FASTLLM_ISA {
 namespace {

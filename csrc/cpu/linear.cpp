@@ -3,7 +3,7 @@
 // weights, so the bits are too.
 #include "cpu/matmul_dense.h"
 #include "cpu/pack_panel.h"
-#include "ops.h"
+#include "ops_core.h"
 
 namespace fastllm::FASTLLM_ISA {
 namespace {

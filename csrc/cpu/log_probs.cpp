@@ -2,7 +2,7 @@
 // Tiles of all rows are shared among the threads, then rows are.
 #include "common/scratch.h"
 #include "cpu/select.h"
-#include "ops.h"
+#include "ops_core.h"
 
 namespace fastllm::FASTLLM_ISA {
 namespace {

@@ -4,7 +4,7 @@
 #pragma once
 #include "common/scratch.h"
 #include "cpu/packed.h"
-#include "ops.h"
+#include "ops_core.h"
 
 namespace fastllm::FASTLLM_ISA {
 

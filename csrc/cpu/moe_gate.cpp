@@ -6,7 +6,7 @@
 #include "common/scratch.h"
 #include "cpu/moe_scores.h"
 #include "cpu/top_k.h"
-#include "ops.h"
+#include "ops_moe.h"
 
 namespace fastllm::FASTLLM_ISA {
 namespace {

@@ -3,7 +3,7 @@
 // and lse^2 adds 2 dz lse softmax. The row stays in L1; bound by instructions.
 #include "common/scratch.h"
 #include "cpu/moe_scores.h"
-#include "ops.h"
+#include "ops_moe.h"
 
 namespace fastllm::FASTLLM_ISA {
 namespace {

@@ -1,7 +1,7 @@
 // Brings a weight into panels of 16 interleaved rows, straight from a file's blocks: one pass, no
 // temporary.
 #include "cpu/packed.h"
-#include "ops.h"
+#include "ops_core.h"
 
 namespace fastllm::FASTLLM_ISA {
 namespace {

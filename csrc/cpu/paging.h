@@ -2,7 +2,7 @@
 // kernels run, so nothing here trusts it: every row and page that comes out lies inside its tensor.
 #pragma once
 #include "cpu/simd.h"
-#include "ops.h"
+#include "ops_core.h"
 
 namespace fastllm::FASTLLM_ISA {
 

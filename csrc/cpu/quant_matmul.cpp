@@ -2,7 +2,7 @@
 // then strips of outputs are handed out.
 #include "cpu/matmul_dense.h"
 #include "cpu/matmul_int8.h"
-#include "ops.h"
+#include "ops_core.h"
 
 namespace fastllm::FASTLLM_ISA {
 namespace {

@@ -6,7 +6,7 @@
 
 #include "cpu/matmul_dense.h"
 #include "cpu/transpose.h"
-#include "ops.h"
+#include "ops_core.h"
 
 namespace fastllm::FASTLLM_ISA {
 namespace {

@@ -2,7 +2,7 @@
 // in
 // cache: the sum of squares, then the scaled store.
 #include "cpu/simd.h"
-#include "ops.h"
+#include "ops_core.h"
 
 namespace fastllm::FASTLLM_ISA {
 namespace {

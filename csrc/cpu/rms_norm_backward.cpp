@@ -3,7 +3,7 @@
 // the chunks, which the shape alone decides, are added in order after all are done.
 #include "common/scratch.h"
 #include "cpu/integers.h"
-#include "ops.h"
+#include "ops_core.h"
 
 namespace fastllm::FASTLLM_ISA {
 namespace {

@@ -1,6 +1,6 @@
 // Rotary embedding of [tokens, heads]: one head per step, bound by memory.
 #include "cpu/rotate.h"
-#include "ops.h"
+#include "ops_core.h"
 
 namespace fastllm::FASTLLM_ISA {
 

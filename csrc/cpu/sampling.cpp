@@ -8,7 +8,7 @@
 #include "common/scratch.h"
 #include "cpu/philox.h"
 #include "cpu/select.h"
-#include "ops.h"
+#include "ops_core.h"
 
 namespace fastllm::FASTLLM_ISA {
 namespace {

@@ -3,7 +3,7 @@
 #pragma once
 #include "cpu/integers.h"
 #include "cpu/lse.h"
-#include "ops.h"
+#include "ops_core.h"
 
 namespace fastllm::FASTLLM_ISA {
 namespace {

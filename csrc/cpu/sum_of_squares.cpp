@@ -1,7 +1,7 @@
 // The sum of squares: chunks of a fixed size, each in its own order, then the chunks in order and in
 // fp64, so that neither threads nor a tensor's size cost precision.
 #include "cpu/integers.h"
-#include "ops.h"
+#include "ops_core.h"
 
 namespace fastllm::FASTLLM_ISA {
 namespace {

@@ -2,7 +2,7 @@
 // else by memory. The tail of a row goes through the same vector code, so that an element's bits do
 // not depend on its column.
 #include "cpu/sigmoid.h"
-#include "ops.h"
+#include "ops_core.h"
 
 namespace fastllm::FASTLLM_ISA {
 namespace {

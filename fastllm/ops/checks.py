@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _C
 
-MAX_HEAD_DIM = 576  # kMaxHeadDim in csrc/ops.h: of the native attention kernels
+MAX_HEAD_DIM = 576  # kMaxHeadDim in csrc/ops_core.h: of the native attention kernels
 
 
 def values_readable(tensor: Tensor) -> bool:
