@@ -1,4 +1,4 @@
-"""ModelConfig from the metadata of a GGUF file, architectures llama, qwen2 and qwen3."""
+"""ModelConfig from the metadata of a GGUF file, of the architectures in ARCHITECTURES."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from fastllm.errors import ModelFileError
 from fastllm.models.config import ModelConfig
 from fastllm.models.fields import Fields, describe
 from fastllm.models.gguf import GGUFTensor
+from fastllm.models.moe_config import MoeConfig
 from fastllm.models.rope_scaling import RopeConfig
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3moe", "olmoe")
+_MODEL_TYPES = {"llama": "mixtral", "qwen3moe": "qwen3_moe"}  # with experts
+_SPARSE = ("llama", "qwen3moe", "olmoe")  # which may have experts, or always do
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 
@@ -53,10 +56,14 @@ def _refuse_unsupported(general: Fields, arch: str) -> None:
             "the model is split over several files",
             "Merge them with llama.cpp's gguf-split --merge",
         )
-    if general.integer(f"{arch}.expert_count", default=0) > 0:
-        raise general.fail(
-            f"{arch}.expert_count", "mixture-of-experts models are not supported", "Use a dense one"
-        )
+    experts = general.integer(f"{arch}.expert_count", default=0)
+    if experts > 0 and arch not in _SPARSE:
+        raise general.fail(f"{arch}.expert_count", "this architecture has no experts here")
+    if experts < 1 and arch in ("qwen3moe", "olmoe"):
+        raise general.fail(f"{arch}.expert_count", f"must be at least 1, is {experts}")
+    for key in ("expert_shared_count", "leading_dense_block_count"):
+        if general.integer(f"{arch}.{key}", default=0):
+            raise general.fail(f"{arch}.{key}", "only 0 is supported")
 
 
 def _build(
@@ -76,8 +83,10 @@ def _build(
         raise fields.fail("attention.value_length", f"differs from the key length {head_dim}")
     layers = fields.integer("block_count")
     window = fields.integer("attention.sliding_window", default=0) or None
+    experts = _experts(fields, arch)
+    normed = "blk.0.attn_q_norm.weight" in tensors
     return ModelConfig(
-        model_type=arch,
+        model_type=_MODEL_TYPES.get(arch, arch) if experts is not None else arch,
         vocab_size=embedding.shape[0],
         hidden_size=hidden,
         intermediate_size=fields.integer("feed_forward_length"),
@@ -91,11 +100,28 @@ def _build(
         attention_bias="blk.0.attn_q.bias" in tensors,
         attention_output_bias="blk.0.attn_output.bias" in tensors,
         mlp_bias="blk.0.ffn_down.bias" in tensors,
-        qk_norm="blk.0.attn_q_norm.weight" in tensors,
+        qk_norm=normed and arch != "olmoe",
+        qk_norm_whole=normed and arch == "olmoe",
+        experts=experts,
         sliding_window=(window,) * layers if window and 1 <= layers <= 1024 else (),
         rope=_rope(fields, tensors, head_dim),
         bos_token_id=general.integer("tokenizer.ggml.bos_token_id", default=None),
         eos_token_ids=_end_tokens(general),
+    )
+
+
+def _experts(fields: Fields, arch: str) -> MoeConfig | None:
+    count = fields.integer("expert_count", default=0)
+    if count < 1:
+        return None
+    width = fields.integer("expert_feed_forward_length", default=None)
+    if width is None or arch != "qwen3moe":
+        width = fields.integer("feed_forward_length")
+    return MoeConfig(
+        num_experts=count,
+        per_token=fields.integer("expert_used_count"),
+        moe_intermediate_size=width,
+        renormalize=arch != "olmoe",
     )
 
 

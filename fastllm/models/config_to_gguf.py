@@ -7,15 +7,20 @@ tensors `rope_freqs`, `rope_factors_long` and `rope_factors_short`, as its own c
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 
 from fastllm.models.config import ModelConfig
+from fastllm.models.moe_config import MoeConfig
 from fastllm.models.rope_scaling import RopeConfig, rope_frequencies
 from fastllm.models.stored_tensor import StoredTensor
 
-_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+_ARCHITECTURES = {
+    "llama": "llama", "mistral": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen3": "qwen3",
+    "qwen3_moe": "qwen3moe", "olmoe": "olmoe",
+}  # fmt: skip
 # What llama.cpp's graphs of an architecture have, where they have no choice.
 _FIXED = {
     "llama": {"qk_norm": False},
@@ -25,6 +30,12 @@ _FIXED = {
     "qwen3": {
         "attention_bias": False, "attention_output_bias": False, "mlp_bias": False, "qk_norm": True,
     },
+    "qwen3moe": {"attention_bias": False, "attention_output_bias": False, "qk_norm": True},
+    "olmoe": {"attention_bias": False, "attention_output_bias": False, "qk_norm_whole": True},
+}  # fmt: skip
+_FIXED_EXPERTS = {
+    "scoring": "softmax", "groups": 1, "scale": 1.0, "shared": 0, "bias_correction": False,
+    "dense_layers": (),
 }  # fmt: skip
 
 
@@ -40,13 +51,21 @@ def gguf_architecture(config: ModelConfig) -> str:
             f"model_type {config.model_type!r} cannot be exported to GGUF; these can: "
             f"{', '.join(_ARCHITECTURES)}"
         )
-    for name, needed in _FIXED[arch].items():
+    _check_fixed(config, _FIXED[arch], arch)
+    if config.experts is not None:
+        _check_fixed(config.experts, _FIXED_EXPERTS | {"renormalize": arch != "olmoe"}, arch)
+    if arch == "olmoe":
+        _check_fixed(config, {"num_key_value_heads": config.num_attention_heads}, arch)
+    return arch
+
+
+def _check_fixed(config: ModelConfig | MoeConfig, fixed: Mapping[str, object], arch: str) -> None:
+    for name, needed in fixed.items():
         if getattr(config, name) != needed:
             raise ValueError(
                 f"{name}={getattr(config, name)} has no GGUF form in architecture {arch!r}, which "
                 f"has {name}={needed}"
             )
-    return arch
 
 
 def config_metadata(config: ModelConfig) -> dict[str, object]:
@@ -70,6 +89,10 @@ def config_metadata(config: ModelConfig) -> dict[str, object]:
         "rope.dimension_count": config.rotary_dim,
         "rope.freq_base": float(config.rope.theta),
     }
+    if config.experts is not None:
+        keys["expert_count"] = config.experts.num_experts
+        keys["expert_used_count"] = config.experts.per_token
+        keys["expert_feed_forward_length"] = config.experts.moe_intermediate_size
     windows = set(config.sliding_window)
     if windows != {None}:
         if len(windows) > 1:

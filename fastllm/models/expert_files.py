@@ -1,9 +1,10 @@
-"""How Hugging Face directories hold the experts of a mixture.
+"""How files hold the experts of a mixture.
 
 In memory a layer's experts are two tensors, `mlp.experts.gate_up_proj` [E, 2I, H], the rows of gate
-first, and `mlp.experts.down_proj` [E, H, I]. Files hold three matrices an expert,
-`mlp.experts.7.gate_proj.weight` and so on, in Mixtral's `block_sparse_moe.experts.7.w1.weight`
-(gate), `w3` (up) and `w2` (down). Files with the two tensors are read too.
+first, and `mlp.experts.down_proj` [E, H, I]. Hugging Face directories hold three matrices an
+expert, `mlp.experts.7.gate_proj.weight` and so on, in Mixtral's
+`block_sparse_moe.experts.7.w1.weight` (gate), `w3` (up) and `w2` (down); directories with the two
+tensors are read too. GGUF files hold three tensors a layer: gate, up and down of all experts.
 """
 
 from __future__ import annotations
@@ -32,6 +33,26 @@ def members(name: str, expert: int) -> list[str]:
     match = _FUSED.fullmatch(name)
     assert match is not None, f"{name} holds no experts"
     return [f"{match[1]}.{expert}.{member}.weight" for member in _MEMBERS[match[2]]]
+
+
+def stacks(name: str) -> list[str]:
+    """The tensors of a GGUF file whose rows, expert by expert, are those of the tensor `name`.
+
+    As Hugging Face would name them: `fastllm.models.weights.GGUF_LAYER_NAMES` has the others.
+    """
+    match = _FUSED.fullmatch(name)
+    assert match is not None, f"{name} holds no experts"
+    return [f"{match[1]}.{member}.weight" for member in _MEMBERS[match[2]]]
+
+
+def stacked_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """(name, shape) of every tensor that a GGUF file must hold."""
+    for name, shape in config.weight_shapes().items():
+        parts = stacks(name) if holds_experts(name) else []
+        for part in parts:
+            yield part, (shape[0], shape[1] // len(parts), shape[2])
+        if not parts:
+            yield name, shape
 
 
 def usual_name(name: str, config: ModelConfig) -> str:

@@ -19,7 +19,7 @@ from fastllm.models.adapters import WEIGHTS_FILE, Adapter
 from fastllm.models.config import ModelConfig
 from fastllm.models.config_to_gguf import config_metadata, gguf_architecture, rope_tensors
 from fastllm.models.decoder import Decoder
-from fastllm.models.expert_files import to_files
+from fastllm.models.expert_files import holds_experts, stacks, to_files
 from fastllm.models.gguf_writer import write_gguf
 from fastllm.models.loader import in_file_order
 from fastllm.models.safetensors_files import save_directory
@@ -173,7 +173,14 @@ def export_gguf(
     tensors: dict[str, StoredTensor | LazyTensor] = {}
     tensors |= rope_tensors(config)
     for hf_name, shape in config.weight_shapes().items():
-        tensors[gguf_name(hf_name)] = _lazy(weights, hf_name, shape, type)
+        if not holds_experts(hf_name):
+            tensors[gguf_name(hf_name)] = _lazy(weights, hf_name, shape, type)
+            continue
+        parts = stacks(hf_name)
+        rows = shape[1] // len(parts)
+        for i, part in enumerate(parts):
+            own, size = slice(i * rows, (i + 1) * rows), (shape[0], rows, shape[2])
+            tensors[gguf_name(part)] = _lazy(weights, hf_name, size, type, own)
     target.parent.mkdir(parents=True, exist_ok=True)
     write_gguf(target, metadata, tensors)
 
@@ -187,8 +194,12 @@ def gguf_name(name: str) -> str:
     return f"{_TOP[stem]}.{kind}"
 
 
-def _lazy(weights: Weights, name: str, shape: tuple[int, ...], type: str) -> LazyTensor:
-    format = type if len(shape) == 2 else "f32"
+def _lazy(
+    weights: Weights, name: str, shape: tuple[int, ...], type: str, rows: slice | None = None
+) -> LazyTensor:
+    """rows: those of each expert that are meant, of a weight that holds experts."""
+    router = name.endswith(".mlp.gate.weight")  # llama.cpp reads it as float32
+    format = type if len(shape) > 1 and not router else "f32"
     if format in QUANTIZED_FORMATS and shape[-1] % 32:
         raise ValueError(
             f"{name} has rows of {shape[-1]} values, and {type} takes multiples of 32: export "
@@ -198,6 +209,8 @@ def _lazy(weights: Weights, name: str, shape: tuple[int, ...], type: str) -> Laz
 
     def make() -> StoredTensor:
         stored = weights.get(name)
+        if rows is not None:
+            stored = StoredTensor(stored.format, shape, stored.data[:, rows])
         if stored.format != format:
             stored = _converted(stored.to_float32(), format, name)
         return stored if order is None else replace(stored, data=stored.data[order])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -20,7 +20,14 @@ import torch
 from fastllm.errors import ModelFileError
 from fastllm.models.config import ModelConfig
 from fastllm.models.config_gguf import ROPE_TENSORS
-from fastllm.models.expert_files import members, stored_shapes, usual_name
+from fastllm.models.expert_files import (
+    holds_experts,
+    members,
+    stacked_shapes,
+    stacks,
+    stored_shapes,
+    usual_name,
+)
 from fastllm.models.gguf import GGUFFile, GGUFTensor
 from fastllm.models.mla_config import half_split_index
 from fastllm.models.safetensors_files import SafetensorsFiles
@@ -44,6 +51,10 @@ GGUF_LAYER_NAMES = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.gate_proj",
+    "ffn_up_exps": "mlp.experts.up_proj",
+    "ffn_down_exps": "mlp.experts.down_proj",
 }
 _GGUF_LAYER = re.compile(r"blk\.(0|[1-9][0-9]{0,3})\.([a-z_]+)\.(weight|bias)")
 _GGUF_TOP = re.compile(r"([a-z_]+)\.(weight|bias)")
@@ -102,7 +113,7 @@ class SafetensorsWeights:
     def get(self, name: str) -> StoredTensor:
         if name not in self._stored and name in self._shapes:  # experts, matrix by matrix
             count = self._shapes[name][0]
-            return _joined([self.get_expert(name, i) for i in range(count)], torch.stack)
+            return _stacked([self.get_expert(name, i) for i in range(count)])
         stored, mla = self.files.get(self._stored[name]), self.config.mla
         index = None
         if mla is not None:
@@ -111,10 +122,8 @@ class SafetensorsWeights:
 
     def get_expert(self, name: str, expert: int) -> StoredTensor:
         if name in self._stored:
-            whole = self.files.get(self._stored[name])
-            return StoredTensor(whole.format, whole.shape[1:], whole.data[expert])
-        parts = [self.files.get(self._stored[part]) for part in members(name, expert)]
-        return parts[0] if len(parts) == 1 else _joined(parts, torch.cat)
+            return _one_of(self.files.get(self._stored[name]), expert)
+        return _joined([self.files.get(self._stored[part]) for part in members(name, expert)], 0)
 
     def release(self, name: str | None = None) -> None:
         if name is None:  # the library maps whole files: one tensor's pages cannot be named
@@ -134,13 +143,30 @@ def _usual_names(directory: Path, files: SafetensorsFiles, config: ModelConfig) 
     return stored
 
 
-def _joined(
-    parts: list[StoredTensor], join: Callable[[list[torch.Tensor]], torch.Tensor]
-) -> StoredTensor:
-    """Dense tensors as one; of different dtypes in float32."""
-    same = len({part.format for part in parts}) == 1
-    data = join([part.data if same else part.to_float32() for part in parts])
-    return StoredTensor(parts[0].format if same else "f32", tuple(data.shape), data)
+def _one_of(experts: StoredTensor, expert: int) -> StoredTensor:
+    return StoredTensor(experts.format, experts.shape[1:], experts.data[expert])
+
+
+def _joined(parts: list[StoredTensor], dim: int) -> StoredTensor:
+    """Tensors one after another along `dim`, not the last; of different formats in float32."""
+    if len(parts) == 1:
+        return parts[0]
+    format, data = _alike(parts)
+    shape = list(parts[0].shape)
+    shape[dim] = sum(part.shape[dim] for part in parts)
+    return StoredTensor(format, tuple(shape), torch.cat(data, dim))
+
+
+def _stacked(parts: list[StoredTensor]) -> StoredTensor:
+    format, data = _alike(parts)
+    return StoredTensor(format, (len(parts), *parts[0].shape), torch.stack(data))
+
+
+def _alike(parts: list[StoredTensor]) -> tuple[str, list[torch.Tensor]]:
+    """The one format of all parts, and their data in it."""
+    if len({part.format for part in parts}) == 1:
+        return parts[0].format, [part.data for part in parts]
+    return "f32", [part.to_float32() for part in parts]
 
 
 def _is_derived(name: str, config: ModelConfig) -> bool:
@@ -163,18 +189,30 @@ class GGUFWeights:
         self.path = file.path
         self.file = file
         self.config = ModelConfig.from_gguf(file.metadata, file.tensors, file.path)
-        shapes = self.config.weight_shapes()
-        self.names = tuple(shapes)
+        self.names = tuple(self.config.weight_shapes())
         self._tensors: dict[str, GGUFTensor] = {}
         for tensor in file.tensors.values():
             if tensor.name not in ROPE_TENSORS:
                 self._tensors[self._hf_name(tensor)] = tensor
         found = {name: tensor.shape for name, tensor in self._tensors.items()}
         gguf_names = {hf: tensor.name for hf, tensor in self._tensors.items()}
-        _check_names(file.path, shapes.items(), found, gguf_names)
+        _check_names(file.path, stacked_shapes(self.config), found, gguf_names)
         for tensor in self._tensors.values():
             _check_format(file.path, tensor)
+        for name in filter(holds_experts, self.names):
+            self._check_alike([self._tensors[part] for part in stacks(name)])
         self._half_split: dict[int, torch.Tensor] = {}
+
+    def _check_alike(self, parts: list[GGUFTensor]) -> None:
+        """Gate and up of an expert are one product."""
+        for part in parts[1:]:
+            if part.type_name != parts[0].type_name:
+                raise ModelFileError(
+                    self.path,
+                    part.name,
+                    f"is stored as {part.type_name}, and {parts[0].name} as {parts[0].type_name}",
+                    "Use a file where both have one format (llama-quantize --pure makes one)",
+                )
 
     def _hf_name(self, tensor: GGUFTensor) -> str:
         if match := _GGUF_LAYER.fullmatch(tensor.name):
@@ -186,14 +224,15 @@ class GGUFWeights:
         raise ModelFileError(
             self.path,
             tensor.name,
-            "is not part of the dense decoder, and leaving it out would change the model",
-            "Use a model whose attention and MLP are those of Llama, Qwen2 or Qwen3",
+            "is not part of the decoder, and leaving it out would change the model",
+            "Use a model whose layers are those of Llama, Mixtral, Qwen2, Qwen3 or OLMoE",
         )
 
     def get(self, name: str) -> StoredTensor:
-        tensor = self._tensors[name]
-        stored = _stored(tensor)
-        if self.config.model_type != "llama":
+        if holds_experts(name):
+            return _joined([_stored(self._tensors[part]) for part in stacks(name)], 1)
+        stored = _stored(self._tensors[name])
+        if self.config.model_type not in ("llama", "mixtral"):  # architecture llama
             return stored
         if ".self_attn.q_proj." in name:
             return self._in_half_split_order(stored, self.config.num_attention_heads)
@@ -202,7 +241,7 @@ class GGUFWeights:
         return stored
 
     def get_expert(self, name: str, expert: int) -> StoredTensor:
-        raise KeyError(f"{name}: models of GGUF files have no experts")
+        return _joined([_one_of(_stored(self._tensors[p]), expert) for p in stacks(name)], 0)
 
     def _in_half_split_order(self, stored: StoredTensor, heads: int) -> StoredTensor:
         if heads not in self._half_split:
@@ -211,7 +250,11 @@ class GGUFWeights:
         return replace(stored, data=stored.data.index_select(0, self._half_split[heads]))
 
     def release(self, name: str | None = None) -> None:
-        self.file.release(None if name is None else self._tensors[name])
+        if name is None:
+            self.file.release()
+            return
+        for part in stacks(name) if holds_experts(name) else [name]:
+            self.file.release(self._tensors[part])
 
 
 def half_split_rows(heads: int, head_dim: int, rotary_dim: int) -> torch.Tensor:

@@ -22,6 +22,7 @@ from fastllm.models.gguf import GGUFFile
 from fastllm.models.gguf_export import export_gguf, export_hf, weights_of
 from fastllm.models.gguf_writer import write_gguf
 from fastllm.models.loader import load_model, save_pretrained
+from fastllm.models.moe_config import MoeConfig
 from fastllm.models.rope_scaling import RopeConfig
 from fastllm.models.tokenizer import Tokenizer
 from fastllm.models.tokenizer_gguf import PRE_TOKENIZERS
@@ -83,7 +84,7 @@ def _config(model_type: str, vocab: int, **fields: Any) -> ModelConfig:
         eos_token_ids=(2,),
         bos_token_id=0,
         attention_bias=model_type == "qwen2",
-        qk_norm=model_type == "qwen3",
+        qk_norm=model_type in ("qwen3", "qwen3_moe"),
         **fields,
     )
 
@@ -98,7 +99,7 @@ def _spread(model: torch.nn.Module, seed: int) -> None:
                 parameter.add_((0.3 * noise).to(parameter.dtype))
             else:
                 scale = 4.0 if "embed" in name or "lm_head" in name else 2.0
-                parameter.copy_((noise * scale * parameter.shape[1] ** -0.5).to(parameter.dtype))
+                parameter.copy_((noise * scale * parameter.shape[-1] ** -0.5).to(parameter.dtype))
 
 
 def _save(folder: Path, config: ModelConfig, tokenizer: Tokenizer, seed: int = 5) -> Path:
@@ -188,6 +189,24 @@ def test_llama_cpp_gives_the_same_greedy_tokens_of_other_models(
     config = _config(model_type, tokenizer.vocab_size, **fields)
     folder = _save(tmp_path / "model", config, tokenizer)
     _same_greedy(llama_cpp, folder, tmp_path / "model.gguf", "bf16", tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("kind", "type"),
+    [("mixtral", "bf16"), ("qwen3_moe", "bf16"), ("qwen3_moe", "q8_0"), ("olmoe", "bf16")],
+)
+def test_llama_cpp_gives_the_same_greedy_tokens_of_mixtures(
+    kind: str, type: str, tokenizer: Tokenizer, llama_cpp: Any, tmp_path: Path
+) -> None:
+    width = 64 if kind == "qwen3_moe" else 192
+    experts = MoeConfig(
+        num_experts=4, per_token=2, moe_intermediate_size=width, renormalize=kind != "olmoe"
+    )
+    config = _config(kind, tokenizer.vocab_size, experts=experts, qk_norm_whole=kind == "olmoe")
+    if kind == "olmoe":
+        config = replace(config, num_key_value_heads=4)
+    folder = _save(tmp_path / "model", config, tokenizer)
+    _same_greedy(llama_cpp, folder, tmp_path / "model.gguf", type, tokenizer)
 
 
 def _same_greedy(llama_cpp: Any, folder: Path, file: Path, type: str, tokenizer: Tokenizer) -> None:

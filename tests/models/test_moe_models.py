@@ -324,10 +324,69 @@ def test_wrong_files_are_named(
         load_model(tmp_path)
 
 
-def test_gguf_is_refused_by_name(tmp_path: Path) -> None:
-    model = model_of("mixtral", torch.float32)
-    with pytest.raises(ValueError, match="'mixtral' cannot be exported to GGUF"):
-        export_gguf(weights_of(model), tmp_path / "m.gguf", "f32", None)
+@pytest.mark.parametrize("case", ["mixtral", "qwen3 moe", "olmoe"])
+def test_gguf_files_hold_the_model(case: str, tmp_path: Path) -> None:
+    config = config_of(case)
+    assert config.experts is not None
+    config = replace(config, experts=replace(config.experts, dense_layers=()))
+    model = initialize(config, dtype=torch.float32)
+    export_gguf(weights_of(model), tmp_path / "m.gguf", "f32", None)
+    again = load_trainable(tmp_path / "m.gguf", dtype="float32")
+    assert again.config.experts == config.experts
+    assert again.config.model_type == config.model_type
+    for name, tensor in model.weights().items():
+        assert torch.equal(again.weights()[name], tensor), name
+    packed = hf_tensors(load_model(tmp_path / "m.gguf", dtype="float32"))
+    for name, tensor in hf_tensors(model).items():
+        assert torch.equal(packed[name], tensor), name
+
+
+def test_quantized_experts_stay_packed_and_train_adapters(tmp_path: Path) -> None:
+    config = replace(config_of("qwen3 moe"), hidden_size=64, intermediate_size=96)
+    assert config.experts is not None
+    experts = replace(config.experts, moe_intermediate_size=32, dense_layers=())
+    model = initialize(replace(config, experts=experts), dtype=torch.float32)
+    export_gguf(weights_of(model), tmp_path / "m.gguf", "q8_0", None)
+    loaded = load_trainable(tmp_path / "m.gguf")
+    packs = [pack for layer in loaded.model.layers for pack in layer.mlp.experts.packs()]
+    assert {pack.format for pack in packs} == {"q8_0"} and len(packs) == 6
+    wanted = weights_of(open_weights(tmp_path / "m.gguf"))
+    got = weights_of(loaded)
+    for name in loaded.config.weight_shapes():
+        if holds_experts(name):
+            assert torch.equal(got.values(name), wanted.values(name)), name
+    with pytest.raises(ValueError, match=r"q8_0.*Hugging Face directory cannot"):
+        save_pretrained(loaded, tmp_path / "hf")
+    parameters = add_lora(loaded, LoraConfig(r=4))
+    documents = batch_of(random_documents((30,)))
+    first = 0.0
+    for _ in range(12):
+        loss = loaded.loss(*documents, reduction="mean")
+        loss.backward()
+        first = first or loss.item()
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter -= 0.02 * parameter.grad.sign().to(parameter.dtype)
+                parameter.grad = None
+    assert loss.item() < 0.8 * first
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "words"),
+    [
+        ("qwen3 moe", {}, r"dense_layers=\(1,\) has no GGUF form in architecture 'qwen3moe'"),
+        ("olmoe", {"renormalize": True}, "renormalize=True has no GGUF form"),
+        ("deepseek v2 experts", {}, "'deepseek_v2' cannot be exported to GGUF"),
+    ],
+)
+def test_what_gguf_cannot_say_is_refused(
+    case: str, changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    config = config_of(case)
+    assert config.experts is not None
+    config = replace(config, experts=replace(config.experts, **changes))
+    with pytest.raises(ValueError, match=words):
+        export_gguf(weights_of(initialize(config)), tmp_path / "m.gguf", "f32", None)
 
 
 # generation
