@@ -262,6 +262,8 @@ def _check_weights(x: Tensor, gate_up: Tensor, down: Tensor) -> None:
     for name, weight in (("gate_up", gate_up), ("down", down)):
         if weight.dtype != x.dtype:
             raise ValueError(f"{name} is {weight.dtype} and x is {x.dtype}: they must be the same")
+        if weight.device != x.device:
+            raise ValueError(f"{name} is on {weight.device} and x on {x.device}")
 
 
 def check_moe(
@@ -307,6 +309,15 @@ def check_moe(
         )
     if out_dtype not in (None, torch.float32, torch.bfloat16):
         raise ValueError(f"out_dtype must be torch.float32 or torch.bfloat16, got {out_dtype}")
+    for name, tensor in (
+        ("topk_ids", topk_ids),
+        ("topk_weights", topk_weights),
+        ("gate_up_bias", gate_up_bias),
+        ("down_bias", down_bias),
+        ("base", base),
+    ):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device} and x on {x.device}")
     if values_readable(topk_weights) and not math.isfinite(float(topk_weights.detach().sum())):
         raise ValueError("topk_weights holds NaN or infinite values")
     if dispatch is not None:

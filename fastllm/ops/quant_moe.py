@@ -224,6 +224,9 @@ def quant_moe(
         raise ValueError(f"mode {mode!r} is not one of {', '.join(MODES)}")
     _check_pack("gate_up", gate_up, 2 * inner, x.shape[1], x.dtype, mode)
     _check_pack("down", down, x.shape[1], inner, x.dtype, mode)
+    for name, (data, _, _) in (("gate_up", gate_up), ("down", down)):
+        if data.device != x.device:
+            raise ValueError(f"{name} is on {data.device} and x on {x.device}")
     experts = gate_up[0].shape[0]
     if down[0].shape[0] != experts:
         raise ValueError(f"down holds {down[0].shape[0]} experts, gate_up {experts}")

@@ -220,7 +220,7 @@ def expert_loop(
         a = rounded(activate(*pre.chunk(2, dim=1), layer.activation))
         out = into_down(a) @ down[e].T
         o = o.index_add(0, at, out if down_bias is None else out + down_bias[e])
-    y = (o.view(tokens, k, -1) * layer.topk_weights.to(wide).unsqueeze(2)).sum(1)
+    y = (o.view(tokens, k, o.shape[1]) * layer.topk_weights.to(wide).unsqueeze(2)).sum(1)
     if layer.base is not None:
         y = y + layer.base.to(wide)
     return y if exact else y.to(layer.out_dtype or dtype)

@@ -188,7 +188,7 @@ def serving(op: Op, device: str, args: tuple[Any, ...], dtype: torch.dtype) -> s
 
 
 TABLE = [
-    MoeProblem(tokens=5, hidden=40, inner=24, experts=8, k=2, **changed)
+    MoeProblem(**{"tokens": 5, "hidden": 40, "inner": 24, "experts": 8, "k": 2, **changed})
     for changed in (
         {}, {"tokens": 0}, {"tokens": 1}, {"hidden": 17, "inner": 5}, {"k": 8}, {"load": "holes"},
         {"biases": "both"}, {"biases": "gate_up"}, {"biases": "down"}, {"base": "float32"},
@@ -260,6 +260,11 @@ BAD: dict[str, tuple[str, dict[str, Any]]] = {
     "down of other rows": ("down", {"down": torch.ones(6, 7, 4)}),
     "down in another dtype": ("down", {"down": torch.ones(6, 8, 4).bfloat16()}),
     "down on another device": ("down", {"down": torch.ones(6, 8, 4, device="meta")}),
+    "weights on another device": (
+        "topk_weights",
+        {"topk_weights": torch.ones(5, 2, device="meta")},
+    ),
+    "base on another device": ("base", {"base": torch.ones(5, 8, device="meta")}),
     "ids past the end": ("topk_ids", {"topk_ids": ids(0, 6)}),
     "ids below -1": ("topk_ids", {"topk_ids": ids(0, -2)}),
     "ids of other tokens": ("topk_ids", {"topk_ids": ids(0, 1)[:4]}),
