@@ -143,6 +143,12 @@ def _show_formats(entries: Sequence[Entry]) -> None:
 
 def _show_memory(entries: Sequence[Entry], config: ModelConfig | None) -> None:
     pairs: list[tuple[str, object]] = [("weights", human_bytes(sum(e.nbytes for e in entries)))]
+    if config is not None and config.experts is not None:
+        experts = config.experts
+        chosen = f"{experts.per_token} of {experts.num_experts} a token"
+        if experts.shared:
+            chosen += f", {experts.shared} shared"
+        pairs.append(("experts", f"{chosen}, {experts.moe_intermediate_size} columns each"))
     if config is not None:
         per_token = config.num_hidden_layers * config.cache_values
         length = config.max_position_embeddings

@@ -126,7 +126,9 @@ class SafetensorsWeights:
         return _joined([self.files.get(self._stored[part]) for part in members(name, expert)], 0)
 
     def release(self, name: str | None = None) -> None:
-        if name is None:  # the library maps whole files: one tensor's pages cannot be named
+        # The library maps whole files, so one tensor's pages cannot be named: all go after what is
+        # most of a layer.
+        if name is None or holds_experts(name):
             self.files.release()
 
 

@@ -10,6 +10,7 @@ import signal
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,16 @@ import torch
 
 from fastllm.errors import ModelFileError
 from fastllm.models.config import ModelConfig
+from fastllm.models.gguf_export import export_gguf, weights_of
 from fastllm.models.gguf_writer import write_gguf
+from fastllm.models.loader import save_pretrained
 from fastllm.models.rope_scaling import rope_frequencies
 from fastllm.models.safetensors_files import save_directory
 from fastllm.models.stored_tensor import StoredTensor
+from fastllm.models.trainable import initialize
 from fastllm.models.weights import GGUFWeights, open_weights
 from fastllm.quantize.gguf_blocks import quantize
+from fastllm.testing.small_models import SPARSE, config_of
 
 SHORT, FULL = 1_000, 100_000
 SECONDS_PER_CASE = 10  # a case takes 1 ms; the rest is for machines that are busy elsewhere
@@ -82,6 +87,15 @@ def valid_directory(path: Path) -> None:
     save_directory(path, {n: torch.ones(s) for n, s in shapes.items()}, CONFIG,
                    max_shard_bytes=32_000)  # fmt: skip
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": 3}))
+
+
+def sparse_gguf(path: Path) -> None:
+    config = config_of("mixtral")
+    export_gguf(weights_of(initialize(config)), path, "f16", None)
+
+
+def sparse_directory(path: Path) -> None:
+    save_pretrained(initialize(config_of("deepseek v3 experts"), dtype=torch.float32), path)
 
 
 def mutate_bytes(raw: bytes, header: int, rng: random.Random) -> bytes:
@@ -189,9 +203,11 @@ def fuzz(path: Path, cases: int, damage: Callable[[random.Random], object]) -> d
     return counts
 
 
-def fuzz_gguf(folder: Path, cases: int) -> dict[str, int]:
+def fuzz_gguf(
+    folder: Path, cases: int, write: Callable[[Path], None] = valid_gguf
+) -> dict[str, int]:
     path = folder / "model.gguf"
-    valid_gguf(path)
+    write(path)
     raw = path.read_bytes()
     header = min(t.offset for t in open_weights(path).file.tensors.values())
 
@@ -202,9 +218,11 @@ def fuzz_gguf(folder: Path, cases: int) -> dict[str, int]:
     return fuzz(path, cases, damage)
 
 
-def fuzz_directory(folder: Path, cases: int) -> dict[str, int]:
+def fuzz_directory(
+    folder: Path, cases: int, write: Callable[[Path], None] = valid_directory
+) -> dict[str, int]:
     path = folder / "model"
-    valid_directory(path)
+    write(path)
     originals = {file: file.read_bytes() for file in sorted(path.iterdir())}
     touched: list[Path] = []
 
@@ -230,6 +248,8 @@ def fuzz_directory(folder: Path, cases: int) -> dict[str, int]:
 FUZZERS: dict[str, Callable[[Path, int], dict[str, int]]] = {
     "gguf": fuzz_gguf,
     "directory": fuzz_directory,
+    "sparse gguf": partial(fuzz_gguf, write=sparse_gguf),
+    "sparse directory": partial(fuzz_directory, write=sparse_directory),
 }
 
 
@@ -246,6 +266,27 @@ def test_a_hundred_thousand_damaged_models(kind: str, tmp_path: Path) -> None:
     counts = FUZZERS[kind](tmp_path, FULL)
     assert sum(counts.values()) == FULL
     shutil.rmtree(tmp_path)
+
+
+@pytest.mark.parametrize("case", SPARSE)
+def test_every_key_of_a_mixture_with_every_hostile_value(case: str) -> None:
+    unread = {"num_nextn_predict_layers"}  # and a window that is switched off
+    unread |= {"sliding_window"} if case == "qwen3 moe" else set()
+    values = config_of(case).to_hf()
+    for key in values:
+        outcomes = set()
+        for text in HOSTILE_JSON:
+            try:
+                hostile = values | {key: json.loads(text)}
+            except (ValueError, RecursionError):
+                continue
+            try:
+                ModelConfig.from_hf(hostile, "config.json")
+                outcomes.add("accepted")
+            except ModelFileError as error:
+                assert "config.json" in str(error)
+                outcomes.add("refused")
+        assert "refused" in outcomes or key in unread, key
 
 
 @pytest.mark.parametrize("key", CONFIG)
