@@ -14,6 +14,8 @@ usage: fastllm pretrain [CONFIG.yaml] [KEY=VALUE | --KEY VALUE ...]
 
 Trains a model from random weights on a token store that `fastllm data prepare` wrote. One dial,
 `--depth`, gives the model's shape, and with it batch, rates and length; any of them can be given.
+`--preset` says of which kind: dense, moe (Qwen3-MoE's form, with auxiliary losses) or deepseek
+(DeepSeek-V3's, with selection biases); their experts' loads are in the metrics and the report.
 The run's folder (`--out`) receives config.yaml, metrics.jsonl, loss.png, report.html and
 checkpoints/step-N, each of which transformers and `fastllm chat` load.
 
@@ -26,6 +28,7 @@ exit status: 0 done or stopped, 1 the run failed (numbers that are none, a full 
 examples:
   fastllm pretrain --store data/tokens --depth 4 --out runs/small
   fastllm pretrain --store data/tokens --depth 4 --seconds 120 --out runs/two-minutes
+  fastllm pretrain --store data/tokens --preset moe --depth 4 --out runs/experts
   fastllm pretrain small.yaml --depth 8 optim.name=adamw --loop.sample_every 100
   fastllm pretrain small.yaml --resume auto
 """
@@ -55,7 +58,7 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-_DIAL = ("data.", "model.")  # sections whose open keys the depth fills in
+_DIAL = ("data.", "model.", "balance.")  # sections whose open keys the depth fills in
 
 
 def help_text() -> str:

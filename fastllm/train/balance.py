@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from fastllm.models.decoder import Decoder
+from fastllm.nn.moe import MoE
 from fastllm.train import distributed
 
 SHOWN_DIGITS = 4  # of the loads in a line of metrics
@@ -257,7 +258,7 @@ def attach_balance(model: Decoder, config: BalanceConfig) -> Balance | None:
     layers = {
         number: layer.mlp
         for number, layer in enumerate(model.model.layers)
-        if number not in experts.dense_layers
+        if isinstance(layer.mlp, MoE)
     }
     biases = [mlp.gate.e_score_correction_bias for mlp in layers.values()]
     balance = Balance(

@@ -24,6 +24,8 @@ optimizer        Muon, with AdamW's rates and decay               arXiv 2502.169
                                                                   600,000 tokens: 2.13 bits a byte,
                                                                   with AdamW 2.49
 weight decay     0.1, of matrices                                 arXiv 2005.14165, appendix B
+latent of heads  4 x head_dim, at most width / 2; of queries      arXiv 2405.04434, section 2.1
+                 none; rotated: head_dim / 2 more
 aux loss         0.01, without a selection bias; z loss 0.001     arXiv 2409.02060, section 4.1
 bias update      0.001 a step, with one; no aux loss, no z loss   arXiv 2408.15664, section 4.3
 
@@ -206,7 +208,7 @@ def model_config(
     latent = full.preset == "deepseek"
     mla = MlaConfig(
         q_lora_rank=None,
-        kv_lora_rank=4 * full.head_dim,
+        kv_lora_rank=min(4 * full.head_dim, max(full.width // 2, 16)),
         qk_nope_head_dim=full.head_dim,
         qk_rope_head_dim=full.head_dim // 2,
         v_head_dim=full.head_dim,

@@ -13,6 +13,12 @@ from safetensors.torch import load_file
 from fastllm.engine.llm import LLM
 from fastllm.engine.request import SamplingParams
 from fastllm.models.config import ModelConfig
+from fastllm.models.expert_files import to_files
+from fastllm.models.safetensors_files import save_directory
+from fastllm.models.trainable import initialize
+from fastllm.train import presets
+from fastllm.train.decoder_weights import read_weights, weights_of
+from fastllm.train.presets import ShapeConfig
 
 SIZES = ("model.experts=8", "model.experts_per_token=2", "model.expert_inner=32")
 TIMED = ("seconds", "tokens_per_second", "mfu")
@@ -105,6 +111,24 @@ def test_how_a_step_is_cut_into_micro_batches_changes_rounding_alone(
     assert found[0] == pytest.approx(found[1], rel=1e-4)
     run(tmp_path / "free", tiny, runner, *words, "balance.aux_loss=0", "balance.z_loss=0")
     assert losses(tmp_path / "free") != pytest.approx(found[0], rel=1e-3)  # they have an effect
+
+
+@pytest.mark.parametrize("preset", ["moe", "deepseek"])
+def test_files_hold_single_experts_and_are_read_back(preset: str, tmp_path: Path) -> None:
+    shape = ShapeConfig(preset=preset, depth=2, width=32, head_dim=16, experts=4)  # type: ignore[arg-type]
+    config = presets.model_config(shape, vocab_size=50, bos=None, eos=(), context=16)
+    model, other = (initialize(config, dtype=torch.float32, seed=seed) for seed in (0, 1))
+    before = weights_of(model)
+    biases = [name for name in before if name.endswith("e_score_correction_bias")]
+    assert len(biases) == (1 if preset == "deepseek" else 0)
+    for name in biases:
+        before[name].normal_()
+    save_directory(tmp_path / "model", to_files(before, config), config.to_hf())
+    stored = load_file(tmp_path / "model" / "model.safetensors")
+    assert not any("gate_up_proj" in name for name in stored)
+    read_weights(weights_of(other), config, tmp_path / "model")
+    for name, tensor in weights_of(other).items():
+        assert torch.equal(tensor, before[name]), name
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastllm.models.trainable import initialize
 from fastllm.nn.embedding import Embedding
 from fastllm.testing.opinfo import generator
+from fastllm.train import presets
 from fastllm.train.optim import (
     AdamW,
     MasterOptimizer,
@@ -23,6 +25,7 @@ from fastllm.train.optim import (
     make_optimizer,
     set_rates,
 )
+from fastllm.train.presets import ShapeConfig
 
 BF16 = torch.bfloat16
 
@@ -93,6 +96,21 @@ def test_muon_of_a_batch_of_matrices_is_muon_of_each() -> None:
     torch.testing.assert_close(
         batch.detach(), torch.stack([p.detach() for p in each]), atol=2e-3, rtol=0
     )
+
+
+def test_stacked_matrices_are_each_stepped_by_themselves() -> None:
+    (both,) = parameters(torch.float32, (3, 24, 16))
+    halves = [nn.Parameter(part.clone()) for part in both.detach().chunk(2, dim=1)]
+    a = Muon([{"params": [both], "stacked": 2}], lr=0.02)
+    b = Muon(halves, lr=0.02)
+    both.grad = torch.randn(3, 24, 16, generator=generator(3))
+    for half, part in zip(halves, both.grad.chunk(2, dim=1), strict=True):
+        half.grad = part.clone()
+    a.step()
+    b.step()
+    torch.testing.assert_close(both.detach(), torch.cat([h.detach() for h in halves], 1))
+    with pytest.raises(ValueError, match=r"shape \(3, 24, 16\) cannot be 5 stacked"):
+        Muon([{"params": [both], "stacked": 5}])
 
 
 def make(kind: str, params: list[nn.Parameter]) -> MasterOptimizer:
@@ -258,6 +276,23 @@ def test_decay_and_muon_take_the_right_parameters() -> None:
     assert [g["weight_decay"] for _, g in found] == [0.1, 0.1, 0.0]
     assert [g["muon"] for _, g in found] == [True, False, False]
     assert [g["lr"] for _, g in found] == [2e-3, 1e-3, 1e-3]
+
+
+def test_routers_are_stepped_as_heads_and_gate_and_up_as_two_matrices() -> None:
+    shape = ShapeConfig(preset="deepseek", depth=2, width=32, head_dim=16, experts=4)
+    config = presets.model_config(shape, vocab_size=50, bos=None, eos=(), context=16)
+    model = initialize(config, dtype=torch.float32)
+    found = named_groups(model, make_optimizer(model, OptimConfig(name="muon", lr=1e-3)))
+    by_name = {name: group for names, group in found for name in names}
+    prefix = "model.layers.1.mlp."
+    for name, muon, stacked in (
+        ("gate.weight", False, None), ("experts.gate_up_proj", True, 2),
+        ("experts.down_proj", True, 1), ("shared_experts.gate_proj.weight", True, 1),
+    ):  # fmt: skip
+        group = by_name[prefix + name]
+        assert (group["muon"], group.get("stacked")) == (muon, stacked), name
+        assert group["weight_decay"] == 0.1
+    assert len(by_name) == len(list(model.parameters()))  # the selection bias is none of them
 
 
 def test_a_tied_embedding_is_stepped_once_and_does_not_decay() -> None:
