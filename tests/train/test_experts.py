@@ -66,7 +66,7 @@ def test_a_resumed_run_has_the_bits_of_the_whole_one(
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     last = run(whole, tiny, runner, *more, "loop.steps=8")
     # Steps 4 and 8 end no line of metrics: what was counted since the last one is kept too.
-    run(cut, tiny, runner, *more, "loop.steps=8", "loop.max_norm=1.0", "loop.keep=9")
+    run(cut, tiny, runner, *more, "loop.steps=8", "loop.keep=9")
     first = cut / "checkpoints" / "step-000004"
     run(cut, tiny, runner, *more, "loop.steps=8", f"loop.resume={first}")
     assert records(cut) == records(whole)
@@ -163,7 +163,7 @@ def test_two_processes_that_share_out_the_experts_train_as_one(
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-3), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 5e-3), ("bfloat16", 2e-2)])
 def test_muon_steps_shared_experts_as_one_process_does(
     dtype: str, tolerance: float, tiny: Any, runner: Any, tmp_path: Path
 ) -> None:
