@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import NotFiniteError
 from .checks import values_readable
 from .moe_gate_backward import SUM_EPS, moe_gate_backward
 from .registry import Op
@@ -171,7 +172,7 @@ def moe_gate(
     """
     _check_logits(logits, bias)
     _check_choice(logits.shape[1], k, scoring, groups, kept_groups, group_score)
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"scale must be a finite number, got {scale}")
     if logits.stride(1) != 1:
         logits = logits.contiguous()
@@ -234,8 +235,8 @@ def _check_choice(
 
 def _raise_for_rows(logits: Tensor, bias: Tensor | None, topk_ids: Tensor) -> None:
     if bias is not None and not bool((bias < math.inf).all()):
-        raise ValueError("bias must not hold NaN or +inf")
+        raise NotFiniteError("bias must not hold NaN or +inf")
     row = int((topk_ids[:, 0] < 0).int().argmax())
-    raise ValueError(
+    raise NotFiniteError(
         f"logits has no distribution in row {row}: it holds NaN or +inf, or nothing but -inf"
     )

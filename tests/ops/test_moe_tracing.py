@@ -84,16 +84,6 @@ def test_a_trace_of_a_step_reads_no_values(mode: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_functorch_gives_the_eager_gradient(dtype: torch.dtype) -> None:
-    """functional_call and functorch's grad take the traced road and give the eager gradient."""
-    args = leaves(dtype)
-    plain = [a.detach() for a in args]
-    got = torch.func.grad(step, argnums=tuple(range(len(args))))(*plain)
-    for a, b in zip(torch.autograd.grad(step(*args), args), got, strict=True):
-        assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_checkpointing_gives_the_same_gradients(dtype: torch.dtype) -> None:
     from torch.utils.checkpoint import checkpoint
 
