@@ -70,5 +70,9 @@ class NumericalError(FastLLMError, ArithmeticError):
     """A computation gave NaN or infinity where a number is needed."""
 
 
+class NotFiniteError(NumericalError, ValueError):
+    """An argument holds NaN or infinity where a choice depends on it."""
+
+
 class CheckpointError(FastLLMError, ValueError):
     """A checkpoint is missing, damaged, or of another run; the message says what differs."""

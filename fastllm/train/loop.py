@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import torch
 
-from fastllm.errors import CheckpointError, NumericalError
+from fastllm.errors import CheckpointError, NotFiniteError, NumericalError
 from fastllm.train import distributed
 from fastllm.train.checkpoint import Checkpoints, differences, take_snapshot
 from fastllm.train.config import to_dict
@@ -201,7 +201,7 @@ class _Loop:
         total = torch.zeros((), dtype=torch.float64, device=task.device)
         counts = [0.0, float(signals.requested), 0.0]
         for micro in next(task.batches):
-            loss = task.loss(micro)
+            loss = self.loss_of(micro)
             loss.backward()
             total += loss.detach()
             counts[0] += micro.tokens
@@ -226,6 +226,15 @@ class _Loop:
         progress.seconds += time.perf_counter() - began
         return bool(stop)
 
+    def loss_of(self, micro: Any) -> torch.Tensor:
+        """The loss of a micro batch. Routers refuse to choose by numbers that are none."""
+        try:
+            return self.task.loss(micro)
+        except NotFiniteError as error:
+            raise NumericalError(
+                f"step {self.progress.step + 1}: {error}; {self.after_bad_numbers()}"
+            ) from error
+
     def set_rates(self) -> None:
         """Give every group its rate for this step."""
         schedule, steps = self.config.schedule, self.progress.steps
@@ -240,11 +249,17 @@ class _Loop:
             raise ValueError(f"step {step} has no target that counts: check the masks of the data")
         if math.isfinite(loss_sum) and math.isfinite(self.norm):
             return
-        self.checkpoints.wait(self.metrics.say)
-        kept = self.checkpoints.newest()
         raise NumericalError(
             f"step {step}: the loss is {loss_sum / tokens:g} and the gradient's norm {self.norm:g}"
-            f"; {first_not_finite(self.task.model)}. Nothing was updated; the newest checkpoint is "
+            f"; {self.after_bad_numbers()}"
+        )
+
+    def after_bad_numbers(self) -> str:
+        """Where they are, what is left of the run, and what helps."""
+        self.checkpoints.wait(self.metrics.say)
+        kept = self.checkpoints.newest()
+        return (
+            f"{first_not_finite(self.task.model)}. Nothing was updated; the newest checkpoint is "
             f"{kept or 'none'}. A lower learning rate, a longer warmup or a smaller max_norm helps "
             "where the data is in order"
         )

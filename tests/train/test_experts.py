@@ -12,11 +12,12 @@ from safetensors.torch import load_file
 
 from fastllm.engine.llm import LLM
 from fastllm.engine.request import SamplingParams
+from fastllm.errors import NumericalError
 from fastllm.models.config import ModelConfig
 from fastllm.models.expert_files import to_files
 from fastllm.models.safetensors_files import save_directory
 from fastllm.models.trainable import initialize
-from fastllm.train import presets
+from fastllm.train import loop, presets, pretrain
 from fastllm.train.decoder_weights import read_weights, weights_of
 from fastllm.train.presets import ShapeConfig
 
@@ -192,3 +193,16 @@ def test_what_cannot_be_shared_out_is_refused(tiny: Any, runner: Any, tmp_path: 
     assert "experts_per_token 9 is more than the experts, 8" in problem(
         *moe, "model.experts_per_token=9"
     )
+
+
+def test_a_router_that_gets_numbers_that_are_none_stops_the_run(tiny: Any, tmp_path: Path) -> None:
+    words = tiny.words(tmp_path / "run", *SIZES, "model.preset=moe", "loop.steps=2")
+    config = pretrain.load(None, words)
+    task = pretrain.Pretraining(config, torch.device("cpu"))
+    with torch.no_grad():
+        task.decoder.model.layers[1].post_attention_layernorm.weight[3] = float("inf")
+    with pytest.raises(NumericalError, match="step 1: logits has no distribution in row") as caught:
+        loop.run(task, config.loop)
+    message = str(caught.value)
+    assert "1 of 32 values of the parameter of model.layers.1.post_attention_layernorm" in message
+    assert "Nothing was updated" in message
