@@ -93,28 +93,36 @@ def ours(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: Tensor)
 
 
 def expert_loop(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
-    """One expert after the other, as transformers' eager experts do it."""
+    """One expert after the other, as transformers' eager experts do it.
+
+    Experts are unbound once: indexing one after the other, as those do, makes a gradient of the
+    size of all experts for each of them, and a step takes several times as long.
+    """
     y = torch.zeros_like(x)
+    ups, downs = gate_up.unbind(), down.unbind()
     tokens_of = F.one_hot(ids.long(), len(gate_up)).permute(2, 1, 0)
     for e in tokens_of.sum((1, 2)).nonzero().flatten().tolist():
         slot, token = torch.where(tokens_of[e])
-        gate, up = F.linear(x[token], gate_up[e]).chunk(2, dim=-1)
-        out = F.linear(F.silu(gate) * up, down[e])
+        gate, up = F.linear(x[token], ups[e]).chunk(2, dim=-1)
+        out = F.linear(F.silu(gate) * up, downs[e])
         y = y.index_add(0, token, out * weights[token, slot, None].to(out.dtype))
     return y
 
 
 def composed(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
-    """Sort, gather, two grouped products, put back, weigh, add: transformers' `grouped_mm` way."""
+    """Sort, gather, two grouped products, weigh, add up.
+
+    Putting rows back in order and weighing them by `bmm` takes 1.4 times as long, weights stored
+    the other way round 1.2 to 1.8 times (fine shape, one thread).
+    """
     flat = ids.flatten()
     order = flat.argsort(stable=True)
     ends = torch.bincount(flat, minlength=len(gate_up)).cumsum(0, dtype=torch.int32)
-    gate, up = grouped_mm(x[order // ids.shape[1]], gate_up.mT, offs=ends).chunk(2, dim=-1)
+    tokens = order // ids.shape[1]
+    gate, up = grouped_mm(x[tokens], gate_up.mT, offs=ends).chunk(2, dim=-1)
     out = grouped_mm(F.silu(gate) * up, down.mT, offs=ends)
-    back = torch.empty_like(order)
-    back[order] = torch.arange(len(order), device=order.device)
-    slots = out[back].view(*ids.shape, -1)
-    return torch.bmm(weights.to(out.dtype).unsqueeze(1), slots).squeeze(1)
+    weighed = out * weights.flatten()[order, None].to(out.dtype)
+    return torch.zeros_like(x).index_add(0, tokens, weighed)
 
 
 @functools.cache
