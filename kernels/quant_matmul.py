@@ -17,8 +17,9 @@ from torch import Tensor
 
 from . import tuning
 from .linear import linear, store_outputs, sum_splits, tile_of_program
-from .quant_format import block_codes, dense_rows, row_blocks
-from .triton_compat import cast, divide, dot, fma, round_even
+from .quant_blocks import activation_block, add_block
+from .quant_format import dense_rows, row_blocks
+from .triton_compat import divide, round_even
 
 
 @triton.jit
@@ -58,14 +59,6 @@ def quantize_activation_kernel(
 
 
 @triton.jit
-def block_scale(scales_ptr, block, mask, which, N_SCALES: tl.constexpr):
-    """Scale (`which` 0) or minimum (1) of blocks: [len(block), 1] fp32."""
-    return tl.load(scales_ptr + block * N_SCALES + which, mask=mask, other=0.0).to(tl.float32)[
-        :, None
-    ]
-
-
-@triton.jit
 def quant_matmul_kernel(
     y_ptr,
     x_ptr,
@@ -93,9 +86,7 @@ def quant_matmul_kernel(
     rows_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     row_blocks_n = rows_n.to(tl.int64) * n_blocks
     row_blocks_m = rows_m.to(tl.int64) * n_blocks
-    half = tl.arange(0, 16)
-    x_rows = x_ptr + rows_m.to(tl.int64)[None, :] * stride_xm + half[:, None]
-    N_SCALES: tl.constexpr = 2 if FORMAT == "q4_1" else 1
+    x_rows = x_ptr + rows_m.to(tl.int64) * stride_xm
 
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     end = tl.minimum(n_blocks, (split + 1) * blocks_per_split)
@@ -103,19 +94,10 @@ def quant_matmul_kernel(
         for i in tl.static_range(BLOCKS):
             b = b0 + i
             mask_n, mask_m = (rows_n < N) & (b < end), (rows_m < M) & (b < end)
-            first, second = block_codes(data_ptr, row_blocks_n + b, mask_n, FORMAT)
-            x_first = tl.load(x_rows + b * 32, mask=mask_m[None, :], other=0.0)
-            x_second = tl.load(x_rows + b * 32 + 16, mask=mask_m[None, :], other=0.0)
-            t = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-            t = dot(cast(first, x_first.dtype), x_first, t)
-            t = dot(cast(second, x_second.dtype), x_second, t)
-            d = block_scale(scales_ptr, row_blocks_n + b, mask_n, 0, N_SCALES)
-            acc = fma(t, tl.broadcast_to(d, (BLOCK_N, BLOCK_M)), acc)
-            if FORMAT == "q4_1":
-                m = block_scale(scales_ptr, row_blocks_n + b, mask_n, 1, N_SCALES)
-                x_sum = tl.load(sums_ptr + row_blocks_m + b, mask=mask_m, other=0.0)[None, :]
-                m = tl.broadcast_to(m, (BLOCK_N, BLOCK_M))
-                acc = fma(m, tl.broadcast_to(x_sum, (BLOCK_N, BLOCK_M)), acc)
+            x = activation_block(
+                x_rows + b * 32, sums_ptr, sums_ptr, row_blocks_m + b, mask_m, FORMAT, False
+            )
+            acc = add_block(acc, x, data_ptr, scales_ptr, row_blocks_n + b, mask_n, FORMAT, False)
     y_split = y_ptr + split.to(tl.int64) * M * N
     store_outputs(y_split, acc, bias_ptr, rows_m, rows_n, M, N, HAS_BIAS)
 
@@ -148,8 +130,6 @@ def quant_matmul_int8_kernel(
     rows_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     row_blocks_n = rows_n.to(tl.int64) * n_blocks
     row_blocks_m = rows_m.to(tl.int64) * n_blocks
-    slot = tl.arange(0, 32)
-    N_SCALES: tl.constexpr = 2 if FORMAT == "q4_1" else 1
 
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     end = tl.minimum(n_blocks, (split + 1) * blocks_per_split)
@@ -157,23 +137,11 @@ def quant_matmul_int8_kernel(
         for i in tl.static_range(BLOCKS):
             b = b0 + i
             mask_n, mask_m = (rows_n < N) & (b < end), (rows_m < M) & (b < end)
-            if FORMAT == "q8_0":
-                bytes_ptr = data_ptr + (row_blocks_n + b)[:, None] * 32 + slot[None, :]
-                codes = tl.load(bytes_ptr, mask=mask_n[:, None], other=0).to(tl.int8, bitcast=True)
-            else:
-                first, second = block_codes(data_ptr, row_blocks_n + b, mask_n, FORMAT)
-                codes = tl.interleave(first, second)
-            q_block = q_ptr + (row_blocks_m + b)[None, :] * 32 + slot[:, None]
-            q = tl.load(q_block, mask=mask_m[None, :], other=0)
-            s = dot(codes, q, tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)).to(tl.float32)
-            d = block_scale(scales_ptr, row_blocks_n + b, mask_n, 0, N_SCALES)
-            dx = tl.load(q_scales_ptr + row_blocks_m + b, mask=mask_m, other=0.0)[None, :]
-            acc = fma(s, d * dx, acc)
-            if FORMAT == "q4_1":
-                m = block_scale(scales_ptr, row_blocks_n + b, mask_n, 1, N_SCALES)
-                x_sum = tl.load(q_sums_ptr + row_blocks_m + b, mask=mask_m, other=0.0)[None, :]
-                m = tl.broadcast_to(m, (BLOCK_N, BLOCK_M))
-                acc = fma(m, tl.broadcast_to(x_sum, (BLOCK_N, BLOCK_M)), acc)
+            q_rows = q_ptr + (row_blocks_m + b) * 32
+            x = activation_block(
+                q_rows, q_scales_ptr, q_sums_ptr, row_blocks_m + b, mask_m, FORMAT, True
+            )
+            acc = add_block(acc, x, data_ptr, scales_ptr, row_blocks_n + b, mask_n, FORMAT, True)
     y_split = y_ptr + split.to(tl.int64) * M * N
     store_outputs(y_split, acc, bias_ptr, rows_m, rows_n, M, N, HAS_BIAS)
 

@@ -1,0 +1,169 @@
+"""Tiles of the mixture-of-experts kernels, and the arithmetic behind them. Not yet run on a GPU.
+
+Roofs of an H100 (990 TFLOP/s of bf16 wgmma, 3.35 TB/s, 295 FLOP a byte), for T tokens, k experts of
+E, hidden H, width I; forward 6 T k H I FLOP, backward 12 (dA' 2, dx 4, dW 6):
+- Training, T = 32,768, H = 4,096, I = 1,024, E = 64, k = 4: 3.3 TFLOP forward, 3.3 ms at the tensor
+  cores' roof. Bytes: weights 1.6 GB once; pre and a 1.6 GB written and 0.5 read; x 2.1 GB through
+  L2; the fp32 outputs of slots, kept so that a token's sum has one order and one rounding, 2.1 GB
+  written and read: 1.9 ms at full bandwidth in all, hidden behind the products except for the
+  combine's 0.8 ms. So 800 TFLOP/s is the most, and 550 ask for 69% of it in the products.
+- T = 24,576, H = 1,536, I = 256, E = 128, k = 8 (fine-grained): 0.46 ms of tensor cores, 1.2 GB
+  of slot outputs written and read: 0.75 ms. Bandwidth is the bound: 370 TFLOP/s.
+- Decode, 1 to 64 tokens: bytes of the active experts' weights; a tile of 16 rows does 16 FLOP a
+  byte, so even the padded rows are free.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from . import tuning
+from .tuning import ProductTile
+
+# Sorting slots. Few: all pairs, n^2 compares over n / 64 programs: 8,192 slots are 67 M, 3 us of
+# 132 SMs at 128 lanes a clock. Many: pairs inside a block only, 512 compares a slot.
+FEW_SLOTS = 8192
+FEW_SLOTS_BLOCK = 64
+FEW_SLOTS_OTHERS = 128
+SLOTS_BLOCK = 512
+SLOTS_OTHERS = 32
+
+# One product a tile, and two (gate and up, each n rows of weight). Rows of a tile: those of the
+# mean expert, so that few are padding. Step of 64 columns = 128 bytes = one swizzled line.
+# Two of 128 x 128 at 8 warps: 128 registers of sums; (256 + 128) x 128 bytes = 48 KB a stage, and
+# 2 x 256 x 128 FLOP a column for 768 bytes: 85 FLOP a byte of L2, 4.7 TB/s at 400 TFLOP/s of 5.5.
+_PRODUCT_BF16 = {
+    16: ProductTile(64, 16, 128, 4, 4),
+    32: ProductTile(64, 32, 128, 4, 4),
+    64: ProductTile(128, 64, 64, 8, 4),
+    128: ProductTile(128, 128, 64, 8, 4),
+}
+_GATE_UP_BF16 = {
+    16: ProductTile(64, 16, 64, 4, 4),
+    32: ProductTile(64, 32, 64, 4, 4),
+    64: ProductTile(128, 64, 64, 8, 3),
+    128: ProductTile(128, 128, 64, 8, 3),
+}
+# fp32 runs on FMA units, whose operands pass through registers.
+_PRODUCT_FP32 = {
+    16: ProductTile(64, 16, 32, 4, 3),
+    64: ProductTile(64, 64, 16, 4, 3),
+}
+_GATE_UP_FP32 = {
+    16: ProductTile(32, 16, 32, 4, 3),
+    64: ProductTile(32, 64, 16, 4, 3),
+}
+# The product with W2 whose epilogue reads pre and writes dpre and w * a.
+_DOWN_GRAD_BF16 = {
+    16: ProductTile(64, 16, 64, 4, 4),
+    32: ProductTile(64, 32, 64, 4, 4),
+    64: ProductTile(128, 64, 64, 8, 4),
+}
+# Packed weights: the block's product beside the sums, of gate and up both (see `tuning`).
+_QUANT_PRODUCT = {
+    16: ProductTile(64, 16, 128, 4, 3),
+    32: ProductTile(64, 32, 64, 4, 3),
+    64: ProductTile(64, 64, 32, 4, 3),
+    128: ProductTile(256, 64, 32, 8, 3),
+}
+_QUANT_GATE_UP = {
+    16: ProductTile(64, 16, 64, 4, 3),
+    32: ProductTile(64, 32, 32, 4, 3),
+    128: ProductTile(128, 64, 32, 8, 3),
+}
+_QUANT_FP32 = {
+    16: ProductTile(64, 16, 32, 4, 2),
+    64: ProductTile(64, 64, 32, 8, 2),
+}
+_QUANT_GATE_UP_FP32 = {
+    16: ProductTile(32, 16, 32, 4, 2),
+    64: ProductTile(32, 64, 32, 8, 2),
+}
+# Their input gradients: n columns of dx, m rows, k rows of the weight a step, which becomes an
+# operand through registers. 64 rows: one wgmma; the epilogue's three further tiles take registers.
+_QUANT_INPUT_GRAD = {64: ProductTile(128, 64, 32, 4, 3), 128: ProductTile(128, 128, 32, 8, 3)}
+_QUANT_DOWN_GRAD = {64: ProductTile(64, 64, 32, 4, 3)}
+_QUANT_INPUT_GRAD_FP32 = {64: ProductTile(64, 64, 16, 4, 2)}
+_QUANT_DOWN_GRAD_FP32 = {64: ProductTile(32, 64, 16, 4, 2)}
+# Gradients of weights: n x k of the weight, m rows of tokens a step.
+WEIGHT_GRAD_BF16 = ProductTile(128, 64, 128, 8, 4)
+WEIGHT_GRAD_FP32 = ProductTile(64, 16, 64, 4, 3)
+BIAS_GRAD_ROWS = 16
+BIAS_GRAD_BLOCK = 128
+COMBINE_BLOCK = 1024
+ROUTER_GRAD_BLOCK = 1024
+
+
+def _tile(table: dict[int, ProductTile], rows: int) -> ProductTile:
+    return next((tile for size, tile in table.items() if rows <= size), table[max(table)])
+
+
+def mean_rows(n_rows: int, n_experts: int) -> int:
+    """Rows of the mean expert: it chooses tiles, so that no count is read back from the device."""
+    return -(-n_rows // max(1, n_experts))
+
+
+def _fitting(tile: ProductTile, device: torch.device) -> ProductTile:
+    """The tile with as many stages as 99 KB of shared memory hold, where there is no more."""
+    if tuning.architecture(device) == 89 and tile.num_stages > 2:
+        return replace(tile, num_stages=2)
+    return tile
+
+
+def product_tile(rows: int, dtype: torch.dtype, device: torch.device) -> ProductTile:
+    """Tile of one product of experts of `rows` rows."""
+    table = _PRODUCT_FP32 if dtype == torch.float32 else _PRODUCT_BF16
+    return _fitting(_tile(table, rows), device)
+
+
+def gate_up_tile(rows: int, dtype: torch.dtype, device: torch.device) -> ProductTile:
+    """Tile of the first product: n rows of gate and n of up. Its m is that of `product_tile`."""
+    table = _GATE_UP_FP32 if dtype == torch.float32 else _GATE_UP_BF16
+    return _fitting(_tile(table, rows), device)
+
+
+def down_grad_tile(rows: int, dtype: torch.dtype, device: torch.device) -> ProductTile:
+    """Tile of the product of dy with the second weight."""
+    table = _GATE_UP_FP32 if dtype == torch.float32 else _DOWN_GRAD_BF16
+    return _fitting(_tile(table, rows), device)
+
+
+def weight_grad_tile(dtype: torch.dtype, device: torch.device) -> ProductTile:
+    """Tile of a gradient of weights: n rows and k columns of the weight, m tokens a step."""
+    return _fitting(WEIGHT_GRAD_FP32 if dtype == torch.float32 else WEIGHT_GRAD_BF16, device)
+
+
+def use_descriptors(weight: torch.Tensor) -> bool:
+    """Whether weight tiles are fetched by Hopper's copy engine: it needs rows of 16 bytes."""
+    item = weight.element_size()
+    aligned = all(stride * item % 16 == 0 for stride in weight.stride()[:-1])
+    fits = weight.numel() > 0 and weight.data_ptr() % 16 == 0 and weight.stride(-1) == 1
+    return (
+        tuning.architecture(weight.device) == 90
+        and weight.dtype == torch.bfloat16
+        and aligned
+        and fits
+    )
+
+
+def quant_product_tile(rows: int, mode: str) -> ProductTile:
+    """Tile of one product with packed weights."""
+    return _tile(_QUANT_FP32 if mode == "fp32" else _QUANT_PRODUCT, rows)
+
+
+def quant_gate_up_tile(rows: int, mode: str) -> ProductTile:
+    """Tile of the first product with packed weights: n rows of gate and n of up."""
+    return _tile(_QUANT_GATE_UP_FP32 if mode == "fp32" else _QUANT_GATE_UP, rows)
+
+
+def quant_input_grad_tile(
+    rows: int, dtype: torch.dtype, device: torch.device, *, epilogue: bool
+) -> ProductTile:
+    """Tile of an input gradient of packed weights: n columns, m rows, k of the weight's rows."""
+    if dtype == torch.float32:
+        table = _QUANT_DOWN_GRAD_FP32 if epilogue else _QUANT_INPUT_GRAD_FP32
+    else:
+        table = _QUANT_DOWN_GRAD if epilogue else _QUANT_INPUT_GRAD
+    return _fitting(_tile(table, rows), device)
