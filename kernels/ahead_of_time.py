@@ -25,6 +25,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import (
     adamw,
@@ -48,6 +49,7 @@ from . import (
     tuning,
 )
 from .attention_launches import attention_launches
+from .moe_launches import moe_launches
 
 KERNEL_MODULES = (
     "adamw",
@@ -58,15 +60,23 @@ KERNEL_MODULES = (
     "attention_query_gradients",
     "embedding",
     "embedding_backward",
+    "grouped_matmul",
+    "grouped_weight_grad",
     "head_linear",
     "linear",
     "lm_head",
     "log_probs",
     "lora_add",
     "mla_attention",
+    "moe",
+    "moe_backward",
+    "moe_dispatch",
+    "moe_plan",
     "paged_attention",
     "quant_matmul",
     "quant_matmul_input_grad",
+    "quant_moe",
+    "quant_moe_backward",
     "rms_norm",
     "rms_norm_backward",
     "rope",
@@ -134,7 +144,9 @@ def shipped_launches() -> dict[str, Callable[[], Any]]:
     """
     bf16, f32 = torch.bfloat16, torch.float32
     x8 = {m: _meta(m, 4096) for m in (1, 32, 64, 2048)}
-    calls: dict[str, Callable[[], Any]] = attention_launches() | {
+    calls: dict[str, Callable[[], Any]] = {
+        **attention_launches(),
+        **moe_launches(),
         "rms_norm": lambda: rms_norm.rms_norm(_meta(8, 576, dtype=f32), _meta(576), 1e-5, bf16),
         "rms_norm heads": lambda: rms_norm.rms_norm(_meta(8, 32, 128), _meta(128), 1e-5),
         "rms_norm wide": lambda: rms_norm.rms_norm(_meta(8, 16384), _meta(16384), 1e-5),
@@ -300,6 +312,9 @@ def _launch(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         elif isinstance(value, Tensor):
             signature[name] = "*" + _TYPE_NAMES[value.dtype]
             divisible.append(name)
+        elif isinstance(value, TensorDescriptor):
+            block = ",".join(map(str, value.block_shape))
+            signature[name] = f"tensordesc<{_TYPE_NAMES[value.base.dtype]}[{block}]>"
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:

@@ -170,7 +170,7 @@ def _grouped_weight_grad_cpu(
 def _grouped_weight_grad_cuda(
     dy: Tensor, x: Tensor, offsets: Tensor, out_dtype: torch.dtype | None = None
 ) -> Tensor:
-    from ..kernels import grouped_matmul as kernel
+    from ..kernels import grouped_weight_grad as kernel
 
     return kernel.grouped_weight_grad(dy, x, offsets, out_dtype)
 

@@ -1,0 +1,419 @@
+"""Mixtures of experts under the interpreter, against a float64 loop over experts.
+
+Runs as interpreter_cases.py does. Problems and loop are those of the ops' own tests
+(fastllm.testing.moe_problem). Rows that nothing may read are NaN in what the kernels get.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import torch
+from interpreter_cases import (
+    BF16,
+    F32,
+    NAMES,
+    Case,
+    excess,
+    main,
+    pack,
+    quantized_activation,
+    randn,
+    same,
+)
+from torch import Tensor
+
+from fastllm.testing.moe_problem import (
+    ACTIVATIONS,
+    LOADS,
+    Layer,
+    MoeProblem,
+    draw_ids,
+    expert_loop,
+    problems,
+)
+
+LEAVES = ("x", "gate_up", "down", "topk_weights", "gate_up_bias", "down_bias")
+Dispatch = tuple[Tensor, Tensor]
+
+
+def judged(y: Tensor, ref: Tensor, peer: Tensor) -> float:
+    """The error of y in units of its bound: that of all cases, or twice the peer's error."""
+    return excess(y, ref) / max(1.0, 2.0 * excess(peer.to(y.dtype), ref))
+
+
+# --- sorting ------------------------------------------------------------------------------------
+
+
+def sorted_slots(ids: Tensor, n_experts: int, first: int) -> Dispatch:
+    """(offsets, slots) by Python's stable sort."""
+    flat = [(e - first, s) for s, e in enumerate(ids.flatten().tolist()) if e >= 0]
+    here = sorted(((e, s) for e, s in flat if 0 <= e < n_experts), key=lambda pair: pair[0])
+    offsets = [sum(e < bound for e, _ in here) for bound in range(n_experts + 1)]
+    slots = [s for _, s in here] + [-1] * (ids.numel() - len(here))
+    return torch.tensor(offsets, dtype=torch.int32), torch.tensor(slots, dtype=torch.int32)
+
+
+def dispatch_case(
+    tokens: int, experts: int, k: int, load: str, held: tuple[int, int], few: bool
+) -> float:
+    from fastllm.kernels import moe_dispatch, moe_tuning
+
+    ids = draw_ids(torch.Generator().manual_seed(tokens), tokens, experts, k, load)
+    limit, moe_tuning.FEW_SLOTS = moe_tuning.FEW_SLOTS, 1 << 30 if few else 0
+    block, moe_tuning.SLOTS_BLOCK = moe_tuning.SLOTS_BLOCK, 64
+    try:
+        found = moe_dispatch.moe_dispatch(ids, held[1], held[0])
+    finally:
+        moe_tuning.FEW_SLOTS, moe_tuning.SLOTS_BLOCK = limit, block
+    return max(map(same, found, sorted_slots(ids, held[1], held[0])))
+
+
+# --- grouped products ---------------------------------------------------------------------------
+
+
+def starts(counts: list[int]) -> Tensor:
+    return torch.tensor([0, *counts], dtype=torch.int32).cumsum(0).int()
+
+
+def grouped_case(
+    dtype: torch.dtype, sizes: tuple[int, int], counts: list[int], tail: int, **options: bool
+) -> float:
+    """y and the gradients of a grouped product; rows past the last expert's give 0."""
+    from fastllm.kernels.grouped_matmul import grouped_matmul
+    from fastllm.kernels.grouped_weight_grad import grouped_bias_grad, grouped_weight_grad
+
+    (n, k), experts, rows = sizes, len(counts), sum(counts)
+    offsets = starts(counts)
+    x, weight = randn(rows + tail, k, dtype=dtype), randn(experts, n, k, dtype=dtype, seed=1)
+    dy, bias = randn(rows + tail, n, dtype=dtype, seed=2), randn(experts, n, dtype=dtype, seed=3)
+    expert = torch.repeat_interleave(torch.arange(experts), torch.tensor(counts))
+    y, dx = (torch.zeros(rows + tail, size, dtype=torch.float64) for size in (n, k))
+    y[:rows] = torch.einsum("mk,mnk->mn", x[:rows].double(), weight.double()[expert])
+    y[:rows] += bias.double()[expert]
+    dx[:rows] = torch.einsum("mn,mnk->mk", dy[:rows].double(), weight.double()[expert])
+    dweight = torch.zeros(experts, n, k, dtype=torch.float64)
+    dbias = torch.zeros(experts, n, dtype=torch.float64)
+    for e in range(experts):
+        dweight[e] = dy[:rows][expert == e].double().T @ x[:rows][expert == e].double()
+        dbias[e] = dy[:rows][expert == e].double().sum(0)
+    x[rows:], dy[rows:] = math.nan, math.nan
+    return max(
+        excess(grouped_matmul(x, weight, offsets, bias, **options), y, dtype),
+        excess(grouped_matmul(dy, weight, offsets, None, True, F32, **options), dx, F32),
+        excess(grouped_weight_grad(dy, x, offsets), dweight, dtype),
+        excess(grouped_bias_grad(dy, offsets, F32), dbias, F32),
+    )
+
+
+def hostile_offsets() -> float:
+    """Offsets outside of the rows, or running backwards, read and write nothing outside."""
+    from fastllm.kernels.grouped_matmul import grouped_matmul
+    from fastllm.kernels.grouped_weight_grad import grouped_weight_grad
+
+    x, weight, huge = randn(20, 16), randn(3, 8, 16, seed=1), 2**31 - 1
+    for offsets in ((-7, 8, 20, huge), (-huge, 8, 8, 20), (huge, -huge, 30, 5), (0, 20, 0, 20)):
+        bad = torch.tensor(offsets, dtype=torch.int32)
+        y, dweight = grouped_matmul(x, weight, bad), grouped_weight_grad(x[:, :8], x, bad)
+        assert y.shape == (20, 8) and dweight.shape == (3, 8, 16)
+    cut = torch.tensor((0, 8, 20, 20), dtype=torch.int32)
+    bad = torch.tensor((-7, 8, 20, huge), dtype=torch.int32)
+    return same(grouped_matmul(x, weight, bad), grouped_matmul(x, weight, cut))
+
+
+# --- the layer ----------------------------------------------------------------------------------
+
+
+def dispatched(layer: Layer) -> Dispatch:
+    return sorted_slots(layer.topk_ids, layer.gate_up.shape[0], layer.first_expert or 0)
+
+
+def run(layer: Layer, **options: Any) -> tuple[Tensor, Tensor]:
+    """(y, pre) of the kernels."""
+    from fastllm.kernels.moe import moe
+
+    return moe(
+        layer.x, layer.gate_up, layer.down, layer.topk_weights, *dispatched(layer),
+        layer.gate_up_bias, layer.down_bias, layer.base, layer.activation, True, layer.out_dtype,
+        **options,
+    )  # fmt: skip
+
+
+def run_backward(layer: Layer, pre: Tensor, dy: Tensor, **options: Any) -> list[Tensor]:
+    """Gradients in the order of LEAVES; rows of pre that no expert has are NaN."""
+    from fastllm.kernels.moe_backward import moe_backward
+
+    offsets, slots = dispatched(layer)
+    pre[int(offsets[-1]) :] = math.nan
+    found = moe_backward(
+        dy, layer.x, layer.gate_up, layer.down, layer.topk_weights, offsets, slots, pre,
+        layer.gate_up_bias, layer.down_bias, layer.activation, [True] * 6, layer.gate_up.dtype,
+        F32, **options,
+    )  # fmt: skip
+    return list(found)
+
+
+def by_loop(layer: Layer, dy: Tensor, exact: bool) -> list[Tensor]:
+    """y and the gradients of LEAVES by the loop and autograd."""
+    leaf, leaves = (layer.double() if exact else layer).leaves(LEAVES)
+    y = expert_loop(leaf, exact=exact)
+    grads = torch.autograd.grad(
+        y, leaves, dy.to(y.dtype), allow_unused=True, materialize_grads=True
+    )
+    found = dict(zip((n for n in LEAVES if getattr(layer, n) is not None), grads, strict=True))
+    return [y.detach(), *(found.get(name, torch.empty(0)) for name in LEAVES)]
+
+
+def layer_case(problem: MoeProblem, **options: Any) -> float:
+    """y and all gradients of a layer."""
+    layer = problem.layer()
+    dy = randn(problem.tokens, problem.hidden, dtype=problem.dtype, seed=9)
+    y, pre = run(layer, **options)
+    assert y.dtype == (layer.out_dtype or problem.dtype)
+    found = [y, *run_backward(layer, pre, dy, **options)]
+    exact, peers = by_loop(layer, dy, True), by_loop(layer, dy, False)
+    present = [True, *(getattr(layer, name) is not None for name in LEAVES)]
+    return max(
+        judged(got, ref, peer)
+        for got, ref, peer, there in zip(found, exact, peers, present, strict=True)
+        if there
+    )
+
+
+def same_bits(problem: MoeProblem) -> float:
+    """A token alone, few and many: the same bits, through other tiles; repeated runs too."""
+    layer = problem.layer()
+    whole, pre = run(layer)
+    dy = randn(problem.tokens, problem.hidden, dtype=problem.dtype, seed=9)
+    grads = run_backward(layer, pre, dy)
+    worst = max(same(run(layer)[0], whole), *map(same, run_backward(layer, pre, dy), grads))
+    for rows in (slice(0, 1), slice(3, 8), slice(7, problem.tokens)):
+        part = layer.tokens(rows)
+        y, pre = run(part)
+        worst = max(worst, same(y, whole[rows]))
+    return worst
+
+
+def descriptor_bits(problem: MoeProblem) -> float:
+    """Weights through descriptors and through pointers: the same bits everywhere."""
+    layer = problem.layer()
+    dy = randn(problem.tokens, problem.hidden, dtype=problem.dtype, seed=9)
+    results = []
+    for descriptor in (False, True):
+        y, pre = run(layer, descriptor=descriptor)
+        results.append([y, *run_backward(layer, pre, dy, descriptor=descriptor)])
+    return max(map(same, *results))
+
+
+def unwanted() -> float:
+    """Gradients that nobody asked for are empty; without pre the forward keeps nothing."""
+    from fastllm.kernels.moe import moe
+    from fastllm.kernels.moe_backward import moe_backward
+
+    layer = MoeProblem(tokens=5, hidden=16, inner=8, experts=3, k=2).layer()
+    where = dispatched(layer)
+    weights = layer.gate_up, layer.down, layer.topk_weights
+    y, pre = run(layer)
+    alone, nothing = moe(layer.x, *weights, *where, None, None, None, "silu", False)
+    assert nothing.shape == (0, 16)
+    everything = run_backward(layer, pre, y)
+    for i in range(6):
+        wanted = [j == i for j in range(6)]
+        found = moe_backward(
+            y, layer.x, *weights, *where, pre, None, None, "silu", wanted, F32, F32
+        )
+        assert [g.numel() > 0 for g in found] == wanted
+        assert torch.equal(found[i], everything[i])
+    return same(alone, y)
+
+
+# --- packed experts -----------------------------------------------------------------------------
+
+
+def pack_experts(format: str, experts: int, n: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(data, scales, values float64) of random packed experts."""
+    if format in ("bf16", "f32"):
+        values = randn(experts, n, k, dtype=BF16 if format == "bf16" else F32, seed=7) * k**-0.5
+        shape = (experts, n, k // 2, 1, 2) if format == "bf16" else (experts, n, k, 1)
+        return values.view(shape), torch.empty(experts, 0), values.double()
+    parts = [pack(format, n, k + 64 * e) for e in range(experts)]
+    blocks = k // 32
+    stacked = [torch.stack([p[i][:, :blocks] for p in parts]).contiguous() for i in (0, 1)]
+    values = torch.stack([p[2][:, :k] for p in parts])
+    return stacked[0], (stacked[1] * 0.25).contiguous(), values * 0.25
+
+
+def quant_layer(problem: MoeProblem, formats: tuple[str, str]) -> tuple[Layer, list[Any]]:
+    """(layer whose weights are the packed ones' values in float64, packed arguments)."""
+    held = problem.held[1] if problem.held else problem.experts
+    first = pack_experts(formats[0], held, 2 * problem.inner, problem.hidden)
+    second = pack_experts(formats[1], held, problem.hidden, problem.inner)
+    layer = replace(problem.layer(), gate_up=first[2], down=second[2])
+    packed = [*first[:2], formats[0], *second[:2], formats[1]]
+    return layer, packed
+
+
+def run_quant(layer: Layer, packed: list[Any], mode: str) -> tuple[Tensor, Tensor]:
+    from fastllm.kernels.quant_moe import quant_moe
+
+    return quant_moe(
+        layer.x, *packed, layer.down.shape[2], layer.topk_weights, *dispatched(layer),
+        layer.gate_up_bias, layer.down_bias, layer.base, layer.activation, mode, True,
+        layer.out_dtype,
+    )  # fmt: skip
+
+
+def as_int8(rows: Tensor) -> Tensor:
+    """Rows as their int8 blocks represent them, in their dtype."""
+    return quantized_activation(rows.float()).to(rows.dtype) if len(rows) else rows
+
+
+def quant_case(problem: MoeProblem, formats: tuple[str, str], mode: str) -> float:
+    """y, and the gradients of x and of the routing weights (the weights rounded to x's dtype)."""
+    from fastllm.kernels.quant_moe_backward import quant_moe_backward
+
+    layer, packed = quant_layer(problem, formats)
+    y, pre = run_quant(layer, packed, mode)
+    maps: dict[str, Callable[[Tensor], Tensor]] = {}
+    if mode == "int8":
+        quantized = [f in ("q4_0", "q4_1", "q8_0") for f in formats]
+        names = [n for n, q in zip(("into_up", "into_down"), quantized, strict=True) if q]
+        maps = dict.fromkeys(names, as_int8)
+    exact = expert_loop(layer.double(), exact=True, **maps)
+    worst = judged(y, exact, expert_loop(layer, exact=False, **maps))
+    if mode == "int8":
+        return worst
+    dy = randn(problem.tokens, problem.hidden, dtype=problem.dtype, seed=9)
+    offsets, slots = dispatched(layer)
+    pre[int(offsets[-1]) :] = math.nan
+    found = quant_moe_backward(
+        dy, *packed, layer.topk_weights, offsets, slots, pre, layer.down_bias, layer.activation,
+        [True, True],
+    )  # fmt: skip
+    stored = replace(
+        layer, gate_up=layer.gate_up.to(layer.x.dtype), down=layer.down.to(layer.x.dtype)
+    )
+    names = ("x", "topk_weights")
+    grads = []
+    for exactly in (True, False):
+        leaf, leaves = (stored.double() if exactly else stored).leaves(names)
+        out = expert_loop(leaf, exact=exactly)
+        grads.append(torch.autograd.grad(out, leaves, dy.to(out.dtype)))
+    return max(worst, *map(judged, found, *grads))
+
+
+def quant_rows(format: str, mode: str) -> float:
+    """Packed experts: a few tokens and many give the same bits."""
+    problem = MoeProblem(
+        tokens=70, hidden=64, inner=32, experts=2, k=2, dtype=F32 if mode == "fp32" else BF16
+    )
+    layer, packed = quant_layer(problem, (format, format))
+    whole, _ = run_quant(layer, packed, mode)
+    return max(
+        same(run_quant(layer.tokens(rows), packed, mode)[0], whole[rows])
+        for rows in (slice(0, 1), slice(5, 20))
+    )
+
+
+def dense_packs(dtype: torch.dtype) -> float:
+    """Packed bf16 and f32 experts give the bits of plain ones."""
+    problem = MoeProblem(tokens=9, hidden=64, inner=32, experts=3, k=2, dtype=dtype)
+    layer, packed = quant_layer(problem, (NAMES[dtype],) * 2)
+    plain = replace(layer, gate_up=layer.gate_up.to(dtype), down=layer.down.to(dtype))
+    mode = "bf16" if dtype == BF16 else "fp32"
+    return max(map(same, run_quant(layer, packed, mode), run(plain)))
+
+
+# --- the tables ---------------------------------------------------------------------------------
+
+
+def layer_name(problem: MoeProblem) -> str:
+    return f"moe {problem.label}"[:90]
+
+
+def quick_cases() -> dict[str, Case]:
+    """Cases of the normal run."""
+    cases: dict[str, Case] = {}
+    for few in (True, False):
+        kind = "few" if few else "many"
+        args = (70, 11, 3, "holes", (2, 7), few)
+        cases[f"moe_dispatch {kind}"] = lambda a=args: dispatch_case(*a)
+    cases["moe_dispatch empty"] = lambda: dispatch_case(0, 4, 2, "uniform", (0, 4), True)
+    for dtype, descriptor in ((F32, False), (BF16, True)):
+        args = (dtype, (40, 72), [3, 0, 17, 1], 5)
+        cases[f"grouped_matmul {NAMES[dtype]}"] = lambda a=args, d=descriptor: grouped_case(
+            *a, descriptor=d
+        )
+    cases["grouped_matmul no rows"] = lambda: grouped_case(BF16, (16, 16), [0, 0], 3)
+    cases["grouped_matmul hostile offsets"] = hostile_offsets
+    every = {"biases": "both", "base": "float32"}
+    for problem in (
+        MoeProblem(tokens=9, hidden=40, inner=24, experts=4, k=2),
+        MoeProblem(tokens=33, hidden=72, inner=40, experts=4, k=2, dtype=BF16, load="zipf"),
+        MoeProblem(tokens=7, hidden=33, inner=15, experts=6, k=3, strided=True, **every),
+        MoeProblem(tokens=7, hidden=32, inner=16, experts=6, k=3, dtype=BF16, held=(2, 2), **every),
+        MoeProblem(tokens=5, hidden=16, inner=16, experts=3, k=2, activation="gelu", load="holes"),
+        MoeProblem(tokens=5, hidden=16, inner=8, experts=3, k=2, activation="gelu_tanh"),
+        MoeProblem(tokens=9, hidden=16, inner=16, experts=3, k=2, activation="swiglu_oai", **every),
+        MoeProblem(tokens=0, hidden=16, inner=8, experts=3, k=2, **every),
+    ):
+        cases[layer_name(problem)] = lambda p=problem: layer_case(p)
+    bits = MoeProblem(tokens=40, hidden=64, inner=32, experts=2, k=2, dtype=BF16)
+    for problem in (bits, replace(bits, dtype=F32, biases="both")):
+        cases[f"moe {NAMES[problem.dtype]} same bits"] = lambda p=problem: same_bits(p)
+    cases["moe descriptors"] = lambda: descriptor_bits(replace(bits, tokens=11, biases="both"))
+    cases["moe unwanted"] = unwanted
+    packed = MoeProblem(tokens=9, hidden=64, inner=32, experts=3, k=2, dtype=BF16)
+    for formats, mode in (
+        (("q4_1", "q8_0"), "int8"),
+        (("q4_0", "q4_1"), "bf16"),
+        (("q8_0", "bf16"), "bf16"),
+        (("q4_1", "q4_0"), "fp32"),
+    ):
+        p = replace(packed, dtype=F32, **every) if mode == "fp32" else packed
+        cases[f"quant_moe {'+'.join(formats)} {mode}"] = lambda a=(p, formats, mode): quant_case(*a)
+    cases["quant_moe q4_1 int8 same bits"] = lambda: quant_rows("q4_1", "int8")
+    cases["quant_moe dense"] = lambda: dense_packs(BF16)
+    return cases
+
+
+def full_cases() -> dict[str, Case]:
+    """Further loads, shapes, formats."""
+    cases: dict[str, Case] = {}
+    for tokens, k, experts, load, few in product(
+        (1, 130), (1, 8), (8, 60, 512), LOADS, (True, False)
+    ):
+        args = (tokens, experts, k, load, (0, experts), few)
+        name = f"moe_dispatch T{tokens} k{k} E{experts} {load} {'few' if few else 'many'}"
+        cases[name] = lambda a=args: dispatch_case(*a)
+    for dtype, counts, descriptor in product(
+        (F32, BF16), ([70, 3], [1] * 9, [0, 0, 200]), (False, True)
+    ):
+        args = (dtype, (136, 72), counts, 2)
+        name = f"grouped_matmul {NAMES[dtype]} {len(counts)}:{counts[-1]} descriptor={descriptor}"
+        cases[name] = lambda a=args, d=descriptor: grouped_case(*a, descriptor=d)
+    for problem in problems(60, 5, experts=(1, 2, 3, 8, 16, 60), tokens=(1, 2, 7, 33, 64, 129)):
+        cases[layer_name(problem)] = lambda p=problem: layer_case(p)
+    formats = ("q4_0", "q4_1", "q8_0")
+    for first, second, mode, activation in product(
+        formats, (*formats, "bf16"), ("int8", "bf16"), ACTIVATIONS
+    ):
+        p = MoeProblem(
+            tokens=20, hidden=96, inner=64, experts=3, k=2, dtype=BF16, activation=activation,
+            load="zipf",
+        )  # fmt: skip
+        name = f"quant_moe {first}+{second} {mode} {activation}"
+        cases[name] = lambda a=(p, (first, second), mode): quant_case(*a)
+    for format, mode in product(formats, ("int8", "bf16", "fp32")):
+        cases[f"quant_moe {format} {mode} same bits"] = lambda a=(format, mode): quant_rows(*a)
+    cases["quant_moe dense f32"] = lambda: dense_packs(F32)
+    return cases
+
+
+if __name__ == "__main__":
+    sys.exit(main(quick_cases, full_cases))
