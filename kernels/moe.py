@@ -19,7 +19,7 @@ from . import moe_tuning
 from .grouped_matmul import dense_rows, grouped_product, rows_tile, weight_argument, weight_tile
 from .moe_activation import activate
 from .moe_plan import Plan, plan, replanned, row_of_slot, tile_of_plan, token_of_row
-from .triton_compat import cast, dot
+from .triton_compat import cast, dot, forgotten, recomputed
 from .tuning import ProductTile
 
 
@@ -52,15 +52,20 @@ def store_activation(
         gate = add_bias(gate, bias, rows_n, mask_n)
         up = add_bias(up, bias + width, rows_n, mask_n)
     dtype: tl.constexpr = a_ptr.dtype.element_ty
-    gate, up = cast(gate, dtype), cast(up, dtype)
-    mask = (rows_m < end)[:, None] & mask_n[None, :]
-    at = rows_m.to(tl.int64)[:, None] * width + rows_n[None, :]
+    gate, up = forgotten(cast(gate, dtype)), forgotten(cast(up, dtype))
+    a = cast(activate(gate.to(tl.float32), up.to(tl.float32), ACTIVATION), dtype)
+    store_rows(a_ptr, a, rows_m, end, rows_n, mask_n, width)
     if KEEP:
-        row = pre_ptr + rows_m.to(tl.int64)[:, None] * 2 * width + rows_n[None, :]
-        tl.store(row, tl.trans(gate), mask=mask)
-        tl.store(row + width, tl.trans(up), mask=mask)
-    a = activate(gate.to(tl.float32), up.to(tl.float32), ACTIVATION)
-    tl.store(a_ptr + at, tl.trans(cast(a, dtype)), mask=mask)
+        store_rows(pre_ptr, gate, rows_m, end, rows_n, mask_n, 2 * width)
+        store_rows(pre_ptr + width, up, rows_m, end, rows_n, mask_n, 2 * width)
+
+
+@triton.jit
+def store_rows(y_ptr, y, rows_m, end, rows_n, mask_n, stride):
+    """Stores y[BLOCK_N, BLOCK_M] as rows of y_ptr; addresses are computed here, not kept."""
+    rows_m = recomputed(rows_m)
+    row = y_ptr + rows_m.to(tl.int64)[:, None] * stride + rows_n[None, :]
+    tl.store(row, tl.trans(y), mask=(rows_m < end)[:, None] & mask_n[None, :])
 
 
 @triton.jit

@@ -19,7 +19,7 @@ from .grouped_weight_grad import grouped_bias_grad, grouped_weight_grad
 from .moe import combine
 from .moe_activation import activation_gradients
 from .moe_plan import Plan, plan, replanned, row_of_slot, tile_of_plan, token_of_row
-from .triton_compat import cast, dot
+from .triton_compat import cast, dot, recomputed
 from .tuning import ProductTile
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -34,22 +34,26 @@ def store_activation_gradients(
     pre_ptr,
     weights_ptr,
     slots_ptr,
-    rows_m,
-    live,
+    first,
+    end,
     rows_n,
     width,
+    n_slots,
     ACTIVATION: tl.constexpr,
     SCALED: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """Stores dpre, w * a and the tile's part of <dA', a> of da = dA' [BLOCK_M, BLOCK_N]."""
+    """Stores dpre, w * a and the tile's part of <dA', a> of da = dA' [ROWS, BLOCK_N]."""
     dtype: tl.constexpr = dpre_ptr.dtype.element_ty
+    rows_m = recomputed(first + tl.arange(0, ROWS))
+    slot = tl.load(slots_ptr + rows_m, mask=rows_m < end, other=-1)
+    live = (slot >= 0) & (slot < n_slots)
     mask = live[:, None] & (rows_n < width)[None, :]
     row = rows_m.to(tl.int64)[:, None] * 2 * width + rows_n[None, :]
     gate = tl.load(pre_ptr + row, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(pre_ptr + row + width, mask=mask, other=0.0).to(tl.float32)
     a, by_gate, by_up = activation_gradients(gate, up, ACTIVATION)
     a = cast(a, dtype).to(tl.float32)
-    slot = tl.load(slots_ptr + rows_m, mask=live, other=0)
     w = tl.load(weights_ptr + slot, mask=live, other=0.0)[:, None]
     tl.store(partial_ptr + rows_m, tl.sum(tl.where(mask, da * a, 0.0), axis=1), mask=live)
     if SCALED:
@@ -104,10 +108,19 @@ def moe_down_grad_kernel(
         acc = dot(w, rows_tile(dy_rows, live, k, K, EVEN_K, BLOCK_K), acc)
     rows_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     partial = partial_ptr + tile_n.to(tl.int64) * n_slots
-    store_activation_gradients(
-        dpre_ptr, scaled_ptr, partial, tl.trans(acc), pre_ptr, weights_ptr, slots_ptr,
-        rows_m, live, rows_n, width, ACTIVATION, SCALED,
-    )  # fmt: skip
+    if BLOCK_M < 128:
+        store_activation_gradients(
+            dpre_ptr, scaled_ptr, partial, tl.trans(acc), pre_ptr, weights_ptr, slots_ptr,
+            first, end, rows_n, width, n_slots, ACTIVATION, SCALED, BLOCK_M,
+        )  # fmt: skip
+    else:  # one half of the rows after the other: both at once do not fit in the registers
+        halves = acc.reshape(BLOCK_N, 2, BLOCK_M // 2).permute(0, 2, 1).split()
+        for i in tl.static_range(2):
+            store_activation_gradients(
+                dpre_ptr, scaled_ptr, partial, tl.trans(halves[i]), pre_ptr, weights_ptr,
+                slots_ptr, first + i * (BLOCK_M // 2), end, rows_n, width, n_slots,
+                ACTIVATION, SCALED, BLOCK_M // 2,
+            )  # fmt: skip
 
 
 @triton.jit

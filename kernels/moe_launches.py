@@ -110,7 +110,9 @@ def _moe_backward(
     gate_up = _meta(EXPERTS, 2 * WIDTH, HIDDEN, dtype=dtype)
     down = _meta(EXPERTS, HIDDEN, WIDTH, dtype=dtype)
     pre = _meta(tokens * PER_TOKEN, 2 * WIDTH, dtype=dtype)
-    biases = (gate_up[..., 0].contiguous(), down[..., 0].contiguous()) if everything else (None,) * 2
+    biases = (
+        (gate_up[..., 0].contiguous(), down[..., 0].contiguous()) if everything else (None,) * 2
+    )
     wanted = [True] * 4 + [everything] * 2
     arguments = (x, x, gate_up, down, *_places(tokens), pre, *biases, activation, wanted)
     return moe_backward.moe_backward(*arguments, dtype, dtype, descriptor=descriptor)

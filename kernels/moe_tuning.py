@@ -35,11 +35,12 @@ SLOTS_OTHERS = 32
 # Two of 128 x 128 at 8 warps: 128 registers of sums; (256 + 128) x 128 bytes = 48 KB a stage, and
 # 2 x 256 x 128 FLOP a column for 768 bytes: 85 FLOP a byte of L2, 4.7 TB/s at 400 TFLOP/s of 5.5.
 _PRODUCT_BF16 = {
-    16: ProductTile(64, 16, 128, 4, 4),
-    32: ProductTile(64, 32, 128, 4, 4),
+    16: ProductTile(64, 16, 64, 4, 6),
+    32: ProductTile(64, 32, 64, 4, 6),
     64: ProductTile(128, 64, 64, 8, 4),
     128: ProductTile(128, 128, 64, 8, 4),
 }
+_PRODUCT_BF16_90 = _PRODUCT_BF16 | {128: ProductTile(256, 128, 64, 8, 3)}
 _GATE_UP_BF16 = {
     16: ProductTile(64, 16, 64, 4, 4),
     32: ProductTile(64, 32, 64, 4, 4),
@@ -48,11 +49,11 @@ _GATE_UP_BF16 = {
 }
 # fp32 runs on FMA units, whose operands pass through registers.
 _PRODUCT_FP32 = {
-    16: ProductTile(64, 16, 32, 4, 3),
+    16: ProductTile(64, 16, 16, 4, 4),
     64: ProductTile(64, 64, 16, 4, 3),
 }
 _GATE_UP_FP32 = {
-    16: ProductTile(32, 16, 32, 4, 3),
+    16: ProductTile(32, 16, 16, 4, 4),
     64: ProductTile(32, 64, 16, 4, 3),
 }
 # The product with W2 whose epilogue reads pre and writes dpre and w * a.
@@ -60,6 +61,7 @@ _DOWN_GRAD_BF16 = {
     16: ProductTile(64, 16, 64, 4, 4),
     32: ProductTile(64, 32, 64, 4, 4),
     64: ProductTile(128, 64, 64, 8, 4),
+    128: ProductTile(128, 128, 64, 8, 4),
 }
 # Packed weights: the block's product beside the sums, of gate and up both (see `tuning`).
 _QUANT_PRODUCT = {
@@ -71,7 +73,7 @@ _QUANT_PRODUCT = {
 _QUANT_GATE_UP = {
     16: ProductTile(64, 16, 64, 4, 3),
     32: ProductTile(64, 32, 32, 4, 3),
-    128: ProductTile(128, 64, 32, 8, 3),
+    128: ProductTile(64, 64, 32, 8, 3),
 }
 _QUANT_FP32 = {
     16: ProductTile(64, 16, 32, 4, 2),
@@ -88,7 +90,7 @@ _QUANT_DOWN_GRAD = {64: ProductTile(64, 64, 32, 4, 3)}
 _QUANT_INPUT_GRAD_FP32 = {64: ProductTile(64, 64, 16, 4, 2)}
 _QUANT_DOWN_GRAD_FP32 = {64: ProductTile(32, 64, 16, 4, 2)}
 # Gradients of weights: n x k of the weight, m rows of tokens a step.
-WEIGHT_GRAD_BF16 = ProductTile(128, 64, 128, 8, 4)
+WEIGHT_GRAD_BF16 = ProductTile(256, 64, 128, 8, 3)
 WEIGHT_GRAD_FP32 = ProductTile(64, 16, 64, 4, 3)
 BIAS_GRAD_ROWS = 16
 BIAS_GRAD_BLOCK = 128
@@ -114,8 +116,10 @@ def _fitting(tile: ProductTile, device: torch.device) -> ProductTile:
 
 def product_tile(rows: int, dtype: torch.dtype, device: torch.device) -> ProductTile:
     """Tile of one product of experts of `rows` rows."""
-    table = _PRODUCT_FP32 if dtype == torch.float32 else _PRODUCT_BF16
-    return _fitting(_tile(table, rows), device)
+    if dtype == torch.float32:
+        return _tile(_PRODUCT_FP32, rows)
+    wide = tuning.architecture(device) == 90
+    return _fitting(_tile(_PRODUCT_BF16_90 if wide else _PRODUCT_BF16, rows), device)
 
 
 def gate_up_tile(rows: int, dtype: torch.dtype, device: torch.device) -> ProductTile:

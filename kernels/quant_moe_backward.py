@@ -92,7 +92,7 @@ def quant_moe_down_grad_kernel(
     partial = partial_ptr + tile_k.to(tl.int64) * n_slots
     store_activation_gradients(
         dpre_ptr, dpre_ptr, partial, da, pre_ptr, weights_ptr, slots_ptr,
-        rows_m, live, cols, width, ACTIVATION, False,
+        first, end, cols, width, n_slots, ACTIVATION, False, BLOCK_M,
     )  # fmt: skip
 
 

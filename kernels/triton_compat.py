@@ -93,6 +93,20 @@ def recomputed(x):
 
 
 @triton.jit
+def forgotten(x):
+    """x (bf16 or fp32), of which the compiler forgets how it was made.
+
+    It otherwise keeps the fp32 values that bf16 was rounded from, in twice the registers.
+    """
+    if EMULATE or x.dtype != tl.bfloat16:
+        return x
+    else:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2
+        )
+
+
+@triton.jit
 def tanh(x):
     """tanh of fp32 within 2 ulp (`tanh.approx` is good to 2^-11 alone).
 

@@ -210,6 +210,21 @@ def descriptor_bits(problem: MoeProblem) -> float:
     return max(map(same, *results))
 
 
+def nothing_to_do(tokens: int, experts: int) -> float:
+    """Without tokens, or with experts that are all elsewhere: base alone, and zero gradients."""
+    problem = MoeProblem(
+        tokens=tokens, hidden=16, inner=8, experts=3, k=2, biases="both", base="float32"
+    )
+    layer = problem.layer()
+    names = ("gate_up", "down", "gate_up_bias", "down_bias")
+    held = {name: getattr(layer, name)[:experts] for name in names}
+    layer = replace(layer, **held, topk_ids=layer.topk_ids + 4, first_expert=0)
+    y, pre = run(layer)
+    grads = run_backward(layer, pre, layer.x)
+    shapes = [g.shape == getattr(layer, n).shape for g, n in zip(grads, LEAVES, strict=True)]
+    return same(y, layer.base) if all(shapes) and not any(g.any() for g in grads) else math.inf
+
+
 def unwanted() -> float:
     """Gradients that nobody asked for are empty; without pre the forward keeps nothing."""
     from fastllm.kernels.moe import moe
@@ -360,13 +375,15 @@ def quick_cases() -> dict[str, Case]:
         MoeProblem(tokens=5, hidden=16, inner=16, experts=3, k=2, activation="gelu", load="holes"),
         MoeProblem(tokens=5, hidden=16, inner=8, experts=3, k=2, activation="gelu_tanh"),
         MoeProblem(tokens=9, hidden=16, inner=16, experts=3, k=2, activation="swiglu_oai", **every),
-        MoeProblem(tokens=0, hidden=16, inner=8, experts=3, k=2, **every),
     ):
         cases[layer_name(problem)] = lambda p=problem: layer_case(p)
-    bits = MoeProblem(tokens=40, hidden=64, inner=32, experts=2, k=2, dtype=BF16)
+    bits = MoeProblem(tokens=40, hidden=136, inner=72, experts=2, k=2, dtype=BF16)
     for problem in (bits, replace(bits, dtype=F32, biases="both")):
         cases[f"moe {NAMES[problem.dtype]} same bits"] = lambda p=problem: same_bits(p)
     cases["moe descriptors"] = lambda: descriptor_bits(replace(bits, tokens=11, biases="both"))
+    cases["moe without tokens"] = lambda: nothing_to_do(0, 3)
+    cases["moe without experts"] = lambda: nothing_to_do(5, 0)
+    cases["moe experts elsewhere"] = lambda: nothing_to_do(5, 3)
     cases["moe unwanted"] = unwanted
     packed = MoeProblem(tokens=9, hidden=64, inner=32, experts=3, k=2, dtype=BF16)
     for formats, mode in (
