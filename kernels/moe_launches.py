@@ -42,8 +42,8 @@ def moe_launches() -> dict[str, Callable[[], Any]]:
     for (name, dtype), tokens in product(DTYPES.items(), TOKENS):
         if dtype == torch.float32 and tokens == 256:
             continue
-        for descriptor in (True, False) if name == "bf16" else (False,):
-            path = " pointers" if name == "bf16" and not descriptor else ""
+        for descriptor in (None, False) if name == "bf16" else (None,):
+            path = "" if descriptor is None else " pointers"
             add(f"moe {name} m={tokens}{path}", _moe, tokens, dtype, descriptor=descriptor)
             if tokens > 8:
                 call = f"moe_backward {name} m={tokens}{path}"

@@ -45,8 +45,8 @@ _GATE_UP_BF16 = {
     16: ProductTile(64, 16, 64, 4, 4),
     32: ProductTile(64, 32, 64, 4, 4),
     64: ProductTile(128, 64, 64, 8, 3),
-    128: ProductTile(128, 128, 64, 8, 3),
 }
+_GATE_UP_BF16_90 = _GATE_UP_BF16 | {128: ProductTile(128, 128, 64, 8, 3)}
 # fp32 runs on FMA units, whose operands pass through registers.
 _PRODUCT_FP32 = {
     16: ProductTile(64, 16, 16, 4, 4),
@@ -90,8 +90,9 @@ _QUANT_DOWN_GRAD = {64: ProductTile(64, 64, 32, 4, 3)}
 _QUANT_INPUT_GRAD_FP32 = {64: ProductTile(64, 64, 16, 4, 2)}
 _QUANT_DOWN_GRAD_FP32 = {64: ProductTile(32, 64, 16, 4, 2)}
 # Gradients of weights: n x k of the weight, m rows of tokens a step.
-WEIGHT_GRAD_BF16 = ProductTile(256, 64, 128, 8, 3)
-WEIGHT_GRAD_FP32 = ProductTile(64, 16, 64, 4, 3)
+_WEIGHT_GRAD_BF16 = ProductTile(128, 64, 128, 8, 4)
+_WEIGHT_GRAD_BF16_90 = ProductTile(256, 64, 128, 8, 3)
+_WEIGHT_GRAD_FP32 = ProductTile(64, 16, 64, 4, 3)
 BIAS_GRAD_ROWS = 16
 BIAS_GRAD_BLOCK = 128
 COMBINE_BLOCK = 1024
@@ -124,8 +125,10 @@ def product_tile(rows: int, dtype: torch.dtype, device: torch.device) -> Product
 
 def gate_up_tile(rows: int, dtype: torch.dtype, device: torch.device) -> ProductTile:
     """Tile of the first product: n rows of gate and n of up. Its m is that of `product_tile`."""
-    table = _GATE_UP_FP32 if dtype == torch.float32 else _GATE_UP_BF16
-    return _fitting(_tile(table, rows), device)
+    if dtype == torch.float32:
+        return _tile(_GATE_UP_FP32, rows)
+    wide = tuning.architecture(device) == 90
+    return _fitting(_tile(_GATE_UP_BF16_90 if wide else _GATE_UP_BF16, rows), device)
 
 
 def down_grad_tile(rows: int, dtype: torch.dtype, device: torch.device) -> ProductTile:
@@ -136,7 +139,10 @@ def down_grad_tile(rows: int, dtype: torch.dtype, device: torch.device) -> Produ
 
 def weight_grad_tile(dtype: torch.dtype, device: torch.device) -> ProductTile:
     """Tile of a gradient of weights: n rows and k columns of the weight, m tokens a step."""
-    return _fitting(WEIGHT_GRAD_FP32 if dtype == torch.float32 else WEIGHT_GRAD_BF16, device)
+    if dtype == torch.float32:
+        return _WEIGHT_GRAD_FP32
+    wide = tuning.architecture(device) == 90
+    return _fitting(_WEIGHT_GRAD_BF16_90 if wide else _WEIGHT_GRAD_BF16, device)
 
 
 def use_descriptors(weight: torch.Tensor) -> bool:

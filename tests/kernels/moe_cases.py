@@ -322,16 +322,16 @@ def quant_case(problem: MoeProblem, formats: tuple[str, str], mode: str) -> floa
     return max(worst, *map(judged, found, *grads))
 
 
-def quant_rows(format: str, mode: str) -> float:
+def quant_rows(format: str, mode: str, tokens: int) -> float:
     """Packed experts: a few tokens and many give the same bits."""
     problem = MoeProblem(
-        tokens=70, hidden=64, inner=32, experts=2, k=2, dtype=F32 if mode == "fp32" else BF16
+        tokens=tokens, hidden=64, inner=32, experts=2, k=2, dtype=F32 if mode == "fp32" else BF16
     )
     layer, packed = quant_layer(problem, (format, format))
     whole, _ = run_quant(layer, packed, mode)
     return max(
         same(run_quant(layer.tokens(rows), packed, mode)[0], whole[rows])
-        for rows in (slice(0, 1), slice(5, 20))
+        for rows in (slice(0, 1), slice(5, 16))
     )
 
 
@@ -377,10 +377,9 @@ def quick_cases() -> dict[str, Case]:
         MoeProblem(tokens=9, hidden=16, inner=16, experts=3, k=2, activation="swiglu_oai", **every),
     ):
         cases[layer_name(problem)] = lambda p=problem: layer_case(p)
-    bits = MoeProblem(tokens=40, hidden=136, inner=72, experts=2, k=2, dtype=BF16)
-    for problem in (bits, replace(bits, dtype=F32, biases="both")):
-        cases[f"moe {NAMES[problem.dtype]} same bits"] = lambda p=problem: same_bits(p)
-    cases["moe descriptors"] = lambda: descriptor_bits(replace(bits, tokens=11, biases="both"))
+    bits = MoeProblem(tokens=36, hidden=72, inner=40, experts=2, k=2, dtype=BF16)
+    cases["moe bf16 same bits"] = lambda: same_bits(bits)
+    cases["moe descriptors"] = lambda: descriptor_bits(replace(bits, tokens=7, biases="both"))
     cases["moe without tokens"] = lambda: nothing_to_do(0, 3)
     cases["moe without experts"] = lambda: nothing_to_do(5, 0)
     cases["moe experts elsewhere"] = lambda: nothing_to_do(5, 3)
@@ -394,7 +393,7 @@ def quick_cases() -> dict[str, Case]:
     ):
         p = replace(packed, dtype=F32, **every) if mode == "fp32" else packed
         cases[f"quant_moe {'+'.join(formats)} {mode}"] = lambda a=(p, formats, mode): quant_case(*a)
-    cases["quant_moe q4_1 int8 same bits"] = lambda: quant_rows("q4_1", "int8")
+    cases["quant_moe q4_1 int8 same bits"] = lambda: quant_rows("q4_1", "int8", 20)
     cases["quant_moe dense"] = lambda: dense_packs(BF16)
     return cases
 
@@ -427,7 +426,10 @@ def full_cases() -> dict[str, Case]:
         name = f"quant_moe {first}+{second} {mode} {activation}"
         cases[name] = lambda a=(p, (first, second), mode): quant_case(*a)
     for format, mode in product(formats, ("int8", "bf16", "fp32")):
-        cases[f"quant_moe {format} {mode} same bits"] = lambda a=(format, mode): quant_rows(*a)
+        cases[f"quant_moe {format} {mode} same bits"] = lambda a=(format, mode, 70): quant_rows(*a)
+    bits = MoeProblem(tokens=70, hidden=136, inner=72, experts=2, k=2, dtype=F32, biases="both")
+    for dtype in (F32, BF16):
+        cases[f"moe {NAMES[dtype]} same bits"] = lambda d=dtype: same_bits(replace(bits, dtype=d))
     cases["quant_moe dense f32"] = lambda: dense_packs(F32)
     return cases
 
