@@ -61,15 +61,19 @@ def grouped_weight_grad_kernel(
     cols = tile % tiles_k * BLOCK_K + tl.arange(0, BLOCK_K)
     begin, end = expert_rows(offsets_ptr, expert, n_rows)
     acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
+    rows = begin + tl.arange(0, BLOCK_M)
+    row_dy, live_dy = source_rows(slots_ptr, rows, end, n_rows, per_token, GATHER_DY)
+    row_x, live_x = source_rows(slots_ptr, rows, end, n_rows, per_token, GATHER_X)
     for first in range(begin, end, BLOCK_M):
-        rows = first + tl.arange(0, BLOCK_M)
-        row, live = source_rows(slots_ptr, rows, end, n_rows, per_token, GATHER_DY)
-        dy_tile = dy_ptr + row[:, None] * stride_dy + rows_n[None, :]
-        dy = tl.load(dy_tile, mask=live[:, None] & (rows_n < N)[None, :], other=0.0)
-        row, live = source_rows(slots_ptr, rows, end, n_rows, per_token, GATHER_X)
-        x_tile = x_ptr + row[:, None] * stride_x + cols[None, :]
-        x = tl.load(x_tile, mask=live[:, None] & (cols < K)[None, :], other=0.0)
+        dy_tile = dy_ptr + row_dy[:, None] * stride_dy + rows_n[None, :]
+        dy = tl.load(dy_tile, mask=live_dy[:, None] & (rows_n < N)[None, :], other=0.0)
+        x_tile = x_ptr + row_x[:, None] * stride_x + cols[None, :]
+        x = tl.load(x_tile, mask=live_x[:, None] & (cols < K)[None, :], other=0.0)
         acc = dot(tl.trans(dy), x, acc)
+        # One step ahead: a load that waited for another could not be kept in flight.
+        rows = first + BLOCK_M + tl.arange(0, BLOCK_M)
+        row_dy, live_dy = source_rows(slots_ptr, rows, end, n_rows, per_token, GATHER_DY)
+        row_x, live_x = source_rows(slots_ptr, rows, end, n_rows, per_token, GATHER_X)
     out = dweight_ptr + (expert.to(tl.int64) * N + rows_n)[:, None] * K + cols[None, :]
     mask = (rows_n < N)[:, None] & (cols < K)[None, :]
     tl.store(out, cast(acc, dweight_ptr.dtype.element_ty), mask=mask)
