@@ -36,6 +36,7 @@ QUICK = {
         "add_rms_norm_backward",
         "sampling",
         "kl_gradient js",
+        "moe bf16 gelu_tanh m=4096",
     ],
     80: [
         "linear bf16 m=2048",
@@ -47,6 +48,7 @@ QUICK = {
         "rope",
         "kl_rows js",
         "loss_rows walk=True",
+        "quant_moe q4_1 int8 m=4096",
     ],
 }
 # With 99 KB of shared memory: what has tiles of its own there, or comes near the limit.
@@ -66,6 +68,9 @@ SMALL = [
     "paged_attention decode 128 bf16 plain fast",
     "mla prefill 128 bf16 fast",
     "linear bf16 m=2048",
+    "moe bf16 m=4096",
+    "moe_backward bf16 m=4096",
+    "quant_moe q4_1 bf16 m=4096",
 ]
 
 

@@ -23,6 +23,7 @@ FILES = (
     "attention_backward_cases",
     "mla_attention_cases",
     "lm_head_cases",
+    "moe_cases",
 )
 
 
