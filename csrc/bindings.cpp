@@ -202,6 +202,11 @@ PYBIND11_MODULE(_C, m) {
   op(m, "moe_gate", &Kernels::moe_gate, moe_gate_args);
   m.def("moe_gate_scratch", moe_gate_scratch);
   op(m, "moe_gate_backward", &Kernels::moe_gate_backward, moe_gate_backward_args);
+  op(m, "moe_dispatch", &Kernels::moe_dispatch, moe_dispatch_args);
+  m.def("moe_dispatch_scratch", moe_dispatch_scratch);
+  op(m, "moe", &Kernels::moe, moe_args);
+  op(m, "quant_moe", &Kernels::quant_moe, quant_moe_args);
+  m.def("moe_scratch", moe_scratch);
 
 #ifdef FASTLLM_WITH_CUDA
   cuda_op(m, "paged_attention_cuda", cuda::paged_attention, cuda::paged_attention_call);

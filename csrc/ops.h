@@ -39,6 +39,9 @@ struct Kernels {
   Kernel<ColumnSumsArgs>* column_sums;
   Kernel<MoeGateArgs>* moe_gate;
   Kernel<MoeGateBackwardArgs>* moe_gate_backward;
+  Kernel<MoeDispatchArgs>* moe_dispatch;
+  Kernel<MoeArgs>* moe;
+  Kernel<MoeArgs>* quant_moe;
 };
 
 namespace generic {

@@ -46,4 +46,72 @@ MoeGateBackwardArgs moe_gate_backward_args(Tensor dlogits, Tensor logits, Tensor
                                            Tensor d_weights, Tensor d_score_sum, Tensor d_z_sum,
                                            bool sigmoid, bool renormalize, double scale);
 
+// The slots of tokens sorted by expert, stable: a count, a sum, a scatter, in chunks of slots.
+struct MoeDispatchArgs {
+  int32_t* offsets;    // [experts + 1]
+  int32_t* slots;      // [count]
+  int32_t* counts;     // [chunks, experts]
+  const int32_t* ids;  // [count]
+  int64_t count, experts, first;
+};
+MoeDispatchArgs moe_dispatch_args(Tensor offsets, Tensor slots, Tensor counts, Tensor ids,
+                                  int64_t first);
+int64_t moe_dispatch_scratch(int64_t count, int64_t experts);  // int32 of `counts`
+constexpr int64_t kDispatchChunk = 4096;                       // slots; one: nothing is shared
+
+// The weights of all experts, in rows or in panels of 16 rows.
+struct ExpertWeights {
+  const char* data;
+  const uint16_t* scales;
+  int64_t expert_bytes, expert_scales;  // from one expert to the next
+  int64_t row_bytes;                    // of rows: from one to the next
+  Format format;                        // of panels
+};
+
+// A layer of experts (see fastllm/ops/moe.py): y = the weighted sum of the experts of each token.
+struct MoeArgs {
+  void* y;              // [tokens, hidden] contiguous
+  void* pre;            // [slots, 2 inner] contiguous, or null: not kept
+  const char* x;        // [tokens, hidden], rows contiguous
+  const float* weights;  // [tokens, per_token]
+  const int32_t *offsets, *slots;
+  const void *gate_up_bias, *down_bias;  // [experts, 2 inner], [experts, hidden], or null
+  const char* base;                      // [tokens, hidden], rows contiguous, or null
+  char* scratch;                         // moe_scratch bytes
+  ExpertWeights gate_up, down;
+  int64_t tokens, per_token, experts, hidden, inner, x_stride, base_stride;
+  DType type, y_type, gate_up_bias_type, down_bias_type, base_type;  // type: of x, pre and weights
+  Gating gating;
+  Activation mode;  // of quantized weights
+  int64_t count() const { return tokens * per_token; }
+};
+MoeArgs moe_args(Tensor y, Tensor pre, Tensor x, Tensor gate_up, Tensor down, Tensor weights,
+                 Tensor offsets, Tensor slots, Tensor gate_up_bias, Tensor down_bias, Tensor base,
+                 int64_t gating, Tensor scratch);
+MoeArgs quant_moe_args(Tensor y, Tensor pre, Tensor x, Tensor gate_up, Tensor gate_up_scales,
+                       int64_t gate_up_format, Tensor down, Tensor down_scales, int64_t down_format,
+                       int64_t inner, Tensor weights, Tensor offsets, Tensor slots,
+                       Tensor gate_up_bias, Tensor down_bias, Tensor base, int64_t gating,
+                       int64_t mode, Tensor scratch);
+
+// The parts of a layer's scratch, each on a 64-byte boundary.
+struct MoeScratch {
+  int64_t rows;        // fp32 [count, hidden]: what the experts give, in sorted order
+  int64_t activated;   // [count, inner] in the dtype of x
+  int64_t row_of;      // int32 [count]: the row of each slot, or -1
+  int64_t quantized;   // [tokens, hidden / 32] records of 40 bytes
+  int64_t bytes;
+};
+constexpr MoeScratch moe_scratch_parts(int64_t tokens, int64_t hidden, int64_t count,
+                                       int64_t inner) {
+  const auto whole = [](int64_t bytes) { return (bytes + 63) / 64 * 64; };
+  MoeScratch s{};
+  s.activated = whole(4 * count * hidden);
+  s.row_of = s.activated + whole(4 * count * inner);
+  s.quantized = s.row_of + whole(4 * count);
+  s.bytes = s.quantized + whole(40 * tokens * (hidden / 32));
+  return s;
+}
+int64_t moe_scratch(int64_t tokens, int64_t hidden, int64_t count, int64_t inner);
+
 }  // namespace fastllm

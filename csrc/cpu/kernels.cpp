@@ -33,6 +33,9 @@ Kernel<GradientProductArgs> gradient_product;
 Kernel<ColumnSumsArgs> column_sums;
 Kernel<MoeGateArgs> moe_gate;
 Kernel<MoeGateBackwardArgs> moe_gate_backward;
+Kernel<MoeDispatchArgs> moe_dispatch;
+Kernel<MoeArgs> moe;
+Kernel<MoeArgs> quant_moe;
 
 const Kernels kernels = {
     .rms_norm = rms_norm,
@@ -65,6 +68,9 @@ const Kernels kernels = {
     .column_sums = column_sums,
     .moe_gate = moe_gate,
     .moe_gate_backward = moe_gate_backward,
+    .moe_dispatch = moe_dispatch,
+    .moe = moe,
+    .quant_moe = quant_moe,
 };
 
 }  // namespace fastllm::FASTLLM_ISA

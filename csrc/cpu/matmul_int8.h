@@ -10,6 +10,15 @@
 
 namespace fastllm::FASTLLM_ISA {
 
+// Two accumulators an output: 6 rows x 32 outputs on 32 registers.
+#if defined(__AVX512F__)
+constexpr int kBlockRows = 6, kBlockStrip = 2, kBlockFew = 8;
+#elif defined(__AVX2__)
+constexpr int kBlockRows = 2, kBlockStrip = 1, kBlockFew = 4;
+#else
+constexpr int kBlockRows = 1, kBlockStrip = 1, kBlockFew = 4;
+#endif
+
 // One row's block of 32 columns: codes, scale, and what completes the sum: the start value of the
 // int32 accumulator (minus offset times the sum of the codes), or dx * sum for formats with a
 // minimum.

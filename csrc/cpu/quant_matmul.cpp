@@ -7,18 +7,9 @@
 namespace fastllm::FASTLLM_ISA {
 namespace {
 
-// Two accumulators an output: 6 rows x 32 outputs on 32 registers.
-#if defined(__AVX512F__)
-constexpr int kRows = 6, kStrip = 2, kFew = 8;
-#elif defined(__AVX2__)
-constexpr int kRows = 2, kStrip = 1, kFew = 4;
-#else
-constexpr int kRows = 1, kStrip = 1, kFew = 4;
-#endif
-
 template <class F>
 struct Blocks {
-  static constexpr int rows = kRows, strip = kStrip, few = kFew;
+  static constexpr int rows = kBlockRows, strip = kBlockStrip, few = kBlockFew;
   static constexpr int64_t row_block = kRowBlockBytes;
   const QuantMatmulArgs& a;
   int64_t blocks = a.k / kBlock;
