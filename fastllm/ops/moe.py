@@ -153,8 +153,6 @@ def _native_layout(
     gate_up_bias: Tensor | None, down_bias: Tensor | None, base: Tensor | None, *_: Any,
 ) -> bool:  # fmt: skip
     whole = (weights, offsets, slots, gate_up_bias, down_bias)
-    if not hasattr(_C, "moe"):
-        return False
     return all(t.stride(-1) == 1 for t in (x, gate_up, down, base) if t is not None) and all(
         t.is_contiguous() for t in whole if t is not None
     )
@@ -232,12 +230,22 @@ def moe(
         activation, first_expert, dispatch, out_dtype,
     )  # fmt: skip
     offsets, slots = dispatch or moe_dispatch(topk_ids, gate_up.shape[0], first_expert or 0)
+    x, gate_up, down = (rows_contiguous(t) for t in (x, gate_up, down))
+    base = None if base is None else rows_contiguous(base)
+    gate_up_bias, down_bias = (
+        None if t is None else t.contiguous() for t in (gate_up_bias, down_bias)
+    )
     learned = (x, gate_up, down, topk_weights, gate_up_bias, down_bias)
     y, _ = _moe(
-        x, gate_up, down, topk_weights, offsets, slots, gate_up_bias, down_bias, base, activation,
-        records_gradient(learned), out_dtype,
+        x, gate_up, down, topk_weights.contiguous(), offsets, slots, gate_up_bias, down_bias, base,
+        activation, records_gradient(learned), out_dtype,
     )  # fmt: skip
     return y
+
+
+def rows_contiguous(t: Tensor) -> Tensor:
+    """t, copied if its last dimension is not contiguous, as the kernels want it."""
+    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def records_gradient(tensors: tuple[Tensor | None, ...]) -> bool:

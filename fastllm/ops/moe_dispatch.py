@@ -44,7 +44,7 @@ _moe_dispatch = Op(
 
 
 def _contiguous(topk_ids: Tensor, *_: Any) -> bool:
-    return hasattr(_C, "moe_dispatch") and topk_ids.is_contiguous()
+    return topk_ids.is_contiguous()
 
 
 @_moe_dispatch.impl("native", "cpu", dtypes=(torch.int32,), when=_contiguous)
@@ -84,7 +84,7 @@ def moe_dispatch(
         ValueError: on an argument of another shape, dtype or range, naming it.
     """
     check_choices(topk_ids, n_experts, first_expert)
-    return _moe_dispatch(topk_ids, n_experts, first_expert or 0)
+    return _moe_dispatch(topk_ids.contiguous(), n_experts, first_expert or 0)
 
 
 def check_choices(topk_ids: Tensor, n_experts: int, first_expert: int | None) -> None:

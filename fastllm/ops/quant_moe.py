@@ -16,7 +16,7 @@ from .. import _C
 from . import packed_layout as layout
 from .gated_activation import ACTIVATIONS
 from .grouped_matmul import expert_ranges
-from .moe import activated, check_moe, combine_ref, records_gradient
+from .moe import activated, check_moe, combine_ref, records_gradient, rows_contiguous
 from .moe_dispatch import moe_dispatch
 from .pages import large_empty
 from .quant_matmul import ACTIVATIONS as MODES
@@ -132,8 +132,6 @@ def rows_of_experts(data: Tensor, format: str) -> int:
 def _native_layout(x: Tensor, d1: Tensor, _: Any, f1: str, d2: Tensor, *rest: Any) -> bool:
     f2, weights, offsets, slots, b1, b2, base = rest[1], *rest[3:9]
     whole = (weights, offsets, slots, b1, b2)
-    if not hasattr(_C, "moe"):
-        return False
     return (
         all(rows_of_experts(d, f) == layout.ROWS_PER_GROUP["cpu"] for d, f in ((d1, f1), (d2, f2)))
         and all(t.stride(-1) == 1 for t in (x, base) if t is not None)
@@ -235,9 +233,14 @@ def quant_moe(
         first_expert, dispatch, out_dtype,
     )  # fmt: skip
     offsets, slots = dispatch or moe_dispatch(topk_ids, experts, first_expert or 0)
+    base = None if base is None else rows_contiguous(base)
+    gate_up_bias, down_bias = (
+        None if t is None else t.contiguous() for t in (gate_up_bias, down_bias)
+    )
     y, _ = _quant_moe(
-        x, *gate_up, *down, inner, topk_weights, offsets, slots, gate_up_bias, down_bias, base,
-        activation, mode, records_gradient((x, topk_weights)), out_dtype,
+        rows_contiguous(x), *gate_up, *down, inner, topk_weights.contiguous(), offsets, slots,
+        gate_up_bias, down_bias, base, activation, mode, records_gradient((x, topk_weights)),
+        out_dtype,
     )  # fmt: skip
     return y
 

@@ -186,5 +186,6 @@ void test_sampling();
 void test_training();
 void test_losses();
 void test_latent();
+void test_experts();
 
 }  // namespace fastllm::test

@@ -19,7 +19,8 @@ int main(int argc, char** argv) {
                 {"sampling", test_sampling},
                 {"training", test_training},
                 {"losses", test_losses},
-                {"latent", test_latent}};
+                {"latent", test_latent},
+                {"experts", test_experts}};
   std::printf("runtime: %s; levels:", thread_runtime());
   for (const std::string& level : supported_isas()) std::printf(" %s", level.c_str());
   std::printf("\n");
