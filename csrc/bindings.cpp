@@ -13,6 +13,7 @@
 #include "common/parallel.h"
 #include "ops.h"
 #ifdef FASTLLM_WITH_CUDA
+#include "cuda/moe_gate_params.h"
 #include "cuda/paged_attention_params.h"
 #endif
 
@@ -209,6 +210,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("moe_scratch", moe_scratch);
 
 #ifdef FASTLLM_WITH_CUDA
+  cuda_op(m, "moe_gate_cuda", cuda::moe_gate, cuda::moe_gate_call);
   cuda_op(m, "paged_attention_cuda", cuda::paged_attention, cuda::paged_attention_call);
 #endif
 

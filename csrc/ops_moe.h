@@ -24,7 +24,7 @@ struct MoeGateArgs {
   float scale;
   bool sigmoid, top2, renormalize;
 };
-MoeGateArgs moe_gate_args(Tensor ids, Tensor weights, Tensor counts, Tensor score_sum, Tensor z_sum,
+MoeGateArgs moe_gate_args(Tensor weights, Tensor ids, Tensor counts, Tensor score_sum, Tensor z_sum,
                           Tensor partial, Tensor logits, Tensor bias, bool sigmoid, int64_t groups,
                           int64_t kept_groups, bool top2, bool renormalize, double scale);
 constexpr int64_t kGateChunk = 32;                          // tokens; 16 us of work at 256 experts

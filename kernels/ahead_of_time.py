@@ -49,6 +49,7 @@ from . import (
     tuning,
 )
 from .attention_launches import attention_launches
+from .moe_gate_launches import gate_launches
 from .moe_launches import moe_launches
 
 KERNEL_MODULES = (
@@ -72,6 +73,8 @@ KERNEL_MODULES = (
     "moe_backward",
     "moe_dispatch",
     "moe_plan",
+    "moe_gate",
+    "moe_gate_backward",
     "paged_attention",
     "quant_matmul",
     "quant_matmul_input_grad",
@@ -202,7 +205,7 @@ def shipped_launches() -> dict[str, Callable[[], Any]]:
     for m in (8, 2048):
         calls[f"head_linear absorb m={m}"] = lambda m=m: _head_linear(m, 128, 512, 64)
         calls[f"head_linear values m={m}"] = lambda m=m: _head_linear(m, 512, 128, 0)
-    calls |= _lm_head_launches()
+    calls |= _lm_head_launches() | gate_launches()
     calls["append_mla"] = lambda: _append_mla()
     for heads, dtype, fast in ((16, bf16, False), (128, bf16, True), (16, f32, False)):
         for phase, n_tokens in (("prefill", 2048), ("decode", 8)):

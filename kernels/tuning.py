@@ -50,6 +50,10 @@ COLUMN_SUMS_BLOCK = 64
 EMBEDDING_TOKENS = 4
 SQUARES_TILES = 16  # 16 x 1,024 elements a program
 
+# Tokens whose statistics a program of the router adds up: their sums are 8 bytes an expert against
+# 64 of logits, and 2,048 tokens are still 128 programs.
+GATE_CHUNK = 16
+
 # Weight tiles that share their token tiles through L2: 8 x 128 rows x K of 4,096 in bf16 are 8 MB
 # of 40 to 50 MB.
 TILE_GROUP = 8
@@ -90,6 +94,11 @@ def row_tile(n: int) -> RowTile:
     return RowTile(
         rows=max(1, 1024 // columns), columns=columns, num_warps=min(32, max(4, columns // 512))
     )
+
+
+def gate_rows(columns: int) -> int:
+    """Rows of logits a step: 16 values a thread of 4 warps, whose keys take 32 registers."""
+    return min(GATE_CHUNK, max(1, 2048 // columns))
 
 
 # bf16: step of 64 columns = 128 bytes a row, one full swizzled line. Large: 128 x 128 x 2 bytes

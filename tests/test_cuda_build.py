@@ -43,11 +43,11 @@ class Kernel(NamedTuple):
     spilled: int
 
 
-def compile_kernels(arch: str, out: Path) -> list[Kernel]:
-    """Compile csrc/cuda/paged_attention.cu for one architecture; its kernels as ptxas made them."""
+def compile_kernels(arch: str, out: Path, name: str = "paged_attention") -> list[Kernel]:
+    """Compile csrc/cuda/<name>.cu for one architecture; its kernels as ptxas made them."""
     assert NVCC is not None
     command = [NVCC, "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", f"-arch={arch}", "-Xptxas", "-v"]
-    command += ["-cubin", "-o", str(out), str(ROOT / "csrc" / "cuda" / "paged_attention.cu")]
+    command += ["-cubin", "-o", str(out), str(ROOT / "csrc" / "cuda" / f"{name}.cu")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     pattern = re.compile(
@@ -96,13 +96,13 @@ def check_arch(arch: str, tmp_path: Path, shared: dict[tuple[str, int, int], int
         assert blocks >= (1 if max(dim, value_dim) > 192 else 2 if arch == "sm_90a" else 1)
 
 
-def build(out: Path, *flags: str) -> Path:
-    """Compile the kernels for the emulated device."""
+def build(out: Path, *flags: str, name: str = "paged_attention") -> Path:
+    """Compile the kernels of csrc/cuda/<name>.cu for the emulated device."""
     assert CXX is not None, "no C++ compiler"
     command = [CXX, "-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
     command += [*flags, f"-I{NATIVE}", f"-I{ROOT / 'csrc'}"]
-    command += [str(NATIVE / "test_paged_attention.cpp")]
-    command += [str(ROOT / "csrc" / "cuda" / "paged_attention_args.cpp"), "-o", str(out)]
+    command += [str(NATIVE / f"test_{name}.cpp")]
+    command += [str(ROOT / "csrc" / "cuda" / f"{name}_args.cpp"), "-o", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return out
@@ -176,6 +176,33 @@ def test_kernels_compile_for_sm_80_without_spills(
     tmp_path: Path, shared: dict[tuple[str, int, int], int]
 ) -> None:
     check_arch("sm_80", tmp_path, shared)
+
+
+@pytest.fixture(scope="module")
+def emulated_router(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("cuda") / "test_moe_gate", name="moe_gate")
+
+
+def test_the_emulated_router_chooses_weighs_and_sorts(emulated_router: Path) -> None:
+    cases = re.match(r"(\d+) cases", run(emulated_router, "quick"))
+    assert cases and int(cases[1]) >= 60
+
+
+@pytest.mark.full
+def test_the_emulated_router_is_right_in_every_case(emulated_router: Path) -> None:
+    cases = re.match(r"(\d+) cases", run(emulated_router, "full"))
+    assert cases and int(cases[1]) >= 450
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", ["sm_90a", pytest.param("sm_80", marks=pytest.mark.full)])
+def test_the_router_compiles_without_spills(arch: str, tmp_path: Path) -> None:
+    kernels = compile_kernels(arch, tmp_path / "kernels.cubin", "moe_gate")
+    for kernel in kernels:
+        print(f"{arch}: {kernel.name}: {kernel.registers} registers, {kernel.spilled} spilled")
+    assert len(kernels) == 5  # 1, 2, 4, 8 and 16 logits a lane
+    bad = [k for k in kernels if k.spilled or k.stack or k.registers > REGISTERS // 512]
+    assert not bad, "\n".join(map(str, bad))
 
 
 @pytest.mark.full

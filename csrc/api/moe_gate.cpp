@@ -26,7 +26,7 @@ int64_t moe_gate_scratch(int64_t tokens, int64_t experts) {
   return chunks > 1 ? chunks * (2 * experts + 1) : 0;
 }
 
-MoeGateArgs moe_gate_args(Tensor ids, Tensor weights, Tensor counts, Tensor score_sum, Tensor z_sum,
+MoeGateArgs moe_gate_args(Tensor weights, Tensor ids, Tensor counts, Tensor score_sum, Tensor z_sum,
                           Tensor partial, Tensor logits, Tensor bias, bool sigmoid, int64_t groups,
                           int64_t kept_groups, bool top2, bool renormalize, double scale) {
   const char* op = "moe_gate";

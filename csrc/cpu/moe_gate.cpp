@@ -71,8 +71,10 @@ void keep_best_groups(const MoeGateArgs& a, int32_t* keys, int32_t* group_keys) 
       for (int64_t i = 0; i < size; ++i) keys[g * size + i] = kRemoved;
 }
 
-void no_choice(int32_t* ids, float* weights, int64_t k) {
+// A row without a distribution; it adds nothing to the sums.
+double no_choice(int32_t* ids, float* weights, int64_t k) {
   for (int64_t j = 0; j < k; ++j) ids[j] = -1, weights[j] = 0.f;
+  return 0.0;
 }
 
 // The weights of the chosen from their scores.
@@ -83,7 +85,8 @@ void weigh(const MoeGateArgs& a, const float* scores, const int32_t* ids, float*
   for (int64_t j = 0; j < a.k; ++j) weights[j] = weights[j] / divisor * a.scale;
 }
 
-void one_row(const MoeGateArgs& a, int64_t row, const Buffers& b, const Sums& sums) {
+// One token; returns the square of its log-sum-exp.
+double one_row(const MoeGateArgs& a, int64_t row, const Buffers& b, const Sums& sums) {
   int32_t* ids = a.ids + row * a.k;
   float* weights = a.weights + row * a.k;
   const int64_t n = padded(a.experts);
@@ -112,17 +115,19 @@ void one_row(const MoeGateArgs& a, int64_t row, const Buffers& b, const Sums& su
     else
       store_n(sums.scores + c, load_n(sums.scores + c, a.experts - c) + p, a.experts - c);
   }
-  *sums.z += lse_of(lse) * lse_of(lse);
+  const double z = lse_of(lse);
+  return z * z;
 }
 
 void one_chunk(const MoeGateArgs& a, int64_t chunks, int64_t chunk) {
   const Sums sums = sums_of(a, chunks, chunk);
   __builtin_memset(sums.scores, 0, static_cast<size_t>(a.experts) * sizeof(float));
   __builtin_memset(sums.counts, 0, static_cast<size_t>(a.experts) * sizeof(int32_t));
-  *sums.z = 0.f;
+  double z = 0.0;
   const Buffers b = buffers(a.experts);
   const int64_t end = smaller((chunk + 1) * kGateChunk, a.tokens);
-  for (int64_t row = chunk * kGateChunk; row < end; ++row) one_row(a, row, b, sums);
+  for (int64_t row = chunk * kGateChunk; row < end; ++row) z += one_row(a, row, b, sums);
+  *sums.z = static_cast<float>(z);
 }
 
 // Sums of experts [begin, end) over the chunks, in double: one rounding for any number of tokens.

@@ -37,6 +37,10 @@ __device__ __forceinline__ void store(V* to, V value) {
 }
 
 __device__ __forceinline__ void block_barrier() { __syncthreads(); }
+__device__ __forceinline__ void warp_barrier() { __syncwarp(); }
+
+__device__ __forceinline__ int32_t float_bits(float x) { return __float_as_int(x); }
+__device__ __forceinline__ float float_of_bits(int32_t x) { return __int_as_float(x); }
 
 // 16 bytes (or 4) from device memory to shared memory, past the registers; zeros if not `keep`.
 // Both addresses are multiples of the size. Copies of a block land in the order of their commits.
@@ -153,6 +157,12 @@ __device__ __forceinline__ V from_lane_xor(V value, int mask) {
 template <class V>
 __device__ __forceinline__ V from_lane_below(V value, int distance) {
   return __shfl_up_sync(0xffffffffu, value, distance);
+}
+__device__ __forceinline__ int32_t largest_of_lanes(int32_t value) {
+  return __reduce_max_sync(0xffffffffu, value);
+}
+__device__ __forceinline__ int32_t smallest_of_lanes(int32_t value) {
+  return __reduce_min_sync(0xffffffffu, value);
 }
 
 }  // namespace fastllm::cuda

@@ -23,6 +23,7 @@ from .mla_attention import append_mla, mla_attention, new_mla_cache
 from .moe import moe
 from .moe_dispatch import moe_dispatch
 from .moe_gate import Gate, moe_gate
+from .moe_route import moe_route
 from .paged_attention import paged_attention
 from .paged_cache import KvCache, new_cache
 from .quant_matmul import quant_matmul
@@ -57,6 +58,7 @@ __all__ = [
     "moe",
     "moe_dispatch",
     "moe_gate",
+    "moe_route",
     "new_cache",
     "new_mla_cache",
     "paged_attention",

@@ -18,9 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import _C
 from ..errors import NotFiniteError
 from .checks import values_readable
 from .moe_gate_backward import SUM_EPS, moe_gate_backward
+from .moe_gate_cuda import fits_cuda, launch_gate
 from .registry import Op
 
 SCORINGS = ("softmax", "sigmoid")
@@ -80,34 +82,42 @@ def moe_gate_ref(
     counts = torch.zeros(n_experts + 1, dtype=torch.int32, device=logits.device)
     counts = counts.scatter_add(0, counted, torch.ones_like(counted, dtype=torch.int32))
     return (
-        torch.where(valid[:, None], ids, -1).int(),
         weights,
+        torch.where(valid[:, None], ids, -1).int(),
         counts[:n_experts].clone(),
         torch.where(valid[:, None], p, 0.0).sum(0),
         torch.where(valid, torch.logsumexp(rows, -1), 0.0).square().sum(),
     )
 
 
-def _fake(logits: Tensor, bias: Tensor | None, k: int, *_: Any) -> tuple[Tensor, ...]:
+def gate_outputs(logits: Tensor, k: int) -> tuple[Tensor, ...]:
+    """Room for what the op gives: weights, ids, counts, score_sum, z_sum.
+
+    A floating output first: opcheck adds all outputs up in the dtype of the first.
+    """
     tokens, n_experts = logits.shape
     return (
-        logits.new_empty((tokens, k), dtype=torch.int32),
         logits.new_empty((tokens, k)),
+        logits.new_empty((tokens, k), dtype=torch.int32),
         logits.new_empty((n_experts,), dtype=torch.int32),
         logits.new_empty((n_experts,)),
         logits.new_empty(()),
     )
 
 
+def _fake(logits: Tensor, bias: Tensor | None, k: int, *_: Any) -> tuple[Tensor, ...]:
+    return gate_outputs(logits, k)
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     logits, _, _, scoring, _, _, _, renormalize, scale = inputs
-    ctx.mark_non_differentiable(output[0], output[2])
-    ctx.save_for_backward(logits, output[0])
+    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.save_for_backward(logits, output[1])
     ctx.options = scoring, renormalize, scale
 
 
 def _gradients(
-    ctx: Any, _ids: Any, d_weights: Tensor, _counts: Any, d_score_sum: Tensor, d_z_sum: Tensor
+    ctx: Any, d_weights: Tensor, _ids: Any, _counts: Any, d_score_sum: Tensor, d_z_sum: Tensor
 ) -> tuple[Any, ...]:
     logits, ids = ctx.saved_tensors
     d = d_weights.contiguous(), d_score_sum.contiguous(), d_z_sum
@@ -122,6 +132,58 @@ _moe_gate = Op(
     backward=_gradients,
     setup_context=_save,
 )
+
+
+def rows_contiguous(logits: Tensor, bias: Tensor | None, *_: Any) -> bool:
+    """What the native kernels need of their arguments."""
+    return logits.stride(1) == 1 and (bias is None or bias.is_contiguous())
+
+
+@_moe_gate.impl("native", "cpu", dtypes=(torch.float32,), when=rows_contiguous)
+def moe_gate_cpu(
+    logits: Tensor,
+    bias: Tensor | None,
+    k: int,
+    scoring: str,
+    groups: int,
+    kept_groups: int,
+    group_score: str,
+    renormalize: bool,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    """The native row."""
+    tokens, n_experts = logits.shape
+    scratch = _C.moe_gate_scratch(tokens, n_experts)
+    out = gate_outputs(logits, k)
+    _C.moe_gate(
+        *out,
+        torch.empty(scratch) if scratch else None,
+        logits,
+        bias,
+        scoring == "sigmoid",
+        groups,
+        kept_groups,
+        group_score == "top2",
+        renormalize,
+        scale,
+    )
+    return out
+
+
+if hasattr(_C, "moe_gate_cuda"):  # the extension was built with CUDA
+
+    @_moe_gate.impl("cuda", "cuda", dtypes=(torch.float32,), when=fits_cuda, opt_in=True)
+    def _moe_gate_cuda(logits: Tensor, bias: Tensor | None, k: int, *options: Any) -> Any:
+        out = gate_outputs(logits, k)
+        launch_gate(out, None, logits, bias, *options)
+        return out
+
+
+@_moe_gate.impl("triton", "cuda", dtypes=(torch.float32,))
+def _moe_gate_triton(*args: Any) -> tuple[Tensor, ...]:
+    from ..kernels import moe_gate as kernel
+
+    return kernel.moe_gate(*args)
 
 
 def moe_gate(
@@ -170,28 +232,38 @@ def moe_gate(
             or bias is NaN or +inf. Elsewhere such a row gets ids -1 and weights 0 and is not
             counted.
     """
+    options = scoring, groups, kept_groups, group_score, renormalize, float(scale)
+    logits = checked_logits(logits, bias, k, *options)
+    weights, ids, *sums = _moe_gate(logits, bias, k, *options)
+    gate = Gate(ids, weights, *sums)
+    check_rows(gate, logits, bias)
+    return gate
+
+
+def checked_logits(
+    logits: Tensor,
+    bias: Tensor | None,
+    k: int,
+    scoring: str,
+    groups: int,
+    kept_groups: int,
+    group_score: str,
+    renormalize: bool,
+    scale: float,
+) -> Tensor:
+    """logits with contiguous rows; raises ValueError unless a router takes these arguments."""
     _check_logits(logits, bias)
     _check_choice(logits.shape[1], k, scoring, groups, kept_groups, group_score)
-    if not -math.inf < scale < math.inf:
+    if not -math.inf < scale < math.inf:  # it may be symbolic, which isfinite does not take
         raise ValueError(f"scale must be a finite number, got {scale}")
-    if logits.stride(1) != 1:
-        logits = logits.contiguous()
-    gate = Gate(
-        *_moe_gate(
-            logits,
-            bias,
-            k,
-            scoring,
-            groups,
-            kept_groups,
-            group_score,
-            renormalize,
-            float(scale),
-        )
-    )
-    if values_readable(logits) and int(gate.counts.sum()) != logits.shape[0] * k:
+    return logits if logits.stride(1) == 1 else logits.contiguous()
+
+
+def check_rows(gate: Gate, logits: Tensor, bias: Tensor | None) -> None:
+    """Raise ValueError where a row chose nothing, if values can be read."""
+    tokens, k = gate.topk_ids.shape
+    if values_readable(logits) and int(gate.counts.sum()) != tokens * k:
         _raise_for_rows(logits, bias, gate.topk_ids)
-    return gate
 
 
 def _check_logits(logits: Tensor, bias: Tensor | None) -> None:
@@ -228,9 +300,7 @@ def _check_choice(
     if k > held:
         raise ValueError(f"k must be at most {held}, the experts of the kept groups, got {k}")
     if group_score == "top2" and 1 < groups == n_experts:
-        raise ValueError(
-            f"group_score 'top2' needs groups of 2 experts or more, got groups={groups}"
-        )
+        raise ValueError(f"group_score 'top2' needs 2 experts a group, got groups={groups}")
 
 
 def _raise_for_rows(logits: Tensor, bias: Tensor | None, topk_ids: Tensor) -> None:

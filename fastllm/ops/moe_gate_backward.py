@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from .. import _C
 from .registry import Op
 
 # Keeps the sum of the chosen scores, or of a row of sigmoids, away from 0 before it divides.
@@ -45,7 +48,7 @@ def moe_gate_backward_ref(
     return torch.where(valid, dlogits + softmax * (2 * d_z_sum * lse), 0.0)
 
 
-def _fake(logits: Tensor, *_: object) -> Tensor:
+def _fake(logits: Tensor, *_: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
@@ -57,3 +60,36 @@ moe_gate_backward = Op(
     moe_gate_backward_ref,
     fake=_fake,
 )
+
+
+def _contiguous(
+    logits: Tensor, topk_ids: Tensor, d_weights: Tensor, d_score_sum: Tensor, *_: Any
+) -> bool:
+    dense = topk_ids.is_contiguous() and d_weights.is_contiguous() and d_score_sum.is_contiguous()
+    return logits.stride(1) == 1 and dense
+
+
+@moe_gate_backward.impl("native", "cpu", dtypes=(torch.float32,), when=_contiguous)
+def _moe_gate_backward_cpu(
+    logits: Tensor,
+    topk_ids: Tensor,
+    d_weights: Tensor,
+    d_score_sum: Tensor,
+    d_z_sum: Tensor,
+    scoring: str,
+    renormalize: bool,
+    scale: float,
+) -> Tensor:
+    dlogits = torch.empty(logits.shape)
+    gradients = d_weights, d_score_sum, d_z_sum
+    _C.moe_gate_backward(
+        dlogits, logits, topk_ids, *gradients, scoring == "sigmoid", renormalize, scale
+    )
+    return dlogits
+
+
+@moe_gate_backward.impl("triton", "cuda", dtypes=(torch.float32,))
+def _moe_gate_backward_triton(*args: Any) -> Tensor:
+    from ..kernels import moe_gate_backward as kernel
+
+    return kernel.moe_gate_backward(*args)

@@ -24,6 +24,7 @@ FILES = (
     "mla_attention_cases",
     "lm_head_cases",
     "moe_cases",
+    "moe_gate_cases",
 )
 
 

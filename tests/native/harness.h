@@ -187,5 +187,6 @@ void test_training();
 void test_losses();
 void test_latent();
 void test_experts();
+void test_moe_gate();
 
 }  // namespace fastllm::test

@@ -20,7 +20,8 @@ int main(int argc, char** argv) {
                 {"training", test_training},
                 {"losses", test_losses},
                 {"latent", test_latent},
-                {"experts", test_experts}};
+                {"experts", test_experts},
+                {"moe_gate", test_moe_gate}};
   std::printf("runtime: %s; levels:", thread_runtime());
   for (const std::string& level : supported_isas()) std::printf(" %s", level.c_str());
   std::printf("\n");

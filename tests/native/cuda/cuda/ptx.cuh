@@ -63,6 +63,13 @@ void store(V* to, V value) {
   *to = value;
 }
 inline void block_barrier() { emulated::barrier(); }
+inline void warp_barrier() {
+  const uint32_t nothing = 0;
+  emulated::with_warp(&nothing, 1, [](emulated::Warp&) {});
+}
+
+inline int32_t float_bits(float x) { return bits_of<int32_t>(x); }
+inline float float_of_bits(int32_t x) { return bits_of<float>(x); }
 
 inline void copy_16(uint32_t to, const void* from, bool keep) {
   emulated::copy(to, from, 16, keep);
@@ -182,6 +189,27 @@ V from_lane_xor(V value, int mask) {
 template <class V>
 V from_lane_below(V value, int distance) {
   return exchange(value, [distance](int lane) { return lane < distance ? lane : lane - distance; });
+}
+
+// One number for all lanes: `better(a, b)` says whether a takes the place of b.
+template <class Better>
+int32_t best_of_lanes(int32_t value, Better better) {
+  const uint32_t in = bits_of<uint32_t>(value);
+  const uint32_t* out = emulated::with_warp(&in, 1, [&](emulated::Warp& warp) {
+    int32_t best = bits_of<int32_t>(warp.in[0][0]);
+    for (int lane = 1; lane < 32; ++lane) {
+      const int32_t other = bits_of<int32_t>(warp.in[lane][0]);
+      if (better(other, best)) best = other;
+    }
+    for (int lane = 0; lane < 32; ++lane) warp.out[lane][0] = bits_of<uint32_t>(best);
+  });
+  return bits_of<int32_t>(out[0]);
+}
+inline int32_t largest_of_lanes(int32_t value) {
+  return best_of_lanes(value, [](int32_t a, int32_t b) { return a > b; });
+}
+inline int32_t smallest_of_lanes(int32_t value) {
+  return best_of_lanes(value, [](int32_t a, int32_t b) { return a < b; });
 }
 
 }  // namespace fastllm::cuda
