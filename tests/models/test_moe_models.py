@@ -402,8 +402,9 @@ def test_greedy_answers_are_those_of_transformers(
     greedy = SamplingParams(temperature=0.0, max_tokens=16, detokenize=False, ignore_eos=True)
     answers = [out.outputs[0].token_ids for out in llm.generate(prompts, greedy)]
     for ids, answer in zip(prompts, answers, strict=True):
+        given = torch.tensor([ids])
         want = theirs.generate(
-            torch.tensor([ids]), max_new_tokens=16, do_sample=False, pad_token_id=0
+            given, attention_mask=torch.ones_like(given), max_new_tokens=16, do_sample=False
         )
         assert answer == want[0, len(ids) :].tolist()
 
@@ -515,7 +516,8 @@ def test_generation_has_trainings_log_probs_after_every_step(case: str, dtype: t
         optimizer.step()
         optimizer.zero_grad()
         model.weights_changed()
-    assert len(llm._engine.runner._steps) <= 2  # weights changed in place: nothing captured anew
+    # of 1, 2 and 4 slots: weights changed in place, and nothing was captured anew
+    assert len(llm._engine.runner._steps) <= 3
 
 
 def test_generation_follows_a_routers_bias() -> None:
