@@ -149,7 +149,7 @@ def grouped_product(
     """
     n, k = weight.shape[1:] if not transposed else (weight.shape[2], weight.shape[1])
     y = torch.empty((x.shape[0], n), dtype=out_dtype, device=x.device)
-    if y.numel() == 0:
+    if y.numel() == 0 or rows.n_tiles == 0:
         return y
     if descriptor is None:
         descriptor = moe_tuning.use_descriptors(weight)

@@ -207,7 +207,7 @@ def gate_up(
     width, k, n_slots = weight.shape[1] // 2, x.shape[1], rows.slots.shape[0]
     a = torch.empty((n_slots, width), dtype=x.dtype, device=x.device)
     pre = torch.empty((n_slots if keep else 0, 2 * width), dtype=x.dtype, device=x.device)
-    if a.numel() == 0:
+    if a.numel() == 0 or rows.n_tiles == 0:
         return a, pre
     if descriptor is None:
         descriptor = moe_tuning.use_descriptors(weight)

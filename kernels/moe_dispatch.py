@@ -172,5 +172,5 @@ def _sort_many(
     scan_counts_kernel[(n_experts + 1,)](places, offsets, below, n_blocks, BLOCK=scan, num_warps=4)
     others = moe_tuning.SLOTS_OTHERS
     scatter_slots_kernel[(n_blocks,)](
-        slots, places, ids, *sizes, BLOCK=block, OTHERS=others, num_warps=4
+        slots, places, ids, *sizes, BLOCK=block, OTHERS=others, num_warps=moe_tuning.SLOTS_WARPS
     )

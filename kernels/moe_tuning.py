@@ -1,16 +1,18 @@
 """Tiles of the mixture-of-experts kernels, and the arithmetic behind them. Not yet run on a GPU.
 
-Roofs of an H100 (990 TFLOP/s of bf16 wgmma, 3.35 TB/s, 295 FLOP a byte), for T tokens, k experts of
-E, hidden H, width I; forward 6 T k H I FLOP, backward 12 (dA' 2, dx 4, dW 6):
-- Training, T = 32,768, H = 4,096, I = 1,024, E = 64, k = 4: 3.3 TFLOP forward, 3.3 ms at the tensor
-  cores' roof. Bytes: weights 1.6 GB once; pre and a 1.6 GB written and 0.5 read; x 2.1 GB through
-  L2; the fp32 outputs of slots, kept so that a token's sum has one order and one rounding, 2.1 GB
-  written and read: 1.9 ms at full bandwidth in all, hidden behind the products except for the
-  combine's 0.8 ms. So 800 TFLOP/s is the most, and 550 ask for 69% of it in the products.
-- T = 24,576, H = 1,536, I = 256, E = 128, k = 8 (fine-grained): 0.46 ms of tensor cores, 1.2 GB
-  of slot outputs written and read: 0.75 ms. Bandwidth is the bound: 370 TFLOP/s.
-- Decode, 1 to 64 tokens: bytes of the active experts' weights; a tile of 16 rows does 16 FLOP a
-  byte, so even the padded rows are free.
+Roofs of an H100 (990 TFLOP/s of bf16 wgmma, 3.35 TB/s: 295 FLOP a byte), T tokens, k of E experts,
+hidden H, width I. Forward 6 T k H I FLOP; backward 12: dA' 2, dx 4, dW 6.
+- T = 32,768, H = 4,096, I = 1,024, E = 64, k = 4: 3.3 TFLOP forward, 3.3 ms of tensor cores. Bytes:
+  weights 1.6 GB, pre 0.5, a 0.3 twice, x 0.3, the fp32 outputs of slots (kept so that a token's
+  sum has one order and one rounding) 2.1 written and read: 7.2 GB, 2.2 ms. Those of the products
+  pass beside their arithmetic; the combine, 2.4 GB, has none: 0.7 ms. At most 3.3 / 4.0 = 820
+  TFLOP/s; 400 leave 7.5 ms to the products, 440 TFLOP/s in them.
+- T = 24,576, H = 1,536, I = 256, E = 128, k = 8: 0.46 TFLOP, 0.47 ms of tensor cores and 3.3 GB,
+  1.0 ms: bandwidth is the bound, 470 TFLOP/s, and three quarters of it are outputs of slots.
+- Decode, 1 to 64 tokens: the bytes of the active experts' weights. A tile of 16 rows does 16 FLOP a
+  byte, so its padding is free.
+L2 (5.5 TB/s) bounds large products: a step of n x m rows does 2 n m FLOP for 2 (n + m) bytes, 64 a
+byte at 128 x 128 (350 TFLOP/s), 85 at 256 x 128 (470): the tile of sm_90, 128 registers of sums.
 """
 
 from __future__ import annotations
@@ -29,11 +31,13 @@ FEW_SLOTS_BLOCK = 64
 FEW_SLOTS_OTHERS = 128
 SLOTS_BLOCK = 512
 SLOTS_OTHERS = 32
+SLOTS_WARPS = 8  # 512 x 32 compares at once: 64 a thread
 
 # One product a tile, and two (gate and up, each n rows of weight). Rows of a tile: those of the
-# mean expert, so that few are padding. Step of 64 columns = 128 bytes = one swizzled line.
-# Two of 128 x 128 at 8 warps: 128 registers of sums; (256 + 128) x 128 bytes = 48 KB a stage, and
-# 2 x 256 x 128 FLOP a column for 768 bytes: 85 FLOP a byte of L2, 4.7 TB/s at 400 TFLOP/s of 5.5.
+# mean expert, so that few are padding. The step is 64 columns (128 bytes, one swizzled line) for
+# any number of rows: a row's sums do not depend on it. Registers, by ptxas, of 256 x 128: 248 with
+# weights by descriptors, 254 by pointers; of gate and up 128 x 128 each: 190, 240. On sm_80, whose
+# mma.sync takes operands from registers as well, both spill: 128 x 128, and 128 x 64 each.
 _PRODUCT_BF16 = {
     16: ProductTile(64, 16, 64, 4, 6),
     32: ProductTile(64, 32, 64, 4, 6),
@@ -56,7 +60,8 @@ _GATE_UP_FP32 = {
     16: ProductTile(32, 16, 16, 4, 4),
     64: ProductTile(32, 64, 16, 4, 3),
 }
-# The product with W2 whose epilogue reads pre and writes dpre and w * a.
+# The product with W2, whose epilogue reads pre and writes dpre and w * a: 128 rows in two halves,
+# one after the other, take 178 registers; at once they spill 440 bytes.
 _DOWN_GRAD_BF16 = {
     16: ProductTile(64, 16, 64, 4, 4),
     32: ProductTile(64, 32, 64, 4, 4),
@@ -89,7 +94,7 @@ _QUANT_INPUT_GRAD = {64: ProductTile(128, 64, 32, 4, 3), 128: ProductTile(128, 1
 _QUANT_DOWN_GRAD = {64: ProductTile(64, 64, 32, 4, 3)}
 _QUANT_INPUT_GRAD_FP32 = {64: ProductTile(64, 64, 16, 4, 2)}
 _QUANT_DOWN_GRAD_FP32 = {64: ProductTile(32, 64, 16, 4, 2)}
-# Gradients of weights: n x k of the weight, m rows of tokens a step.
+# Gradients of weights: n x k of the weight, m rows of tokens a step; 172 registers on sm_90.
 _WEIGHT_GRAD_BF16 = ProductTile(128, 64, 128, 8, 4)
 _WEIGHT_GRAD_BF16_90 = ProductTile(256, 64, 128, 8, 3)
 _WEIGHT_GRAD_FP32 = ProductTile(64, 16, 64, 4, 3)

@@ -194,7 +194,7 @@ def quant_gate_up(
     width, n_slots = weight.n // 2, rows.slots.shape[0]
     a = torch.empty((n_slots, width), dtype=x.dtype, device=x.device)
     pre = torch.empty((n_slots if keep else 0, 2 * width), dtype=x.dtype, device=x.device)
-    if a.numel() == 0:
+    if a.numel() == 0 or rows.n_tiles == 0:
         return a, pre
     values, x_scales, x_sums = prepared_rows(x, weight.format, mode)
     quant_moe_gate_up_kernel[(rows.n_tiles * triton.cdiv(width, tile.n),)](
@@ -238,7 +238,7 @@ def quant_grouped_product(
 ) -> Tensor:
     """y f32 [P, N] of x[P, K] and quantized weights, rows as planned."""
     y = torch.empty((x.shape[0], weight.n), dtype=torch.float32, device=x.device)
-    if y.numel() == 0:
+    if y.numel() == 0 or rows.n_tiles == 0:
         return y
     values, x_scales, x_sums = prepared_rows(x, weight.format, mode)
     quant_grouped_matmul_kernel[(rows.n_tiles * triton.cdiv(weight.n, tile.n),)](
