@@ -208,6 +208,10 @@ PYBIND11_MODULE(_C, m) {
   op(m, "moe", &Kernels::moe, moe_args);
   op(m, "quant_moe", &Kernels::quant_moe, quant_moe_args);
   m.def("moe_scratch", moe_scratch);
+  op(m, "grouped_matmul", &Kernels::grouped_matmul, grouped_matmul_args);
+  op(m, "grouped_weight_grad", &Kernels::grouped_weight_grad, grouped_weight_grad_args);
+  op(m, "moe_backward", &Kernels::moe_backward, moe_backward_args);
+  op(m, "quant_moe_backward", &Kernels::quant_moe_backward, quant_moe_backward_args);
 
 #ifdef FASTLLM_WITH_CUDA
   cuda_op(m, "moe_gate_cuda", cuda::moe_gate, cuda::moe_gate_call);

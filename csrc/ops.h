@@ -42,6 +42,10 @@ struct Kernels {
   Kernel<MoeDispatchArgs>* moe_dispatch;
   Kernel<MoeArgs>* moe;
   Kernel<MoeArgs>* quant_moe;
+  Kernel<GroupedMatmulArgs>* grouped_matmul;
+  Kernel<GroupedWeightGradArgs>* grouped_weight_grad;
+  Kernel<MoeBackwardArgs>* moe_backward;
+  Kernel<QuantMoeBackwardArgs>* quant_moe_backward;
 };
 
 namespace generic {

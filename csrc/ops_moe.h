@@ -113,5 +113,85 @@ constexpr MoeScratch moe_scratch_parts(int64_t tokens, int64_t hidden, int64_t c
   return s;
 }
 int64_t moe_scratch(int64_t tokens, int64_t hidden, int64_t count, int64_t inner);
+// Rows of experts: expert e owns the rows [offsets[e], offsets[e + 1]), which kernels clamp to what
+// there is. Slot t * k + j is the j-th expert of token t.
+
+// y[r] = x[r] @ weight[e].T + bias[e], or x[r] @ weight[e] if transposed, for the rows r of every
+// expert e; other rows are zero.
+struct GroupedMatmulArgs {
+  MatmulOutput out;        // [m, n]; the bias is [experts, n]
+  const void* x;           // [m, k], rows contiguous
+  const char* weight;      // [experts, n, k], or [experts, k, n] if transposed; rows contiguous
+  const int32_t* offsets;  // [experts + 1]
+  DType type;              // of x and weight
+  bool transposed;
+  int64_t m, k, experts, x_stride, weight_stride;
+  int64_t expert_bytes, bias_bytes;  // from one expert to the next
+};
+GroupedMatmulArgs grouped_matmul_args(Tensor y, Tensor x, Tensor weight, Tensor offsets,
+                                      Tensor bias, bool transposed);
+
+// dweight[e] = the sum of dy[r]' x[r] over the rows r of expert e, ascending.
+struct GroupedWeightGradArgs {
+  char* dweight;  // [experts, n, k] contiguous
+  const void *dy, *x;
+  const int32_t* offsets;
+  DType dweight_type, type;  // type: of dy and x
+  int64_t m, n, k, experts, dy_stride, x_stride;
+};
+GroupedWeightGradArgs grouped_weight_grad_args(Tensor dweight, Tensor dy, Tensor x, Tensor offsets);
+
+// What both backward kernels of experts have, see fastllm/ops/moe_backward.py. P rows, k slots a
+// token, n experts of width `inner`.
+struct MoeRows {
+  void* dx;        // [tokens, hidden] contiguous, or null: not wanted
+  float* dw;       // [tokens, k], or null
+  const void* dy;  // [tokens, hidden]
+  const float* w;  // [tokens, k]
+  const int32_t* offsets;
+  const int32_t* slots;        // [slots_count]
+  const void* pre;             // [slots_count, 2 inner] contiguous
+  const char* down_bias;       // [experts, hidden], or null
+  void* dpre;                  // [rows, 2 inner] contiguous
+  void* weighted;              // [rows, inner]: the activation times w; or null: not wanted
+  float* dx_rows;              // [rows, hidden], with dx
+  int32_t* row_of;             // [tokens * k], with dx: the row of each slot, or -1
+  DType type, down_bias_type;  // type: of dx, dy, pre, dpre, weighted
+  Gating gating;
+  int64_t tokens, per_token, hidden, inner, experts;
+  int64_t rows;  // that dpre holds; rows past it are not read
+  int64_t dy_stride, down_bias_stride;
+};
+struct MoeBackwardArgs {
+  MoeRows rows;
+  const void* x;                      // [tokens, hidden]
+  const char *gate_up, *down;         // [experts, 2 inner, hidden], [experts, hidden, inner]
+  char *dgate_up, *ddown;             // contiguous, or null
+  float *dgate_up_bias, *ddown_bias;  // [experts, 2 inner], [experts, hidden], or null
+  DType dgate_up_type, ddown_type;
+  int64_t x_stride, gate_up_stride, down_stride, gate_up_expert, down_expert;
+};
+MoeBackwardArgs moe_backward_args(Tensor dx, Tensor dgate_up, Tensor ddown, Tensor dw,
+                                  Tensor dgate_up_bias, Tensor ddown_bias, Tensor dy, Tensor x,
+                                  Tensor gate_up, Tensor down, Tensor w, Tensor offsets,
+                                  Tensor slots, Tensor pre, Tensor down_bias, Tensor dpre,
+                                  Tensor weighted, Tensor dx_rows, Tensor row_of, int64_t gating);
+
+struct PackedExperts {
+  const uint8_t* data;
+  const uint16_t* scales;
+  int64_t data_bytes, scales_count;  // of one expert
+  Format format;
+};
+struct QuantMoeBackwardArgs {
+  MoeRows rows;
+  PackedExperts gate_up, down;
+};
+QuantMoeBackwardArgs quant_moe_backward_args(Tensor dx, Tensor dw, Tensor dy, Tensor gate_up,
+                                             Tensor gate_up_scales, int64_t gate_up_format,
+                                             Tensor down, Tensor down_scales, int64_t down_format,
+                                             Tensor w, Tensor offsets, Tensor slots, Tensor pre,
+                                             Tensor down_bias, Tensor dpre, Tensor dx_rows,
+                                             Tensor row_of, int64_t gating);
 
 }  // namespace fastllm

@@ -9,6 +9,7 @@ inline Format parse_format(int64_t code, const char* op) {
   check(code >= 0 && code <= static_cast<int64_t>(Format::f32), op, "unknown format");
   return static_cast<Format>(code);
 }
+inline int64_t float_bytes(DType dtype) { return dtype == DType::bf16 ? 2 : 4; }
 inline bool is_dense(Format f) { return f == Format::bf16 || f == Format::f32; }
 
 // data and scales hold n rows of k columns in panels of 16 rows.

@@ -4,7 +4,7 @@
 
 namespace fastllm {
 
-enum class Scratch : int { rows, panels, count };
+enum class Scratch : int { rows, panels, sums, count };
 
 // At least `bytes` bytes on a 64-byte boundary, this thread's own until its next call with that
 // slot. Contents are undefined. The memory grows and is released when the thread ends.

@@ -36,6 +36,10 @@ Kernel<MoeGateBackwardArgs> moe_gate_backward;
 Kernel<MoeDispatchArgs> moe_dispatch;
 Kernel<MoeArgs> moe;
 Kernel<MoeArgs> quant_moe;
+Kernel<GroupedMatmulArgs> grouped_matmul;
+Kernel<GroupedWeightGradArgs> grouped_weight_grad;
+Kernel<MoeBackwardArgs> moe_backward;
+Kernel<QuantMoeBackwardArgs> quant_moe_backward;
 
 const Kernels kernels = {
     .rms_norm = rms_norm,
@@ -71,6 +75,10 @@ const Kernels kernels = {
     .moe_dispatch = moe_dispatch,
     .moe = moe,
     .quant_moe = quant_moe,
+    .grouped_matmul = grouped_matmul,
+    .grouped_weight_grad = grouped_weight_grad,
+    .moe_backward = moe_backward,
+    .quant_moe_backward = quant_moe_backward,
 };
 
 }  // namespace fastllm::FASTLLM_ISA

@@ -24,6 +24,7 @@ from torch import Tensor
 from .. import _C
 from .gated_activation import ACTIVATIONS, gated_activation, gated_gradients
 from .grouped_matmul import expert_ranges, rows_of
+from .pages import large_empty
 from .registry import Op
 
 # x, gate_up, down, topk_weights, gate_up_bias, down_bias
@@ -93,10 +94,8 @@ def moe_backward_ref(
     """Plain PyTorch definition of `moe_backward`."""
     dtype, (t, k) = x.dtype, topk_weights.shape
     g = dy.to(dtype).float()
-    f32 = {"dtype": torch.float32, "device": x.device}
-    dx_slots = torch.zeros((t * k, x.shape[1]), **f32)
-    dw = torch.zeros(t * k, **f32)
-    dgate_up, ddown = torch.zeros(gate_up.shape, **f32), torch.zeros(down.shape, **f32)
+    dx_slots, dw = g.new_zeros((t * k, x.shape[1])), g.new_zeros(t * k)
+    dgate_up, ddown = g.new_zeros(gate_up.shape), g.new_zeros(down.shape)
     dgate_up_bias, ddown_bias = torch.zeros_like(dgate_up[..., 0]), torch.zeros_like(ddown[..., 0])
     for e, rows in expert_ranges(offsets, slots.shape[0]):
         r = expert_rows(g, down[e].float(), topk_weights, slots, pre, rows, activation)
@@ -150,6 +149,10 @@ def _fake(
     )
 
 
+def _variant(*args: Any) -> str:
+    return str(args[10])
+
+
 _moe_backward = Op(
     "moe_backward(Tensor dy, Tensor x, Tensor gate_up, Tensor down, Tensor topk_weights, "
     "Tensor offsets, Tensor slots, Tensor pre, Tensor? gate_up_bias, Tensor? down_bias, "
@@ -157,6 +160,7 @@ _moe_backward = Op(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     moe_backward_ref,
     fake=_fake,
+    variant=_variant,
 )
 
 
@@ -164,7 +168,7 @@ def _native_layout(dy: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, *_: Any
     return gate_up.stride(-1) == 1 and down.stride(-1) == 1
 
 
-@_moe_backward.impl("native", "cpu", when=_native_layout)
+@_moe_backward.impl("native", "cpu", variants=ACTIVATIONS, when=_native_layout)
 def _moe_backward_cpu(
     dy: Tensor,
     x: Tensor,
@@ -198,16 +202,16 @@ def _moe_backward_cpu(
         slots,
         pre,
         down_bias,
-        x.new_empty((rows, 2 * inner)),  # dpre
-        x.new_empty((rows, inner)) if wanted[2] else None,  # w a
-        x.new_empty((rows, hidden), dtype=torch.float32) if wanted[0] else None,  # dx of slots
+        large_empty((rows, 2 * inner), x.dtype, "cpu"),  # dpre
+        large_empty((rows, inner), x.dtype, "cpu") if wanted[2] else None,  # w a
+        large_empty((rows, hidden), torch.float32, "cpu") if wanted[0] else None,  # dx of slots
         slots.new_empty(slots.shape) if wanted[0] else None,  # rows of slots
         ACTIVATIONS.index(activation),
     )
     return found
 
 
-@_moe_backward.impl("triton", "cuda")
+@_moe_backward.impl("triton", "cuda", variants=ACTIVATIONS)
 def _moe_backward_cuda(*args: Any) -> Gradients:
     from ..kernels import moe_backward as kernel
 

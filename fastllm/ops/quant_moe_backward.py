@@ -16,6 +16,7 @@ from . import packed_layout as layout
 from .gated_activation import ACTIVATIONS
 from .grouped_matmul import expert_ranges, rows_of
 from .moe_backward import expert_rows, slot_sums
+from .pages import large_empty
 from .registry import Op
 
 VARIANTS = layout.FORMATS
@@ -45,8 +46,7 @@ def quant_moe_backward_ref(
         return layout.dequantize(data[e], scales[e], format, n, k).to(dtype).float()
 
     g = dy.to(dtype).float()
-    dx_slots = torch.zeros((t * k, hidden), dtype=torch.float32, device=dy.device)
-    dw = torch.zeros(t * k, dtype=torch.float32, device=dy.device)
+    dx_slots, dw = g.new_zeros((t * k, hidden)), g.new_zeros(t * k)
     for e, rows in expert_ranges(offsets, slots.shape[0]):
         w2 = rows_of_expert(e, down, down_scales, down_format, hidden, inner)
         w1 = rows_of_expert(e, gate_up, gate_up_scales, gate_up_format, 2 * inner, hidden)
@@ -143,8 +143,8 @@ def _quant_moe_backward_cpu(
         slots,
         pre,
         down_bias,
-        pre.new_empty((rows, pre.shape[1])),  # dpre
-        dy.new_empty((rows, dy.shape[1]), dtype=torch.float32) if wanted[0] else None,
+        large_empty((rows, pre.shape[1]), pre.dtype, "cpu"),  # dpre
+        large_empty((rows, dy.shape[1]), torch.float32, "cpu") if wanted[0] else None,
         slots.new_empty(slots.shape) if wanted[0] else None,  # rows of slots
         ACTIVATIONS.index(activation),
     )

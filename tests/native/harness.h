@@ -188,5 +188,6 @@ void test_losses();
 void test_latent();
 void test_experts();
 void test_moe_gate();
+void test_expert_gradients();
 
 }  // namespace fastllm::test
