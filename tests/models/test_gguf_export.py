@@ -191,13 +191,11 @@ def test_llama_cpp_gives_the_same_greedy_tokens_of_other_models(
     _same_greedy(llama_cpp, folder, tmp_path / "model.gguf", "bf16", tokenizer)
 
 
-@pytest.mark.parametrize(
-    ("kind", "type"),
-    [("mixtral", "bf16"), ("qwen3_moe", "bf16"), ("qwen3_moe", "q8_0"), ("olmoe", "bf16")],
-)
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "olmoe"])
 def test_llama_cpp_gives_the_same_greedy_tokens_of_mixtures(
-    kind: str, type: str, tokenizer: Tokenizer, llama_cpp: Any, tmp_path: Path
+    kind: str, tokenizer: Tokenizer, llama_cpp: Any, tmp_path: Path
 ) -> None:
+    """In float32: llama.cpp rounds what meets narrower weights, and routers choose otherwise."""
     width = 64 if kind == "qwen3_moe" else 192
     experts = MoeConfig(
         num_experts=4, per_token=2, moe_intermediate_size=width, renormalize=kind != "olmoe"
@@ -206,7 +204,7 @@ def test_llama_cpp_gives_the_same_greedy_tokens_of_mixtures(
     if kind == "olmoe":
         config = replace(config, num_key_value_heads=4)
     folder = _save(tmp_path / "model", config, tokenizer)
-    _same_greedy(llama_cpp, folder, tmp_path / "model.gguf", type, tokenizer)
+    _same_greedy(llama_cpp, folder, tmp_path / "model.gguf", "f32", tokenizer)
 
 
 def _same_greedy(llama_cpp: Any, folder: Path, file: Path, type: str, tokenizer: Tokenizer) -> None:
@@ -214,7 +212,7 @@ def _same_greedy(llama_cpp: Any, folder: Path, file: Path, type: str, tokenizer:
     export_gguf(weights_of(source), file, type, Tokenizer.from_hf(folder))
     prompt, answer = _decided(file, 16)
     assert _greedy_llama_cpp(llama_cpp, file, prompt, 16) == answer
-    if type in ("f16", "bf16"):  # and the file holds the model
+    if type in ("f32", "f16", "bf16"):  # and the file holds the model
         greedy = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
         assert LLM(folder).generate([prompt], greedy)[0].outputs[0].token_ids == answer
 

@@ -535,15 +535,15 @@ def test_generation_follows_a_routers_bias() -> None:
 def test_a_model_learns_a_batch_by_heart(case: str) -> None:
     model = initialize(config_of(case), dtype=torch.bfloat16)
     batch = batch_of(random_documents((24, 24)))
-    optimizer = AdamW([{"params": list(model.parameters()), "lr": 0.01}])
+    optimizer = AdamW([{"params": list(model.parameters()), "lr": 0.02}])
     losses = []
-    for _ in range(40):
+    for _ in range(25):
         loss = model.loss(*batch, reduction="mean")
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    assert losses[0] > 4 and losses[-1] < 0.3, losses[::8]
+    assert losses[0] > 4 and losses[-1] < 0.5, losses[::6]
 
 
 def test_fresh_experts_do_not_depend_on_one_another() -> None:
