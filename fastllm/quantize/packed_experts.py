@@ -120,6 +120,9 @@ def pack_expert_(packed: PackedExperts, expert: int, rows: Tensor) -> None:
     Raises:
         ValueError: on rows of another shape or dtype.
     """
+    if packed.format in layout.DENSE:
+        repack_weight_(packed.expert(expert), rows)  # where it belongs, without a copy
+        return
     one = pack(packed.format, rows, packed.n, packed.k, packed.device)
     packed.data[expert], packed.scales[expert] = one.data, one.scales
 
