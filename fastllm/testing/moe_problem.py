@@ -210,7 +210,7 @@ def expert_loop(
     gate_up, down = layer.gate_up.to(wide).unbind(), layer.down.to(wide).unbind()
     up_bias = None if layer.gate_up_bias is None else layer.gate_up_bias.to(wide).unbind()
     down_bias = None if layer.down_bias is None else layer.down_bias.to(wide).unbind()
-    o = x.new_zeros(tokens * k, layer.down.shape[1])
+    places, outs = [slots[:0]], [x.new_zeros(0, layer.down.shape[1])]
     for e in range(len(gate_up)):
         at = (slots == (layer.first_expert or 0) + e).nonzero().squeeze(1)
         if not len(at):
@@ -219,7 +219,10 @@ def expert_loop(
         pre = rounded(pre if up_bias is None else pre + up_bias[e])
         a = rounded(activate(*pre.chunk(2, dim=1), layer.activation))
         out = into_down(a) @ down[e].T
-        o = o.index_add(0, at, out if down_bias is None else out + down_bias[e])
+        places.append(at)
+        outs.append(out if down_bias is None else out + down_bias[e])
+    o = x.new_zeros(tokens * k, layer.down.shape[1])
+    o = o.index_copy(0, torch.cat(places), torch.cat(outs))
     y = (o.view(tokens, k, o.shape[1]) * layer.topk_weights.to(wide).unsqueeze(2)).sum(1)
     if layer.base is not None:
         y = y + layer.base.to(wide)
