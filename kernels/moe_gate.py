@@ -195,7 +195,7 @@ def moe_gate_sums_kernel(
     experts = block * BLOCK_E + tl.arange(0, BLOCK_E)
     counts = tl.zeros((BLOCK_E,), dtype=tl.int32)
     scores = tl.zeros((BLOCK_E,), dtype=tl.float32)
-    squares = 0.0
+    squares = tl.zeros((), dtype=tl.float32)
     for first in range(0, n_chunks, BLOCK_ROWS):
         chunks = first + tl.arange(0, BLOCK_ROWS)
         mask = (chunks < n_chunks)[:, None] & (experts < E)[None, :]

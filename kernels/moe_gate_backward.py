@@ -61,9 +61,9 @@ def moe_gate_backward_kernel(
         live = inside & (ids >= 0) & (ids < E)
         picked = tl.load(row_ptr + ids, mask=live, other=float("-inf"))
         picked = tl.where(live, scores_of(picked, shift, total, SIGMOID), 0.0)
-        g = tl.load(d_weights_ptr + slots, mask=live, other=0.0) * scale
+        given = tl.load(d_weights_ptr + slots, mask=live, other=0.0) * scale
         divisor = tl.sum(picked, axis=1) + SUM_EPS
-        shared = divide(tl.sum(picked * g, axis=1), divisor)
+        shared = divide(tl.sum(picked * given, axis=1), divisor)
     for j in range(K):
         expert = tl.load(ids_ptr + rows * K + j, mask=rows < T, other=-1)
         g = tl.load(d_weights_ptr + rows * K + j, mask=rows < T, other=0.0) * scale

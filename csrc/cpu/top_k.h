@@ -20,8 +20,17 @@ FASTLLM_INLINE vi vlanes() {
   for (int i = 0; i < VL; ++i) v[i] = i;
   return v;
 }
-FASTLLM_INLINE vi vmax(vi a, vi b) { return a > b ? a : b; }
-FASTLLM_INLINE vi vmin(vi a, vi b) { return a < b ? a : b; }
+// Not with ?:, which GCC 12 turns into a comparison and a blend of twice the latency.
+FASTLLM_INLINE vi vmax(vi a, vi b) {
+#if defined(__AVX512F__)
+  return (vi)_mm512_max_epi32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (vi)_mm256_max_epi32((__m256i)a, (__m256i)b);
+#else
+  return (vi)_mm_max_epi32((__m128i)a, (__m128i)b);
+#endif
+}
+FASTLLM_INLINE vi vmin(vi a, vi b) { return ~vmax(~a, ~b); }
 FASTLLM_INLINE int32_t vhmax(vi v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_epi32((__m512i)v);
@@ -40,17 +49,21 @@ FASTLLM_INLINE vi vorder(vf x) {
 }
 
 // Takes the largest key off the list (n a multiple of VL) and returns its place, the first of equals.
+// Two passes, for the value and for the place: one that carries both along waits for a comparison
+// and a blend at each step (61 ns a pick of 256 keys where two take 40).
 static inline int32_t take_largest(int32_t* keys, int64_t n) {
-  vi best = vload_keys(keys), place = vlanes();
-  vi here = place;
-  for (int64_t c = VL; c < n; c += VL) {
-    const vi key = vload_keys(keys + c);
-    here = here + VL;
-    const vi better = key > best;
-    best = better ? key : best;
-    place = better ? here : place;
+  vi even = vload_keys(keys), odd = even;
+  int64_t c = VL;
+  for (; c + 2 * VL <= n; c += 2 * VL) {
+    even = vmax(even, vload_keys(keys + c));
+    odd = vmax(odd, vload_keys(keys + c + VL));
   }
-  const int32_t found = vhmin(best == vseti(vhmax(best)) ? place : vseti(INT32_MAX));
+  if (c < n) even = vmax(even, vload_keys(keys + c));
+  const vi top = vseti(vhmax(vmax(even, odd)));
+  vi place = vseti(INT32_MIN), here = ~vlanes();  // of ~place, the largest is the first
+  for (c = 0; c < n; c += VL, here -= VL)
+    place = vmax(place, vload_keys(keys + c) == top ? here : vseti(INT32_MIN));
+  const int32_t found = ~vhmax(place);
   keys[found] = kRemoved;
   return found;
 }

@@ -183,7 +183,7 @@ def _exact_ids(
     tokens, experts = choice.shape
     out = np.zeros((tokens, experts), dtype=bool)
     if groups > 1:
-        falling = -np.sort(-choice.reshape(tokens, groups, -1), axis=2)
+        falling = -np.sort(-choice.reshape(tokens, groups, experts // groups), axis=2)
         best = falling[:, :, : 1 if group_score == "max" else 2].sum(2)
         ranks = np.argsort(np.argsort(-best, axis=1, kind="stable"), axis=1, kind="stable")
         out = np.repeat(ranks >= kept_groups, experts // groups, axis=1)
