@@ -180,7 +180,7 @@ void first_product(const MoeLayer& l, W& w, const Row& row, const Team& team) {
   MoeTask task;
   const bool more = list.find(next_task(team, 0), &task);
   run_moe_tasks(list, task, more, 0, team, begin, [&](const MoeTask& t) {
-    w.begin_expert(t.expert, t.rows.size());
+    w.begin_expert(t.expert, t.wide < W::strip);
     pack_rows(w, t, source, &packed);
     run_task<2>(w, t, a.inner, packed,
                 [&](int64_t at, int64_t live, int64_t column, const float* gate, const float* up,
@@ -230,7 +230,7 @@ void second_product(const MoeLayer& l, W& w, const Team& team) {
   if (more && list.streams) begin(task);
   team_sync(team);
   run_moe_tasks(list, task, more, 1, team, begin, [&](const MoeTask& t) {
-    w.begin_expert(t.expert, t.rows.size());
+    w.begin_expert(t.expert, t.wide < W::strip);
     pack_rows(w, t, source, &packed);
     run_task<1>(w, t, a.hidden, packed,
                 [&](int64_t at, int64_t live, int64_t column, const float* sums, const float*,

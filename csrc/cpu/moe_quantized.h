@@ -16,7 +16,7 @@ class QuantizedPanels {
       : w_(w), panels_(divide_up(n, kPanelRows)), blocks_(k / kBlock) {}
 
   int64_t panels() const { return panels_; }
-  void begin_expert(int64_t e, int64_t) {
+  void begin_expert(int64_t e, bool) {
     data_ = w_.data + e * w_.expert_bytes;
     scales_ = w_.scales + e * w_.expert_scales;
   }

@@ -71,9 +71,10 @@ class PlainExperts {
                       reinterpret_cast<uint32_t*>(to));
   }
 
-  void begin_expert(int64_t e, int64_t tokens) {
+  // `few_rows`: the expert has at most `few`, so that strips are single panels.
+  void begin_expert(int64_t e, bool few_rows) {
     expert_ = w_.data + e * w_.expert_bytes;
-    direct_ = kReadsRows && D::steps == 1 && tokens <= few && k_ * element % 64 == 0;
+    direct_ = kReadsRows && D::steps == 1 && few_rows && k_ * element % 64 == 0;
   }
   // The first lines of the weight from `row` on.
   void prefetch(int64_t e, int64_t row, int64_t end) const {
@@ -180,7 +181,7 @@ class DensePanels {
                       reinterpret_cast<uint32_t*>(to));
   }
   int64_t panels() const { return panels_; }
-  void begin_expert(int64_t e, int64_t) { expert_ = w_.data + e * w_.expert_bytes; }
+  void begin_expert(int64_t e, bool) { expert_ = w_.data + e * w_.expert_bytes; }
   void prefetch(int64_t e, int64_t row, int64_t) const {
     prefetch_range(w_.data + e * w_.expert_bytes + row / kPanelRows * panel_bytes(), panel_bytes());
   }
