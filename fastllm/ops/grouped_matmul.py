@@ -94,7 +94,8 @@ _grouped_matmul = Op(
 
 def rows_of(x: Tensor) -> Tensor:
     """x with contiguous rows: gradients come as autograd makes them, expanded ones too."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    # An expanded tensor without elements is contiguous to torch, whatever its strides.
+    return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
 def _dense_weight(x: Tensor, weight: Tensor, *_: Any) -> bool:

@@ -24,7 +24,7 @@ from torch import Tensor
 from .. import _C
 from .checks import values_readable
 from .gated_activation import ACTIVATIONS, check_activation, gated_activation
-from .grouped_matmul import expert_ranges
+from .grouped_matmul import expert_ranges, rows_of
 from .moe_backward import moe_backward
 from .moe_dispatch import check_choices, check_dispatch, moe_dispatch
 from .pages import large_empty
@@ -124,7 +124,7 @@ def _grads(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Any, ...]:
             raise RuntimeError("moe was called with keep=False: its gradients need keep=True")
         x, gate_up, down, weights, offsets, slots, pre, b1, b2 = ctx.saved_tensors
         found = moe_backward(
-            dy.contiguous(), x, gate_up, down, weights, offsets, slots, pre, b1, b2,
+            dy, x, gate_up, down, weights, offsets, slots, pre, b1, b2,
             ctx.activation, wanted, *ctx.weight_gradients,
         )  # fmt: skip
         grads = tuple(g if want else None for g, want in zip(found, wanted, strict=True))
@@ -230,8 +230,8 @@ def moe(
         activation, first_expert, dispatch, out_dtype,
     )  # fmt: skip
     offsets, slots = dispatch or moe_dispatch(topk_ids, gate_up.shape[0], first_expert or 0)
-    x, gate_up, down = (rows_contiguous(t) for t in (x, gate_up, down))
-    base = None if base is None else rows_contiguous(base)
+    x, gate_up, down = (rows_of(t) for t in (x, gate_up, down))
+    base = None if base is None else rows_of(base)
     gate_up_bias, down_bias = (
         None if t is None else t.contiguous() for t in (gate_up_bias, down_bias)
     )
@@ -241,11 +241,6 @@ def moe(
         activation, records_gradient(learned), out_dtype,
     )  # fmt: skip
     return y
-
-
-def rows_contiguous(t: Tensor) -> Tensor:
-    """t, copied if its last dimension is not contiguous, as the kernels want it."""
-    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def records_gradient(tensors: tuple[Tensor | None, ...]) -> bool:

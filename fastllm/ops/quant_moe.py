@@ -15,8 +15,8 @@ from torch import Tensor
 from .. import _C
 from . import packed_layout as layout
 from .gated_activation import ACTIVATIONS
-from .grouped_matmul import expert_ranges
-from .moe import activated, check_moe, combine_ref, records_gradient, rows_contiguous
+from .grouped_matmul import expert_ranges, rows_of
+from .moe import activated, check_moe, combine_ref, records_gradient
 from .moe_dispatch import moe_dispatch
 from .pages import large_empty
 from .quant_matmul import ACTIVATIONS as MODES
@@ -100,7 +100,7 @@ def _grads(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Any, ...]:
             raise RuntimeError("quant_moe was called with keep=False: its gradients need keep=True")
         d1, s1, d2, s2, weights, offsets, slots, pre, b2 = ctx.saved_tensors
         dx, dweights = quant_moe_backward(
-            dy.to(pre.dtype).contiguous(), d1, s1, ctx.formats[0], d2, s2, ctx.formats[1],
+            dy.to(pre.dtype), d1, s1, ctx.formats[0], d2, s2, ctx.formats[1],
             weights, offsets, slots, pre, b2, ctx.activation, wanted,
         )  # fmt: skip
         grads[0], grads[8] = dx if wanted[0] else None, dweights if wanted[1] else None
@@ -233,12 +233,12 @@ def quant_moe(
         first_expert, dispatch, out_dtype,
     )  # fmt: skip
     offsets, slots = dispatch or moe_dispatch(topk_ids, experts, first_expert or 0)
-    base = None if base is None else rows_contiguous(base)
+    base = None if base is None else rows_of(base)
     gate_up_bias, down_bias = (
         None if t is None else t.contiguous() for t in (gate_up_bias, down_bias)
     )
     y, _ = _quant_moe(
-        rows_contiguous(x), *gate_up, *down, inner, topk_weights.contiguous(), offsets, slots,
+        rows_of(x), *gate_up, *down, inner, topk_weights.contiguous(), offsets, slots,
         gate_up_bias, down_bias, base, activation, mode, records_gradient((x, topk_weights)),
         out_dtype,
     )  # fmt: skip
