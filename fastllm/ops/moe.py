@@ -54,10 +54,9 @@ def moe_ref(
     served = torch.zeros_like(slots, dtype=torch.bool)
     for e, at in expert_ranges(offsets, slots.shape[0]):
         slot = slots[at].long()
-        sums = _product(x[slot // k], gate_up[e], gate_up_bias, e)
-        pre[at] = sums.to(x.dtype)
-        a = activated(pre[at], activation)
-        rows[slot] = _product(a, down[e], down_bias, e)
+        h = _product(x[slot // k], gate_up[e], gate_up_bias, e).to(x.dtype)
+        pre[at] = h.detach()
+        rows[slot] = _product(activated(h, activation), down[e], down_bias, e)
         served[slot] = True
     y = combine_ref(rows, served, topk_weights, base).to(out_dtype or x.dtype)
     return y, pre if keep else pre[:0]

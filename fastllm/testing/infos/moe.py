@@ -49,7 +49,7 @@ def _case(problem: MoeProblem, *, keep: bool = True, full: bool = False) -> Case
         label=problem.label.replace(" ", "-"),
         make=lambda g: arguments(problem, g, keep=keep),
         full=full,
-        gradients=keep,
+        gradients=keep and problem.tokens > 0,
     )
 
 

@@ -83,7 +83,7 @@ def _cases(dtype: torch.dtype) -> Iterator[Case]:
             yield _case(SHAPES[i], dtype, formats, mode, gradients=False)
         yield _case(SHAPES[1], dtype, ("q4_0", dense), mode, gradients=False)
     for shape in DENSE_SHAPES:
-        yield _case(shape, dtype, (dense, dense), own)
+        yield _case(shape, dtype, (dense, dense), own, gradients=shape["tokens"] > 0)
 
 
 def dense_args(args: Args, dtype: torch.dtype) -> Args:
