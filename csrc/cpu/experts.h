@@ -33,14 +33,14 @@ struct ExpertTasks {
   }
 };
 
-// Rows of an expert in blocks whose packed form stays in the L2 cache beside a strip of its
-// weight, small enough that there are tasks for every thread; every block packs the weight again,
-// which costs as much as the products of 10 rows.
+// Rows of an expert in blocks, small enough that there are tasks for every thread. Every block packs
+// the weight again, which costs as much as the products of 10 rows; 1 MB of packed rows, of which a
+// tile reads 4 bytes a cycle, may come from the L3 cache.
 struct RowBlocks {
   int64_t most;
 
   RowBlocks(int64_t rows, int64_t row_bytes, const Team& team) {
-    const int64_t fit = (512 << 10) / larger(row_bytes, 1);
+    const int64_t fit = (1 << 20) / larger(row_bytes, 1);
     most = divide_up(clamped(rows / (8 * team.size), 96, larger(fit, 96)), kDenseRows) * kDenseRows;
   }
   int64_t count(Span rows) const { return divide_up(rows.size(), most); }
