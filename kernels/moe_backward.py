@@ -113,13 +113,14 @@ def moe_down_grad_kernel(
             dpre_ptr, scaled_ptr, partial, tl.trans(acc), pre_ptr, weights_ptr, slots_ptr,
             first, end, rows_n, width, n_slots, ACTIVATION, SCALED, BLOCK_M,
         )  # fmt: skip
-    else:  # one half of the rows after the other: both at once do not fit in the registers
+    else:  # a quarter of the rows after the other: all at once do not fit in the registers
         halves = acc.reshape(BLOCK_N, 2, BLOCK_M // 2).permute(0, 2, 1).split()
-        for i in tl.static_range(2):
+        for i in tl.static_range(4):
+            half = halves[i // 2].reshape(BLOCK_N, 2, BLOCK_M // 4).permute(0, 2, 1).split()
             store_activation_gradients(
-                dpre_ptr, scaled_ptr, partial, tl.trans(halves[i]), pre_ptr, weights_ptr,
-                slots_ptr, first + i * (BLOCK_M // 2), end, rows_n, width, n_slots,
-                ACTIVATION, SCALED, BLOCK_M // 2,
+                dpre_ptr, scaled_ptr, partial, tl.trans(half[i % 2]), pre_ptr, weights_ptr,
+                slots_ptr, first + i * (BLOCK_M // 4), end, rows_n, width, n_slots,
+                ACTIVATION, SCALED, BLOCK_M // 4,
             )  # fmt: skip
 
 

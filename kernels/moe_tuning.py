@@ -60,8 +60,8 @@ _GATE_UP_FP32 = {
     16: ProductTile(32, 16, 16, 4, 4),
     64: ProductTile(32, 64, 16, 4, 3),
 }
-# The product with W2, whose epilogue reads pre and writes dpre and w * a: 128 rows in two halves,
-# one after the other, take 178 registers; at once they spill 440 bytes.
+# The product with W2, whose epilogue reads pre and writes dpre and w * a: 128 rows in four parts,
+# one after the other, take 166 registers; at once they spill 440 bytes.
 _DOWN_GRAD_BF16 = {
     16: ProductTile(64, 16, 64, 4, 4),
     32: ProductTile(64, 32, 64, 4, 4),

@@ -277,6 +277,8 @@ def quant_layer(problem: MoeProblem, formats: tuple[str, str]) -> tuple[Layer, l
     first = pack_experts(formats[0], held, 2 * problem.inner, problem.hidden)
     second = pack_experts(formats[1], held, problem.hidden, problem.inner)
     layer = replace(problem.layer(), gate_up=first[2], down=second[2])
+    if problem.activation == "swiglu_oai":  # at its limits one rounding decides on a gradient
+        layer = replace(layer, x=layer.x * 0.125)
     packed = [*first[:2], formats[0], *second[:2], formats[1]]
     return layer, packed
 
@@ -350,6 +352,39 @@ def dense_packs(dtype: torch.dtype) -> float:
     plain = replace(layer, gate_up=layer.gate_up.to(dtype), down=layer.down.to(dtype))
     mode = "bf16" if dtype == BF16 else "fp32"
     return max(map(same, run_quant(layer, packed, mode), run(plain)))
+
+
+# --- the ops' own cases -------------------------------------------------------------------------
+
+OPS = ("moe_dispatch", "grouped_matmul", "grouped_weight_grad", "moe", "moe_backward")
+LARGE = ("T700", "T3001", "T5000", "625+", "-1100x")  # minutes under the interpreter
+
+
+def op_case(name: str, label: str, dtype: torch.dtype) -> float:
+    """A case of an op's OpInfo through its Triton row, by the bound of all its rows."""
+    from fastllm.ops.registry import OPS
+    from fastllm.testing.check import case_arguments, case_judge
+    from fastllm.testing.opinfo import all_infos, outputs
+
+    info = all_infos()[name]
+    case = next(case for case in info.cases(dtype) if case.label == label)
+    row = next(row for row in OPS[name].tables["cuda"] if row.name == "triton")
+    got = outputs(row.fn(*case_arguments(info, case)))
+    case_judge(OPS[name], info, case).check(got, f"triton {label}")
+    return 0.0
+
+
+def op_cases() -> dict[str, Case]:
+    from fastllm.testing.opinfo import all_infos
+
+    infos, cases = all_infos(), {}
+    for name in OPS:
+        for dtype in infos[name].dtypes:
+            for case in infos[name].cases(dtype):
+                if not any(size in case.label for size in LARGE):
+                    key = f"{name} case {NAMES.get(dtype, 'i32')} {case.label}"
+                    cases[key] = lambda a=(name, case.label, dtype): op_case(*a)
+    return cases
 
 
 # --- the tables ---------------------------------------------------------------------------------
@@ -438,7 +473,7 @@ def full_cases() -> dict[str, Case]:
     for dtype in (F32, BF16):
         cases[f"moe {NAMES[dtype]} same bits"] = lambda d=dtype: same_bits(replace(bits, dtype=d))
     cases["quant_moe dense f32"] = lambda: dense_packs(F32)
-    return cases
+    return cases | op_cases()
 
 
 if __name__ == "__main__":
