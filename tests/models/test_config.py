@@ -332,7 +332,9 @@ def test_gguf_frequency_factors_become_a_config_that_transformers_loads(tmp_path
         (gguf_metadata(**{"rope.dimension_count": 64}), "rope.dimension_count"),
         (gguf_metadata(**{"rope.scaling.type": "magic"}), "'magic' is not supported"),
         (gguf_metadata(**{"attention.value_length": 8}), "attention.value_length"),
-        (gguf_metadata(expert_count=8), "mixture-of-experts"),
+        (gguf_metadata(expert_count=8), "expert_used_count: is missing"),
+        (gguf_metadata(expert_count=8, expert_used_count=9), "per_token 9 is more than"),
+        (gguf_metadata(expert_count=8, expert_used_count=2, expert_shared_count=1), "only 0 is"),
         (gguf_metadata() | {"split.count": 3}, "split.count.*gguf-split --merge"),
     ],
 )
