@@ -162,12 +162,12 @@ FASTLLM_INLINE void finish_row(const AttentionRows& a, const Shape& shape, const
     const float sink = a.sinks[head];
     if (l == 0.f) {
       lse = sink;
-    } else {
-      const float largest = m * shape.natural, top = largest > sink ? largest : sink;
-      const float keep = vexp2<6>(vset((largest - top) * kLog2e))[0];
-      const float total = sfma(l, keep, vexp2<6>(vset((sink - top) * kLog2e))[0]);
+    } else {  // the largest logit is never rounded on its own: neither here nor in lse
+      const float above = sfma(m, shape.natural, -sink);
+      const float keep = vexp2<6>(vset(above < 0.f ? above * kLog2e : 0.f))[0];
+      const float total = sfma(l, keep, vexp2<6>(vset(above < 0.f ? 0.f : -above * kLog2e))[0]);
       factor = keep / total;
-      lse = top + log1(total);
+      lse = above < 0.f ? sink + log1(total) : sfma(m, shape.natural, log1(total));
     }
   }
   if (a.lse) a.lse[doc.lse_at + head * doc.lse_head_stride + token] = lse;

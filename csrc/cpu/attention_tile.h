@@ -28,16 +28,11 @@ struct F32 {
   using A = float;
   static constexpr int kPerWord = 1, kParts = 1;
   static constexpr int kExpDegree = 6;
-  // Dimensions of Q K^T summed in one chain before they join the total: one chain over 256 is up
-  // to 2.5 times as far from float64 as a blocked GEMM.
-  static constexpr int64_t kChain = 32;
 };
 struct Bf16 {
   using Elem = uint16_t;
   using Word = uint32_t;
   static constexpr int kPerWord = 2;
-  static constexpr int64_t kChain =
-      64;                               // 128 dimensions: one chain over 224 put lse past its bound
   static constexpr int kExpDegree = 5;  // P is rounded to bf16, but lse is fp32
 #if defined(__AVX512BF16__)
   using A = uint32_t;  // the pair itself, for vdpbf16ps
