@@ -25,6 +25,7 @@ from .lm_head import (
     Packed,
     check_scaling,
     counted_rows,
+    first_derivative_only,
     given_gradients,
     head_arguments,
     head_of,
@@ -135,6 +136,7 @@ def _scaled(found: Tensor, g: Tensor) -> Tensor:
     return found.mul_(g)
 
 
+@first_derivative_only("linear_cross_entropy")
 def _backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Any, ...]:
     needed = needed_gradients(ctx)
     if ctx.made:

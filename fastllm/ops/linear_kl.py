@@ -24,6 +24,7 @@ from .lm_head import (
     WEIGHT_FP32,
     Packed,
     check_scaling,
+    first_derivative_only,
     given_gradients,
     gradients_fake,
     head_arguments,
@@ -153,10 +154,12 @@ def _arguments(ctx: Any) -> tuple[Any, ...]:
     return tuple(next(tensors) if place is None else place[0] for place in ctx.rest)
 
 
+@first_derivative_only("linear_kl")
 def _kl_backward(ctx: Any, g: Tensor, _: Any) -> tuple[Any, ...]:
     return _backward_of(linear_kl_backward, ctx, g)
 
 
+@first_derivative_only("linear_kl")
 def _kl_top_backward(ctx: Any, g: Tensor, _: Any) -> tuple[Any, ...]:
     return _backward_of(linear_kl_top_backward, ctx, g)
 

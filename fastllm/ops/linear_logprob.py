@@ -19,6 +19,7 @@ from .lm_head import (
     Packed,
     check_scaling,
     counted_rows,
+    first_derivative_only,
     given_gradients,
     head_arguments,
     head_of,
@@ -65,6 +66,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     ctx.save_for_backward(x, weight, scales, bias, target, entropy, lse)
 
 
+@first_derivative_only("linear_logprob")
 def _backward(ctx: Any, dlogprob: Tensor, dentropy: Tensor, _: Any) -> tuple[Any, ...]:
     # d log p(t) / dz = [v = t] - p;  d entropy / dz = -p (log p + entropy)
     x, weight, scales, bias, target, entropy, lse = ctx.saved_tensors

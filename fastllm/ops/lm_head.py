@@ -12,7 +12,8 @@ z = capped logit * (1 / temperature), as the sampler scales it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -31,6 +32,7 @@ HEAD_SCHEMA = (
 )
 PLAIN = ""  # the format of a weight [V, H] in rows
 VARIANTS = ("dense", *PACKED_VARIANTS)
+_Backward = Callable[..., tuple[Any, ...]]
 # Bits of the argument `gradients`: which ones a call makes.
 INPUT, WEIGHT, BIAS, WEIGHT_FP32 = 1, 2, 4, 8
 
@@ -277,6 +279,46 @@ linear_logits_backward = Op(
     fake=gradients_fake,
     variant=head_variant,
 )
+
+
+class _Refused(torch.autograd.Function):
+    """A result as it is, whose own gradient is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, result: Tensor, name: str) -> Tensor:
+        ctx.name = name
+        return result.view_as(result)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError(
+            f"fastllm.ops.{ctx.name} has no second derivative: differentiate twice through its "
+            "logits instead, fastllm.ops.linear and torch.nn.functional"
+        )
+
+
+def first_derivative_only(name: str) -> Callable[[_Backward], _Backward]:
+    """Make a backward of the op `name` whose results refuse to be differentiated again.
+
+    Its kernels record nothing: results of a backward under `create_graph=True` would be constants,
+    and a penalty on a gradient would silently have none.
+    """
+
+    def decorate(backward: _Backward) -> _Backward:
+        @functools.wraps(backward)
+        def run(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+            with torch.no_grad():
+                found = backward(ctx, *grads)
+            if not torch.is_grad_enabled():
+                return found
+            return tuple(
+                None if t is None else _Refused.apply(t.detach().requires_grad_(), name)
+                for t in found
+            )
+
+        return run
+
+    return decorate
 
 
 def given_gradients(

@@ -8,15 +8,16 @@ A block of up to `BLOCK_ROWS` rows goes through the three products of a step of 
     dweight += d' x       fp32 sums over blocks; one block alone is rounded where it is written
 
 The workspace is the logits of a few rows and d of one block. Blocks are large because each of them
-reads and writes all of dweight.
+reads and writes all of dweight. Until dweight is written, which is at the end of the only block, or
+after all of them where fp32 sums stand in for it, its memory holds the logits.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,93 +40,8 @@ from .lm_head import (
     head_of,
     linear_logits_backward,
 )
+from .lm_head_backend import Backend, CrossEntropy, Scaling
 from .pages import large_empty
-
-
-@dataclass(frozen=True, slots=True)
-class Scaling:
-    """How z comes from logits, and the divergence asked for."""
-
-    softcap: float = 0.0
-    temperature: float = 1.0
-    kind: str = "forward"
-    beta: float = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class CrossEntropy:
-    """Options of the cross entropy's row kernel; scale: of its gradient."""
-
-    softcap: float
-    smoothing: float
-    z_loss: float
-    scale: float | Tensor
-
-
-class Backend(Protocol):
-    """The kernels of one device. Logits that a row kernel is given may be overwritten."""
-
-    gathers: bool  # leave out rows without a target; else they stay, with no loss and gradient 0
-
-    def logit_rows(self, n: int) -> int:
-        """Rows of logits in the workspace, for a vocabulary of n."""
-        ...
-
-    def workspace(self, rows: int, n: int) -> Tensor | None:
-        """Memory for logits that calls reuse, float32 `[rows, n]`; None where an allocator does."""
-        ...
-
-    def logits(self, head: Head, x: Tensor, memory: Tensor | None) -> Tensor:
-        """The logits of rows x, float32, in the memory if there is one."""
-        ...
-
-    def cross_entropy(
-        self, losses: Tensor, lse: Tensor, d: Tensor | None, logits: Tensor, targets: Tensor,
-        options: CrossEntropy,
-    ) -> None:  # fmt: skip
-        """Losses and log-sum-exps of rows, and with d the gradient of their logits."""
-        ...
-
-    def log_probs(
-        self, logprob: Tensor, lse: Tensor, entropy: Tensor, logits: Tensor, targets: Tensor,
-        scaling: Scaling,
-    ) -> None:  # fmt: skip
-        """Log-probabilities of targets, log-sum-exps and entropies."""
-        ...
-
-    def target_gradient(
-        self, d: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, coefficients: Tensor,
-        scaling: Scaling,
-    ) -> None:  # fmt: skip
-        """`target_gradient` of lm_head.py."""
-        ...
-
-    def divergence(
-        self, out: Tensor | None, lse: Tensor | None, d: Tensor | None, grad: Tensor | None,
-        logits: Tensor, teacher: Tensor, teacher_softcap: float, scaling: Scaling,
-    ) -> None:  # fmt: skip
-        """Divergences from rows of a teacher's logits, or with d their gradients times grad."""
-        ...
-
-    def top_divergence(
-        self, out: Tensor | None, lse: Tensor | None, d: Tensor | None, grad: Tensor | None,
-        logits: Tensor, ids: Tensor, logprobs: Tensor, scaling: Scaling,
-    ) -> None:  # fmt: skip
-        """The same from a teacher's k ids and log-probabilities."""
-        ...
-
-    def input_gradient(self, d: Tensor, head: Head, dx: Tensor) -> None:
-        """dx = d @ weight."""
-        ...
-
-    def weight_gradient(self, y: Tensor, d: Tensor, x: Tensor, add: bool) -> None:
-        """y (+)= d.T @ x; y is float32 where more than one block is added up."""
-        ...
-
-    def bias_gradient(self, y: Tensor, d: Tensor) -> None:
-        """y += the sum of the rows of d, float32."""
-        ...
-
 
 # Rows of a block: d of 49,152 ids is 100 MB. Every further block adds the reading and writing of
 # dweight's fp32 sums (15 ms of 250 for SmolLM2's head and 512 rows, Zen 5).
@@ -149,16 +65,36 @@ def _padded_stride(columns: int) -> int:
 
 
 class Logits:
-    """A head's logits, a few rows at a time, in one workspace."""
+    """A head's logits, a few rows at a time, in one workspace.
 
-    def __init__(self, backend: Backend, head: Head, x: Tensor) -> None:
+    Args:
+        backend: what makes them.
+        head: whose logits.
+        x: the rows that they may be of.
+        free: a tensor whose memory is not in use: if it is large enough, it is the workspace.
+    """
+
+    def __init__(self, backend: Backend, head: Head, x: Tensor, free: Tensor | None = None) -> None:
         self.backend, self.head, self.x = backend, head, with_contiguous_rows(x)
         self.most = backend.logit_rows(head.n)
-        self.memory = backend.workspace(min(x.shape[0], self.most), head.n)
+        self.memory: Tensor | None = None
+        if backend.keeps_memory:
+            shape = min(x.shape[0], self.most), head.n
+            self.memory = _float_view(free, shape)
+            if self.memory is None:
+                self.memory = large_empty(shape, torch.float32, x.device)
 
     def of(self, x: Tensor) -> Tensor:
         """float32 `[R, V]` of rows x `[R, H]`; overwritten by the next call."""
         return self.backend.logits(self.head, x, self.memory)
+
+
+def _float_view(free: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
+    """float32 of a shape in a contiguous tensor's memory, if it fits."""
+    nbytes = 4 * math.prod(shape)
+    if free is None or free.nbytes < nbytes:
+        return None
+    return free.view(-1).view(torch.uint8)[:nbytes].view(torch.float32).view(shape)
 
 
 def with_contiguous_rows(x: Tensor) -> Tensor:
@@ -219,6 +155,8 @@ class Gradients:
         self.sums = self.dweight
         if bits & WEIGHT and self.dweight.dtype != torch.float32 and rows.count > BLOCK_ROWS:
             self.sums = large_empty(self.dweight.shape, torch.float32, x.device)
+        written_last = self.sums is not self.dweight or rows.count <= BLOCK_ROWS
+        self.free = self.dweight if written_last else None
         if bits & INPUT and (rows.index is not None or not rows.count):
             self.dx.zero_()
         self.bias_sums = self.dbias.new_zeros(self.dbias.shape, dtype=torch.float32)
@@ -263,16 +201,17 @@ def _cross_entropy(backend: Backend, *args: Any) -> tuple[Tensor, Tensor, Tensor
     rows = Rows(x, target, ignore_index, backend.gathers)
     mean = rows.mean_scale() if reduction == "mean" else 1.0
     options = CrossEntropy(softcap, smoothing, z_loss, mean)
-    losses, lse, logits = rows.new(), rows.new(), Logits(backend, head, x)
+    losses, lse = rows.new(), rows.new()
 
     def one(part: slice, d: Tensor | None, of: Tensor) -> None:
         backend.cross_entropy(losses[part], lse[part], d, of, rows.take(target, part), options)
 
     if bits & ~WEIGHT_FP32 and reduction != "none":
         made = Gradients(backend, head, rows, bits)
-        made.walk(logits, one)
+        made.walk(Logits(backend, head, x, made.free), one)
         found = made.finish()
     else:
+        logits = Logits(backend, head, x)
         for part in spans(rows.count, logits.most):
             one(part, None, logits.of(rows.take(rows.x, part)))
         found = head.empty_gradients(x, bits & WEIGHT_FP32, 0)
@@ -309,7 +248,7 @@ def _logits_backward(backend: Backend, *args: Any) -> tuple[Tensor, Tensor, Tens
         targets, sums = rows.take(target, part), rows.take(lse, part)
         backend.target_gradient(d, of, targets, sums, rows.take(coefficients, part), scaling)
 
-    made.walk(Logits(backend, head, x), one)
+    made.walk(Logits(backend, head, x, made.free), one)
     return made.finish()
 
 
@@ -367,7 +306,7 @@ def _divergence_gradients(
     def one(part: slice, d: Tensor, of: Tensor) -> None:
         divergence(part, None, None, d, grad[part], of)
 
-    made.walk(Logits(backend, head, x), one)
+    made.walk(Logits(backend, head, x, made.free), one)
     return made.finish()
 
 

@@ -12,8 +12,8 @@ from . import packed_layout as layout
 from .linear import gradient_product, prepared_rows
 from .linear_kl import KINDS
 from .lm_head import PLAIN, Head
-from .lm_head_chunks import CrossEntropy, Scaling, add_rows
-from .pages import large_empty
+from .lm_head_backend import CrossEntropy, Scaling
+from .lm_head_chunks import add_rows
 from .quant_matmul import ACTIVATIONS
 from .quant_matmul_input_grad import quant_matmul_input_grad
 
@@ -22,12 +22,10 @@ class NativeHead:
     """A `Backend` of csrc/."""
 
     gathers = True
+    keeps_memory = True
 
     def logit_rows(self, n: int) -> int:
         return 128  # 25 MB for 49,152 ids; a plain weight is packed anew for every 128 rows
-
-    def workspace(self, rows: int, n: int) -> Tensor | None:
-        return large_empty((rows, n), torch.float32, "cpu")
 
     def logits(self, head: Head, x: Tensor, memory: Tensor | None) -> Tensor:
         assert memory is not None

@@ -10,23 +10,21 @@ from torch import Tensor
 from . import packed_layout as layout
 from .linear_cross_entropy import cross_entropy_coefficients
 from .lm_head import PLAIN, Head
-from .lm_head_chunks import CrossEntropy, Scaling, add_rows
+from .lm_head_backend import CrossEntropy, Scaling
+from .lm_head_chunks import add_rows
 from .registry import batch_invariant
 
 _LOGITS = 1 << 26  # in the workspace, 256 MB: enough rows to fill the GPU with any vocabulary
-_DEQUANTIZED_ROWS = 8192  # of a packed weight, at a time, for the gradient of x
 
 
 class TritonHead:
     """A `Backend` of kernels/. Nothing is read on the host: rows without a target stay."""
 
     gathers = False
+    keeps_memory = False
 
     def logit_rows(self, n: int) -> int:
         return max(128, _LOGITS // n // 128 * 128)
-
-    def workspace(self, rows: int, n: int) -> Tensor | None:
-        return None
 
     def logits(self, head: Head, x: Tensor, memory: Tensor | None) -> Tensor:
         from ..kernels import linear, quant_matmul
@@ -117,16 +115,16 @@ class TritonHead:
         _copy(out, value, lse, sums)
 
     def input_gradient(self, d: Tensor, head: Head, dx: Tensor) -> None:
+        from ..kernels import quant_matmul_input_grad as kernel
+
         if head.format == PLAIN:
             dx.copy_(d @ head.weight)
-            return
-        weight, scales, columns = head.weight, head.packed_scales(), dx.shape[1]
-        dx.zero_()
-        for begin in range(0, head.n, _DEQUANTIZED_ROWS):
-            end = min(begin + _DEQUANTIZED_ROWS, head.n)
-            part = scales[begin:end] if scales.numel() else scales
-            w = layout.dequantize(weight[begin:end], part, head.format, end - begin, columns)
-            dx += d[:, begin:end] @ w.to(d.dtype)
+        elif head.format in layout.DENSE:
+            dx.copy_(d @ layout.dense_rows(head.weight, head.format, head.n, dx.shape[1]))
+        else:
+            dx.copy_(kernel.quant_matmul_input_grad(
+                d, head.weight, head.packed_scales(), head.format, torch.float32
+            ))  # fmt: skip
 
     def weight_gradient(self, y: Tensor, d: Tensor, x: Tensor, add: bool) -> None:
         if y.dtype == x.dtype:

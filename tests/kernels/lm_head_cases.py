@@ -7,7 +7,7 @@ as the native kernels; the drivers run too, from the choice of chunks to the las
 from __future__ import annotations
 
 import torch
-from interpreter_cases import BF16, F32, NAMES, Case, main, randn, same
+from interpreter_cases import BF16, F32, NAMES, Case, excess, main, randn, same
 
 OPS_WITH_TARGETS = ("linear_cross_entropy", "linear_logprob", "linear_logits_backward")
 DIVERGENCES = ("linear_kl", "linear_kl_backward", "linear_kl_top", "linear_kl_top_backward")
@@ -50,6 +50,21 @@ def packed_case(format: str) -> float:
     return max(same(a, b) for a, b in zip(got[:3], want[:3], strict=True))
 
 
+def quantized_case(format: str, width: int) -> float:
+    """The gradient of x through a quantized weight is the definition's."""
+    from fastllm.ops.registry import OPS
+    from fastllm.quantize.packed import pack_ref
+
+    blocks = torch.randint(
+        0, 60, (70, 64 // 32 * width), generator=torch.Generator().manual_seed(0)
+    ).to(torch.uint8)
+    w = pack_ref(format, blocks, 70, 64, 1)
+    x, target = randn(5, 64, dtype=BF16, seed=1), torch.tensor([3, 69, -100, 0, 7])
+    args = (x, w.data, w.scales, format, 70, "bf16", None, target, -100, "sum", 0.0, 0.0, 0.0, 1)
+    dx = triton_row("linear_cross_entropy")(*args)[2]
+    return excess(dx, OPS["linear_cross_entropy"].ref(*args)[2].double(), BF16)
+
+
 def parity_case(dtype: torch.dtype) -> float:
     """Log-probabilities equal those of `log_probs` on the head's logits, bit for bit."""
     from fastllm.kernels.linear import linear
@@ -78,6 +93,7 @@ def quick_cases() -> dict[str, Case]:
                 cases[key] = lambda a=(name, number, dtype): judged_case(*a)
         cases[f"linear_logprob {NAMES[dtype]} parity"] = lambda d=dtype: parity_case(d)
     cases["linear_cross_entropy packed"] = lambda: packed_case("bf16")
+    cases["linear_cross_entropy q4_1"] = lambda: quantized_case("q4_1", 20)
     return cases
 
 

@@ -263,3 +263,28 @@ def test_bad_options_are_named() -> None:
     ):
         with pytest.raises(ValueError, match=name):
             linear_kl(x, weight, **options)  # type: ignore[arg-type]
+
+
+def refused(result: Tensor, x: Tensor, weight: Tensor, name: str) -> None:
+    """Raise AssertionError unless gradients of a result exist and theirs are refused by name."""
+    first = torch.autograd.grad(result, (x, weight), create_graph=True)
+    kept = torch.autograd.grad(result, (x, weight), retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(first, kept, strict=True))
+    penalty = sum(g.square().sum() for g in first)
+    assert isinstance(penalty, Tensor)
+    with pytest.raises(RuntimeError, match=f"{name} has no second derivative"):
+        (result + penalty).backward()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_second_derivative_is_refused(reduction: str) -> None:
+    x, weight, target = head(9, 600, 32, gradients=True)
+    loss = linear_cross_entropy(x, weight, target, reduction=reduction).sum()
+    refused(loss, x, weight, "linear_cross_entropy")
+    logprob, entropy = linear_logprob(x, weight, target)
+    refused((logprob + entropy).sum(), x, weight, "linear_logprob")
+    teacher = x.detach() + 1, weight.detach()
+    refused(linear_kl(x, weight, *teacher).sum(), x, weight, "linear_kl")
+    ids, logprobs = target[:, None], torch.full((9, 1), -1.0)
+    top = linear_kl(x, weight, teacher_ids=ids, teacher_logprobs=logprobs)
+    refused(top.sum(), x, weight, "linear_kl")
