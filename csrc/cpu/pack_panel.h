@@ -20,6 +20,21 @@ FASTLLM_INLINE void pack_row(const char* row, int64_t row_bytes, int64_t begin, 
   }
 }
 
+// Four words of four rows, of which the first `live` exist.
+FASTLLM_INLINE void pack_4x4(const char* rows, int64_t stride, int64_t live, uint32_t* panel) {
+  const auto row = [&](int64_t i) __attribute__((always_inline)) {
+    return i < live ? _mm_loadu_ps(reinterpret_cast<const float*>(rows + i * stride))
+                    : _mm_setzero_ps();
+  };
+  __m128 a = row(0), b = row(1), c = row(2), d = row(3);
+  _MM_TRANSPOSE4_PS(a, b, c, d);
+  float* to = reinterpret_cast<float*>(panel);
+  _mm_storeu_ps(to, a);
+  _mm_storeu_ps(to + kPanelRows, b);
+  _mm_storeu_ps(to + 2 * kPanelRows, c);
+  _mm_storeu_ps(to + 3 * kPanelRows, d);
+}
+
 #if defined(__AVX512F__)
 // Sixteen rows of 8 words, one behind the other: an adapter's factor of rank 16. In 24 shuffles
 // where the transpose of rows that are half empty takes 64.
@@ -73,6 +88,10 @@ FASTLLM_INLINE void pack_rows_of_8(const char* rows, uint32_t* panel) {
       if (i < rest) __builtin_memcpy(panel + (w + i) * kPanelRows, &r[i], 64);
     w += rest;
   }
+#else
+  for (; w + 4 <= row_bytes / 4; w += 4)
+    for (int64_t i = 0; i < kPanelRows; i += 4)
+      pack_4x4(rows + i * stride + 4 * w, stride, count - i, panel + w * kPanelRows + i);
 #endif
   for (int64_t i = 0; i < kPanelRows; ++i) {
     if (i < count)

@@ -6,6 +6,7 @@ import gguf
 import pytest
 import torch
 
+from fastllm import _C
 from fastllm.ops import packed_layout as layout
 from fastllm.ops import quant_embedding
 from fastllm.ops.pages import Arena
@@ -15,6 +16,7 @@ from fastllm.quantize.packed import (
     concat,
     pack,
     pack_ref,
+    repack_,
     rows_per_group,
     unpack,
 )
@@ -74,6 +76,20 @@ def test_dense_weights_are_rounded_once_and_padded_with_zeros(source: torch.dtyp
         odd = pack(format, w, 19, 33)
         assert _same(odd, pack_ref(format, w, 19, 33, 16))
         assert odd.nbytes == 32 * (34 * 2 if format == "bf16" else 33 * 4)
+
+
+@pytest.mark.parametrize("source", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("isa", _C.isas())
+def test_dense_weights_are_packed_alike_at_every_level(source: torch.dtype, isa: str) -> None:
+    _C.set_isa(isa)
+    for n, k in ((1, 1), (16, 8), (17, 3), (35, 70), (33, 515)):
+        w = torch.randn(n, k + 5, generator=generator(k)).to(source)[:, 2 : k + 2]
+        for format in layout.DENSE:
+            want, packed = pack_ref(format, w, n, k, 16), pack(format, w, n, k)
+            assert _same(packed, want), (format, n, k)
+            packed.data.fill_(7)
+            repack_(packed, w)
+            assert _same(packed, want), (format, n, k)
 
 
 def test_an_arena_changes_nothing_but_where_the_bytes_lie() -> None:
