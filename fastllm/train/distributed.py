@@ -171,7 +171,8 @@ def shard(model: Decoder, expert_parallel: int = 1) -> Decoder:
         register_fsdp_forward_method(layer.self_attn, "over_documents")
         fully_shard(layer.mlp, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    register_fsdp_forward_method(model, "loss")
+    for method in ("loss", "log_probs"):
+        register_fsdp_forward_method(model, method)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,50 @@ def test_two_processes_train_as_one_and_checkpoints_go_from_2_to_1_to_2(
             parts = {k: file.get_slice(k) for k in file.keys()}
             shapes.append({k: (p.get_shape(), p.get_dtype()) for k, p in parts.items()})
     assert shapes[0] == shapes[1]
+
+
+# Each process: the gradients of a sharded model's log-probabilities beside the whole model's.
+LOG_PROBS = """
+import torch
+from fastllm.testing.small_models import batch_of, model_of, random_documents
+from fastllm.train import distributed
+
+torch.set_num_threads(1)
+with distributed.process_group():
+    batch = batch_of(random_documents((5, 9)))
+    whole, sharded = (model_of("llama", torch.float32) for _ in range(2))
+    sharded = distributed.shard(sharded)
+    found = []
+    for model in (whole, sharded):
+        logprob, entropy = model.log_probs(*batch, temperature=0.7)
+        (logprob + entropy).sum().backward()
+        gradients = [distributed.whole(p.grad) for p in model.parameters()]
+        found.append((logprob.detach(), entropy.detach(), gradients))
+    (a, b, one), (c, d, both) = found
+    assert torch.equal(a, c) and torch.equal(b, d)
+    for of_one, of_both in zip(one, both, strict=True):  # both processes have the same batch
+        torch.testing.assert_close(of_both, 2 * of_one)
+"""
+
+
+def test_log_probabilities_of_a_sharded_model_are_those_of_the_whole(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment |= {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", LOG_PROBS],
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors[-3000:]
 
 
 @pytest.mark.full
