@@ -6,8 +6,10 @@ weights about 9% (decode of a 98 MB model: 3.01 against 2.75 ms a token, Zen 5, 
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -36,6 +38,22 @@ def large_empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device |
     if torch.device(device).type != "cpu" or not 2 * _HUGE <= nbytes <= 64 * _HUGE:
         return torch.empty(shape, dtype=dtype, device=device)
     return map_zeros(nbytes, huge=True).view(dtype).view(*shape)
+
+
+def release_rows(rows: Tensor) -> None:
+    """Give the pages that lie wholly within rows `[R, C]` back to the system; values are lost.
+
+    Of a CPU tensor with contiguous rows, on Linux; elsewhere nothing happens.
+    """
+    if rows.device.type != "cpu" or sys.platform != "linux":
+        return
+    madvise = ctypes.CDLL(None).madvise
+    for row in rows:
+        begin = -(-row.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (row.data_ptr() + row.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if begin < end:
+            address, size = ctypes.c_void_p(begin), ctypes.c_size_t(end - begin)
+            madvise(address, size, mmap.MADV_DONTNEED)
 
 
 def _map(nbytes: int) -> mmap.mmap:

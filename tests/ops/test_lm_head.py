@@ -200,6 +200,23 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary() -> None:
     assert many - few < 8 << 20, f"{few >> 20} MB with 1,024 rows, {many >> 20} MB with 4,096"
 
 
+def test_memory_is_the_weight_gradient_and_half_of_the_logits() -> None:
+    x, weight, target = head(512, 70_000, 300, gradients=True)
+
+    def step() -> Any:
+        return torch.autograd.grad(linear_cross_entropy(x, weight, target), (x, weight))
+
+    found = step()
+    halves = (weight.nbytes + 512 * weight.shape[0] * 2) >> 20
+    peak = peak_extra_bytes(step) >> 20  # logits of 128 rows in float32 would be 34 MB more
+    assert peak < halves + 16, f"{peak} MB; gradients of weight and logits are {halves} MB"
+    logits = F.linear(x.detach().float(), weight.detach().float())
+    d = F.softmax(logits, 1)
+    d[torch.arange(512), target] -= 1
+    want = (d / 512).bfloat16().float().T @ x.detach().float()
+    torch.testing.assert_close(found[1].float(), want, atol=2e-5, rtol=2e-2)
+
+
 def test_rows_of_any_shape_and_strides_are_rows() -> None:
     x, weight, target = head(12, 600, 32, torch.float32)
     want = linear_cross_entropy(x, weight, target, reduction="none")
