@@ -146,6 +146,8 @@ def attention_tile(shape: AttentionShape, arch: int, batch_invariant: bool) -> A
         n = max(32, n // 2)
         if columns > 192 and (batch_invariant or shape.codes):
             m = min(m, 32)
+        elif columns == 192 and shape.codes and arch != 90:
+            m, stages = min(m, 64), 3  # with 128 rows or 2 stages Triton 3.6 spills 8 to 16 bytes
     return AttentionTile(m, n, warps, stages, merge)
 
 
