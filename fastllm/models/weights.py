@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -21,6 +22,7 @@ from fastllm.errors import ModelFileError
 from fastllm.models.config import ModelConfig
 from fastllm.models.config_gguf import ROPE_TENSORS
 from fastllm.models.expert_files import (
+    file_name,
     holds_experts,
     members,
     stacked_shapes,
@@ -108,7 +110,9 @@ class SafetensorsWeights:
         self._stored = _usual_names(directory, self.files, self.config)
         expected = stored_shapes(self.config, self._stored)
         found = {name: self.files.entries[own].shape for name, own in self._stored.items()}
-        _check_names(directory, expected, found, self._stored)
+        _check_names(
+            directory, expected, found, self._stored, partial(file_name, config=self.config)
+        )
 
     def get(self, name: str) -> StoredTensor:
         if name not in self._stored and name in self._shapes:  # experts, matrix by matrix
@@ -298,12 +302,16 @@ def _check_names(
     expected: Iterable[tuple[str, tuple[int, ...]]],
     found: Mapping[str, tuple[int, ...]],
     file_names: Mapping[str, str],
+    spell: Callable[[str], str] = str,
 ) -> None:
-    """Every weight there, with the shape that the configuration gives it, and nothing else."""
+    """Every weight there, with the shape that the configuration gives it, and nothing else.
+
+    spell: what files call a weight that they do not hold.
+    """
     known = set()  # ends at the first that is missing: no larger than the files are
     for name, shape in expected:
         if name not in found:
-            raise ModelFileError(path, name, "the weight is missing from the file")
+            raise ModelFileError(path, spell(name), "the weight is missing from the file")
         if found[name] != shape:
             raise ModelFileError(
                 path,

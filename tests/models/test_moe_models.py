@@ -303,7 +303,7 @@ def test_experts_are_read_one_by_one(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ("missing", "experts.3.up_proj.weight: the weight is missing"),
+        ("missing", "block_sparse_moe.experts.3.w3.weight: the weight is missing"),
         ("narrow", r"w2.weight: has shape \[64, 79\], the configuration says \[64, 80\]"),
         ("extra", "experts.4.w1.weight: is not a weight of the configured model"),
         ("twice", "is the same weight as"),
