@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import cycle, product
+from itertools import product
 from typing import Any
 
 import torch
@@ -460,7 +460,8 @@ def full_cases() -> dict[str, Case]:
         cases[layer_name(problem)] = lambda p=problem: layer_case(p)
     formats = ("q4_0", "q4_1", "q8_0")
     pairs = product(formats, (*formats, "bf16"), ("int8", "bf16"))
-    for (first, second, mode), activation in zip(pairs, cycle(ACTIVATIONS), strict=False):
+    for i, (first, second, mode) in enumerate(pairs):
+        activation = ACTIVATIONS[i // 2 % len(ACTIVATIONS)]
         p = MoeProblem(
             tokens=20, hidden=96, inner=64, experts=3, k=2, dtype=BF16, activation=activation,
             load="zipf",
