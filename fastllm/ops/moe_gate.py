@@ -175,7 +175,7 @@ if hasattr(_C, "moe_gate_cuda"):  # the extension was built with CUDA
     @_moe_gate.impl("cuda", "cuda", dtypes=(torch.float32,), when=fits_cuda, opt_in=True)
     def _moe_gate_cuda(logits: Tensor, bias: Tensor | None, k: int, *options: Any) -> Any:
         out = gate_outputs(logits, k)
-        launch_gate(out, None, logits, bias, *options)
+        launch_gate(out, None, 0, logits, bias, *options)
         return out
 
 

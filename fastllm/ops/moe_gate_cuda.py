@@ -30,6 +30,7 @@ def cuda_scratch(tokens: int, n_experts: int) -> int:
 def launch_gate(
     out: tuple[Tensor, ...],
     dispatch: tuple[Tensor, Tensor] | None,
+    first_expert: int,
     logits: Tensor,
     bias: Tensor | None,
     scoring: str,
@@ -38,7 +39,6 @@ def launch_gate(
     group_score: str,
     renormalize: bool,
     scale: float,
-    first_expert: int = 0,
 ) -> None:
     """Fill `out`, the outputs of `moe_gate`, and, if given, (offsets, slots) of `moe_dispatch`."""
     offsets, slots = dispatch or (None, None)

@@ -31,9 +31,9 @@ def moe_route_ref(logits: Tensor, bias: Tensor | None, k: int, *options: Any) ->
 
 
 def _outputs(logits: Tensor, k: int, n_experts: int) -> tuple[Tensor, ...]:
-    int32 = {"dtype": torch.int32}
-    offsets = logits.new_empty((n_experts + 1,), **int32)
-    return *gate_outputs(logits, k), offsets, logits.new_empty((logits.shape[0] * k,), **int32)
+    offsets = logits.new_empty((n_experts + 1,), dtype=torch.int32)
+    slots = logits.new_empty((logits.shape[0] * k,), dtype=torch.int32)
+    return *gate_outputs(logits, k), offsets, slots
 
 
 def _fake(logits: Tensor, bias: Tensor | None, k: int, *options: Any) -> tuple[Tensor, ...]:
@@ -82,9 +82,9 @@ if hasattr(_C, "moe_gate_cuda"):  # the extension was built with CUDA
     def _moe_route_cuda(
         logits: Tensor, bias: Tensor | None, k: int, *options: Any
     ) -> tuple[Tensor, ...]:
-        *rule, first_expert, n_experts = options
+        first_expert, n_experts = options[-2:]
         out = _outputs(logits, k, n_experts)
-        launch_gate(out[:5], out[5:], logits, bias, *rule, first_expert)
+        launch_gate(out[:5], (out[5], out[6]), first_expert, logits, bias, *options[:6])
         return out
 
 
