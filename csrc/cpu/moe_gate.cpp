@@ -27,14 +27,15 @@ Sums sums_of(const MoeGateArgs& a, int64_t chunks, int64_t chunk) {
 struct Buffers {
   float *logits, *scores;      // [padded(experts)]
   int32_t *keys, *group_keys;  // [padded(experts) + VL]: lists are read a vector at a time
+  double* sums;                // [experts]: of the scores of a chunk's tokens
 };
 
 Buffers buffers(int64_t experts) {
   const int64_t room = padded(experts) + VL;
   auto* at = static_cast<float*>(
-      thread_scratch(Scratch::rows, static_cast<size_t>(4 * room) * sizeof(float)));
+      thread_scratch(Scratch::rows, static_cast<size_t>(6 * room) * sizeof(float)));
   return {at, at + room, reinterpret_cast<int32_t*>(at + 2 * room),
-          reinterpret_cast<int32_t*>(at + 3 * room)};
+          reinterpret_cast<int32_t*>(at + 3 * room), reinterpret_cast<double*>(at + 4 * room)};
 }
 
 // The order of each choice, from logits or from scores (+ bias); false: one is NaN or +inf.
@@ -77,12 +78,12 @@ double no_choice(int32_t* ids, float* weights, int64_t k) {
   return 0.0;
 }
 
-// The weights of the chosen from their scores.
+// The weights of the chosen from their scores, in double: one rounding each.
 void weigh(const MoeGateArgs& a, const float* scores, const int32_t* ids, float* weights) {
-  float sum = 0.f;
-  for (int64_t j = 0; j < a.k; ++j) sum += weights[j] = scores[ids[j]];
-  const float divisor = a.renormalize ? sum + kScoreEps : 1.f;
-  for (int64_t j = 0; j < a.k; ++j) weights[j] = weights[j] / divisor * a.scale;
+  double sum = 0.0;
+  for (int64_t j = 0; j < a.k; ++j) sum += scores[ids[j]];
+  const double factor = a.renormalize ? a.scale / (sum + kScoreEps) : a.scale;
+  for (int64_t j = 0; j < a.k; ++j) weights[j] = static_cast<float>(scores[ids[j]] * factor);
 }
 
 // One token; returns the square of its log-sum-exp.
@@ -108,26 +109,21 @@ double one_row(const MoeGateArgs& a, int64_t row, const Buffers& b, const Sums& 
   }
   weigh(a, b.scores, ids, weights);
   const float inverse = 1.f / norm;
-  for (int64_t c = 0; c < n; c += VL) {
-    const vf p = vload(b.scores + c) * inverse;
-    if (c + VL <= a.experts)
-      vstore(sums.scores + c, vload(sums.scores + c) + p);
-    else
-      store_n(sums.scores + c, load_n(sums.scores + c, a.experts - c) + p, a.experts - c);
-  }
+  for (int64_t e = 0; e < a.experts; ++e) b.sums[e] += b.scores[e] * inverse;
   const double z = lse_of(lse);
   return z * z;
 }
 
 void one_chunk(const MoeGateArgs& a, int64_t chunks, int64_t chunk) {
   const Sums sums = sums_of(a, chunks, chunk);
-  __builtin_memset(sums.scores, 0, static_cast<size_t>(a.experts) * sizeof(float));
+  const Buffers b = buffers(a.experts);
+  __builtin_memset(b.sums, 0, static_cast<size_t>(a.experts) * sizeof(double));
   __builtin_memset(sums.counts, 0, static_cast<size_t>(a.experts) * sizeof(int32_t));
   double z = 0.0;
-  const Buffers b = buffers(a.experts);
   const int64_t end = smaller((chunk + 1) * kGateChunk, a.tokens);
   for (int64_t row = chunk * kGateChunk; row < end; ++row) z += one_row(a, row, b, sums);
   *sums.z = static_cast<float>(z);
+  for (int64_t e = 0; e < a.experts; ++e) sums.scores[e] = static_cast<float>(b.sums[e]);
 }
 
 // Sums of experts [begin, end) over the chunks, in double: one rounding for any number of tokens.

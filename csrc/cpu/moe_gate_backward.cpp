@@ -12,44 +12,37 @@ struct Buffers {
   float *logits, *softmax, *scores, *d, *d_score_sum;  // [padded(experts)]
 };
 
-// sum x y; n a multiple of VL.
-float dot(const float* x, const float* y, int64_t n) {
-  vf sum = vset(0.f);
-  for (int64_t c = 0; c < n; c += VL) sum = vfma(vload(x + c), vload(y + c), sum);
-  return vsum(sum);
-}
-
 // Adds the gradients of the chosen experts' scores to d.
 void add_choice(const MoeGateBackwardArgs& a, int64_t row, const float* scores, float* d) {
   const int32_t* ids = a.ids + row * a.k;
   const float* g = a.d_weights + row * a.k;
   const auto chosen = [&](int64_t j) { return ids[j] >= 0 && ids[j] < a.experts; };
-  float sum = 0.f, mixed = 0.f;
+  double sum = 0.0, mixed = 0.0;
   for (int64_t j = 0; a.renormalize && j < a.k; ++j) {
     if (!chosen(j)) continue;
     sum += scores[ids[j]];
-    mixed += g[j] * a.scale * scores[ids[j]];
+    mixed += static_cast<double>(g[j]) * scores[ids[j]];
   }
-  const float divisor = a.renormalize ? sum + kScoreEps : 1.f;
-  const float mean = a.renormalize ? mixed / divisor : 0.f;
+  const double divisor = a.renormalize ? sum + kScoreEps : 1.0;
+  const double mean = a.renormalize ? mixed / divisor : 0.0, factor = a.scale / divisor;
   for (int64_t j = 0; j < a.k; ++j)
-    if (chosen(j)) d[ids[j]] += (g[j] * a.scale - mean) / divisor;
+    if (chosen(j)) d[ids[j]] += static_cast<float>((g[j] - mean) * factor);
 }
 
 void softmax_row(const MoeGateBackwardArgs& a, int64_t row, const Buffers& b, float dz) {
   const int64_t n = padded(a.experts);
   __builtin_memcpy(b.d, b.d_score_sum, static_cast<size_t>(n) * sizeof(float));
   add_choice(a, row, b.softmax, b.d);
-  const vf shift = vset(dz - dot(b.softmax, b.d, n));
+  const vf mean = vset(static_cast<float>(dot(b.softmax, b.d, n)));
   for (int64_t c = 0; c < n; c += VL)
-    vstore(b.d + c, vload(b.softmax + c) * (vload(b.d + c) + shift));
+    vstore(b.d + c, vload(b.softmax + c) * ((vload(b.d + c) - mean) + dz));
 }
 
 void sigmoid_row(const MoeGateBackwardArgs& a, int64_t row, const float* x, const Buffers& b,
                  float dz) {
   const int64_t n = padded(a.experts);
   const float total = sigmoids(x, n, b.scores) + kScoreEps;
-  const vf mean = vset(dot(b.scores, b.d_score_sum, n) / total);
+  const vf mean = vset(static_cast<float>(dot(b.scores, b.d_score_sum, n) / total));
   for (int64_t c = 0; c < n; c += VL)
     vstore(b.d + c, (vload(b.d_score_sum + c) - mean) / vset(total));
   add_choice(a, row, b.scores, b.d);
