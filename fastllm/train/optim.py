@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -25,6 +26,8 @@ __all__ = [
     "parameter_groups",
     "set_rates",
 ]
+
+_EXPERTS = {"gate_up_proj": "gate_up", "down_proj": "down"}  # parameters of a layer's experts
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]]
 
@@ -101,6 +104,7 @@ class OptimConfig:
 
     name: "adamw", or "muon": Muon for hidden matrices and AdamW for the rest.
     lr: of AdamW; also of Muon unless `muon_lr` is given (see `Muon.match_rms`).
+    expert_rate: what the rate of experts is multiplied with.
     weight_decay: of matrices; embeddings, norms and biases do not decay.
     Raises ValueError if `betas` are not two.
     """
@@ -111,6 +115,7 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     muon_lr: float | None = None
+    expert_rate: float = 1.0
     momentum: float = 0.95
     nesterov: bool = True
     newton_schulz_steps: int = 5
@@ -119,13 +124,15 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if len(self.betas) != 2:
             raise ValueError(f"betas must be two numbers, such as 0.9,0.95, got {self.betas}")
+        if not 0 < self.expert_rate < math.inf:
+            raise ValueError(f"expert_rate must be a number above 0, got {self.expert_rate}")
 
 
 def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """The trained parameters of a model, each once, by what they are.
 
     Returns:
-        "hidden": matrices inside the blocks, batches of them where they are experts; "gate_up":
+        "hidden": matrices inside the blocks; "down": those of experts, in batches; "gate_up":
         experts' gate and up in one tensor, one below the other; "head": matrices whose rows are
         classes: routers, and the LM head where it is not the embedding; "rest": embeddings, norms,
         biases.
@@ -136,7 +143,13 @@ def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
         if isinstance(module, (Embedding, nn.Embedding))
         for p in module.parameters(recurse=False)
     }
-    groups: dict[str, list[nn.Parameter]] = {"hidden": [], "gate_up": [], "head": [], "rest": []}
+    groups: dict[str, list[nn.Parameter]] = {
+        "hidden": [],
+        "gate_up": [],
+        "down": [],
+        "head": [],
+        "rest": [],
+    }
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
@@ -145,7 +158,7 @@ def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
         elif "lm_head" in name.split(".") or name.endswith("mlp.gate.weight"):
             kind = "head"
         else:
-            kind = "gate_up" if p.ndim == 3 and name.endswith("gate_up_proj") else "hidden"
+            kind = _EXPERTS.get(name.rpartition(".")[2], "hidden") if p.ndim == 3 else "hidden"
         groups[kind].append(p)
     return groups
 
@@ -179,10 +192,12 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> MasterOptimizer:
         "muon": True,
     }
     hidden = muon if config.name == "muon" else adamw
+    expert = {**hidden, "lr": hidden["lr"] * config.expert_rate}
     two = {"stacked": 2} if config.name == "muon" else {}
     groups = [
         {"params": parts["hidden"], "weight_decay": config.weight_decay, **hidden},
-        {"params": parts["gate_up"], "weight_decay": config.weight_decay, **hidden, **two},
+        {"params": parts["gate_up"], "weight_decay": config.weight_decay, **expert, **two},
+        {"params": parts["down"], "weight_decay": config.weight_decay, **expert},
         {"params": parts["head"], "weight_decay": config.weight_decay, **adamw},
         {"params": parts["rest"], "weight_decay": 0.0, **adamw},
     ]

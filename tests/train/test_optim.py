@@ -282,7 +282,9 @@ def test_routers_are_stepped_as_heads_and_gate_and_up_as_two_matrices() -> None:
     shape = ShapeConfig(preset="deepseek", depth=2, width=32, head_dim=16, experts=4)
     config = presets.model_config(shape, vocab_size=50, bos=None, eos=(), context=16)
     model = initialize(config, dtype=torch.float32)
-    found = named_groups(model, make_optimizer(model, OptimConfig(name="muon", lr=1e-3)))
+    found = named_groups(
+        model, make_optimizer(model, OptimConfig(name="muon", lr=1e-3, expert_rate=3.0))
+    )
     by_name = {name: group for names, group in found for name in names}
     prefix = "model.layers.1.mlp."
     for name, muon, stacked in (
@@ -291,6 +293,9 @@ def test_routers_are_stepped_as_heads_and_gate_and_up_as_two_matrices() -> None:
     ):  # fmt: skip
         group = by_name[prefix + name]
         assert (group["muon"], group.get("stacked")) == (muon, stacked), name
+        assert group["lr"] == pytest.approx(
+            3e-3 if "experts." in name and "shared" not in name else 1e-3
+        )
         assert group["weight_decay"] == 0.1
     assert len(by_name) == len(list(model.parameters()))  # the selection bias is none of them
 
