@@ -62,8 +62,10 @@ def judge(problem: MoeProblem) -> Judge:
         exact = gradients(lambda a: expert_loop(a, exact=True), layer.double(), dy)
         return exact, gradients(lambda a: expert_loop(a, exact=False), layer, dy)
 
-    # A few tokens decide all numbers of a gradient: more draws tell the peer's error.
-    return Judge(draw, draws=24)
+    # A few tokens decide all numbers of a gradient, and with one column or expert its peer's error
+    # is chance: of 60 draws of such a problem ours erred by 5.8e-8 on average and 3.0e-7 at most,
+    # the peer by 4.9e-8 and 2.6e-7, and by 6.8e-8 in the first 24.
+    return Judge(draw, draws=100)
 
 
 @pytest.mark.parametrize("problem", cases(problems(20, seed=11), [*WIDE, *problems(480, seed=12)]))
