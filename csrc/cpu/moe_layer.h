@@ -15,18 +15,16 @@ struct TileRows {
 };
 template <class W, int NP, class Body>
 FASTLLM_INLINE void dispatch_rows(int64_t live, const Body& body) {
-  const int size = tile_rows<W>(live);
-  if constexpr (W::rows >= 12)
-    if (size == 12) return body(TileRows<12>{});
-  if constexpr (W::few >= 8 && NP == 1)
-    if (size == 8) return body(TileRows<8>{});
-  if constexpr (W::rows >= 6)
-    if (size == 6) return body(TileRows<6>{});
-  if constexpr (W::rows >= 4)
-    if (size == 4) return body(TileRows<4>{});
+  if (live <= 1) return body(TileRows<1>{});
   if constexpr (W::rows >= 2)
-    if (size == 2) return body(TileRows<2>{});
-  body(TileRows<1>{});
+    if (live <= 2) return body(TileRows<2>{});
+  if constexpr (W::rows >= 4)
+    if (live <= 4) return body(TileRows<4>{});
+  if constexpr (W::rows >= 6)
+    if (live <= 6) return body(TileRows<6>{});
+  if constexpr (W::few >= 8 && NP == 1)
+    if (live <= 8) return body(TileRows<8>{});
+  if constexpr (W::rows >= 12) body(TileRows<12>{});
 }
 
 // The rows of a task, packed for the tiles; the next task of the same block finds them there.

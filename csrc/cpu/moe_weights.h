@@ -21,7 +21,7 @@ static __attribute__((noinline)) void rows_tile(const char* const* rows, int64_t
   for (int64_t begin = 0; begin == 0 || begin < words; begin += D::chunk) {
     const int64_t end = begin + D::chunk < words ? begin + D::chunk : words;
     vf acc[MR];
-#pragma GCC unroll 4
+#pragma GCC unroll 12
     for (int m = 0; m < MR; ++m) acc[m] = vf{};
     for (int64_t w = begin; w < end; w += 16) {
       vi r[16];
@@ -31,10 +31,10 @@ static __attribute__((noinline)) void rows_tile(const char* const* rows, int64_t
       transpose_16x16(r);
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i, x += width)
-#pragma GCC unroll 4
+#pragma GCC unroll 12
         for (int m = 0; m < MR; ++m) acc[m] = D::Dot::dot(acc[m], r[i], splat_word(x + m));
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 12
     for (int m = 0; m < MR; ++m) {
       float* sums = out + m * kPanelRows;
       vstore(sums, begin ? vload(sums) + acc[m] : acc[m]);
@@ -51,7 +51,8 @@ constexpr bool kReadsRows = false;
 template <class D>
 class PlainExperts {
  public:
-  static constexpr int rows = kDenseRows, strip = kDenseStrip, few = 4;
+  static constexpr bool reads_rows = kReadsRows && D::steps == 1;
+  static constexpr int rows = kDenseRows, strip = kDenseStrip, few = reads_rows ? 12 : 4;
   static constexpr int64_t element = sizeof(Element<D>);
 
   PlainExperts(const ExpertWeights& w, int64_t k, int sides)
@@ -74,7 +75,7 @@ class PlainExperts {
   // `few_rows`: the expert has at most `few`, so that strips are single panels.
   void begin_expert(int64_t e, bool few_rows) {
     expert_ = w_.data + e * w_.expert_bytes;
-    direct_ = kReadsRows && D::steps == 1 && few_rows && k_ * element % 64 == 0;
+    direct_ = reads_rows && few_rows && k_ * element % 64 == 0;
   }
   // The first lines of the weight from `row` on.
   void prefetch(int64_t e, int64_t row, int64_t end) const {
@@ -98,7 +99,7 @@ class PlainExperts {
   template <int MR, int NP>
   void tile(int side, int64_t row, const char* x, int64_t width, int64_t, float* sums) const {
 #if defined(__AVX512F__)
-    if constexpr (NP == 1 && MR <= few && D::steps == 1)
+    if constexpr (NP == 1 && reads_rows)
       if (direct_) return read_rows<MR>(side, row, x, width, sums);
 #endif
     (void)row;
