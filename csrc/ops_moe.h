@@ -70,9 +70,9 @@ struct ExpertWeights {
 
 // A layer of experts (see fastllm/ops/moe.py): y = the weighted sum of the experts of each token.
 struct MoeArgs {
-  void* y;              // [tokens, hidden] contiguous
-  void* pre;            // [slots, 2 inner] contiguous, or null: not kept
-  const char* x;        // [tokens, hidden], rows contiguous
+  void* y;               // [tokens, hidden] contiguous
+  void* pre;             // [slots, 2 inner] contiguous, or null: not kept
+  const char* x;         // [tokens, hidden], rows contiguous
   const float* weights;  // [tokens, per_token]
   const int32_t *offsets, *slots;
   const void *gate_up_bias, *down_bias;  // [experts, 2 inner], [experts, hidden], or null
@@ -96,10 +96,10 @@ MoeArgs quant_moe_args(Tensor y, Tensor pre, Tensor x, Tensor gate_up, Tensor ga
 
 // The parts of a layer's scratch, each on a 64-byte boundary.
 struct MoeScratch {
-  int64_t rows;        // fp32 [count, hidden]: what the experts give, in sorted order
-  int64_t activated;   // [count, inner] in the dtype of x
-  int64_t row_of;      // int32 [count]: the row of each slot, or -1
-  int64_t quantized;   // [tokens, hidden / 32] records of 40 bytes
+  int64_t rows;       // fp32 [count, hidden]: what the experts give, in sorted order
+  int64_t activated;  // [count, inner] in the dtype of x
+  int64_t row_of;     // int32 [count]: the row of each slot, or -1
+  int64_t quantized;  // [tokens, hidden / 32] records of 40 bytes
   int64_t bytes;
 };
 constexpr MoeScratch moe_scratch_parts(int64_t tokens, int64_t hidden, int64_t count,

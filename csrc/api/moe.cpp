@@ -37,8 +37,9 @@ MoeArgs layer(const char* op, const Tensor& y, const Tensor& pre, const Tensor& 
         "gate_up_bias must be f32 or bf16, contiguous, [experts, 2 inner]");
   check(!down_bias.given() || is_bias(down_bias, experts, hidden), op,
         "down_bias must be f32 or bf16, contiguous, [experts, hidden]");
-  check(!base.given() || (is_float(base) && is_matrix(base, tokens, hidden) && rows_contiguous(base)),
-        op, "base must be f32 or bf16 shaped like x, rows contiguous");
+  check(
+      !base.given() || (is_float(base) && is_matrix(base, tokens, hidden) && rows_contiguous(base)),
+      op, "base must be f32 or bf16 shaped like x, rows contiguous");
   check(gating >= 0 && gating <= static_cast<int64_t>(Gating::swiglu_oai), op,
         "unknown activation");
   check(scratch.given(), op, "scratch is missing");

@@ -230,11 +230,10 @@ void second_product(const MoeLayer& l, W& w, const Team& team) {
   run_moe_tasks(list, task, more, 1, team, begin, [&](const MoeTask& t) {
     w.begin_expert(t.expert, t.wide < W::strip);
     pack_rows(w, t, source, &packed);
-    run_task<1>(w, t, a.hidden, packed,
-                [&](int64_t at, int64_t live, int64_t column, const float* sums, const float*,
-                    int64_t stride) {
-                  store_outputs(l, t.expert, at, live, column, sums, stride);
-                });
+    run_task<1>(
+        w, t, a.hidden, packed,
+        [&](int64_t at, int64_t live, int64_t column, const float* sums, const float*,
+            int64_t stride) { store_outputs(l, t.expert, at, live, column, sums, stride); });
   });
 }
 
@@ -252,8 +251,7 @@ FASTLLM_INLINE void fill_row_of(const MoeLayer& l, const Team& team) {
   }
   my_share(team, last - first, 16, &begin, &end);
   for (int64_t row = first + begin; row < first + end; ++row)
-    if (const int64_t slot = l.slot(row); slot >= 0)
-      l.row_of()[slot] = static_cast<int32_t>(row);
+    if (const int64_t slot = l.slot(row); slot >= 0) l.row_of()[slot] = static_cast<int32_t>(row);
 }
 
 // N vectors of a token's columns [column, column + n): products are rounded, then added.
@@ -273,8 +271,8 @@ FASTLLM_INLINE void combine_columns(const MoeLayer& l, int64_t token, int64_t co
   Y* y = static_cast<Y*>(a.y) + token * a.hidden + column;
   for (int v = 0; v < N; ++v) {
     if (a.base)
-      acc[v] = acc[v] + load_bias(a.base, a.base_type, token * a.base_stride + column + v * VL,
-                                  n - v * VL);
+      acc[v] = acc[v] +
+               load_bias(a.base, a.base_type, token * a.base_stride + column + v * VL, n - v * VL);
     store_columns(y + v * VL, acc[v], n - v * VL);
   }
 }

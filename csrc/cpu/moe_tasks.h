@@ -10,7 +10,7 @@ namespace {
 
 struct MoeTask {
   int64_t expert = -1;
-  Span rows{};  // of the sorted order
+  Span rows{};                 // of the sorted order
   int64_t width = 1;           // rows of a group
   int64_t strip = 0, end = 0;  // strips of `wide` panels
   int wide = 1;

@@ -82,8 +82,7 @@ class PlainExperts {
     const char* from = w_.data + e * w_.expert_bytes + row * w_.row_bytes;
     const int64_t bytes = smaller(k_ * element, 512);
     for (int64_t i = 0; i < smaller(end - row, kPanelRows); ++i)
-      for (int64_t b = 0; b < bytes; b += 64)
-        __builtin_prefetch(from + i * w_.row_bytes + b, 0, 2);
+      for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(from + i * w_.row_bytes + b, 0, 2);
   }
   // Packs `count` panels of rows [row, end); `more`: the next strip follows.
   void begin_strip(int side, int64_t row, int64_t count, int64_t end, bool more) {
@@ -125,8 +124,7 @@ class PlainExperts {
     const char *from = expert_ + row * w_.row_bytes, *next = expert_ + ahead * w_.row_bytes;
     const int64_t bytes = k_ * element, fetched = smaller(end - ahead, kPanelRows);
     for (int64_t b = 0; b < bytes; b += piece) {
-      for (int64_t i = 0; i < fetched; ++i)
-        prefetch_lines<piece / 64>(next + i * w_.row_bytes + b);
+      for (int64_t i = 0; i < fetched; ++i) prefetch_lines<piece / 64>(next + i * w_.row_bytes + b);
       const int64_t size = smaller(bytes - b, piece);
       pack_panel(from + b, w_.row_bytes, count, size, (size + 3) / 4, to + b / 4 * kPanelRows);
     }
@@ -193,9 +191,9 @@ class DensePanels {
   }
   template <int MR, int NP>
   void whole_tile(int64_t panel, const char* x, int64_t width, int64_t left, float* sums) const {
-    dense_tile<D, MR, NP>(
-        reinterpret_cast<const uint32_t*>(expert_ + panel * panel_bytes()), words_,
-        fetch_distance(panel_bytes(), left), reinterpret_cast<const uint32_t*>(x), width, sums);
+    dense_tile<D, MR, NP>(reinterpret_cast<const uint32_t*>(expert_ + panel * panel_bytes()),
+                          words_, fetch_distance(panel_bytes(), left),
+                          reinterpret_cast<const uint32_t*>(x), width, sums);
   }
 
  private:

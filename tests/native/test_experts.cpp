@@ -101,11 +101,10 @@ void plain_layers() {
         run_call(Call("linear", active_kernels().linear,
                       linear_args(to, from, part(weight, e), part(bias, e), {})));
       };
-      run_everywhere("moe", &Kernels::moe,
-                     moe_args(y, pre, x, gate_up, down, weights, r.offsets, r.slots, b1, b2, base, 0,
-                              scratch),
-                     {&y}, 3e-2f,
-                     [&] { check_layer(r, x, weights, base, pre, y, inner, product); });
+      run_everywhere(
+          "moe", &Kernels::moe,
+          moe_args(y, pre, x, gate_up, down, weights, r.offsets, r.slots, b1, b2, base, 0, scratch),
+          {&y}, 3e-2f, [&] { check_layer(r, x, weights, base, pre, y, inner, product); });
       for (int64_t gating = 1; gating < 4; ++gating)
         run_everywhere("moe", &Kernels::moe,
                        moe_args(y, Owned(dtype, {0, 2 * inner}), x, gate_up, down, weights,
