@@ -217,7 +217,8 @@ def expert_loop(
             continue
         pre = into_up(x[at // k]) @ gate_up[e].T
         pre = rounded(pre if up_bias is None else pre + up_bias[e])
-        a = rounded(activate(*pre.chunk(2, dim=1), layer.activation))
+        gate, up = pre.chunk(2, dim=1)
+        a = rounded(activate(gate, up, layer.activation))
         out = into_down(a) @ down[e].T
         places.append(at)
         outs.append(out if down_bias is None else out + down_bias[e])
