@@ -71,7 +71,7 @@ _DOWN_GRAD_BF16 = {
 # Packed weights: the block's product beside the sums, of gate and up both (see `tuning`).
 _QUANT_PRODUCT = {
     16: ProductTile(64, 16, 128, 4, 3),
-    32: ProductTile(64, 32, 64, 4, 3),
+    32: ProductTile(64, 32, 32, 4, 3),
     64: ProductTile(64, 64, 32, 4, 3),
     128: ProductTile(256, 64, 32, 8, 3),
 }
@@ -80,6 +80,8 @@ _QUANT_GATE_UP = {
     32: ProductTile(64, 32, 32, 4, 3),
     128: ProductTile(64, 64, 32, 8, 3),
 }
+# int8 has a scale and a sum of each token beside each block: 64 tokens take all 255 registers.
+_QUANT_GATE_UP_INT8 = _QUANT_GATE_UP | {128: ProductTile(128, 32, 32, 8, 3)}
 _QUANT_FP32 = {
     16: ProductTile(64, 16, 32, 4, 2),
     64: ProductTile(64, 64, 32, 8, 2),
@@ -170,6 +172,8 @@ def quant_product_tile(rows: int, mode: str) -> ProductTile:
 
 def quant_gate_up_tile(rows: int, mode: str) -> ProductTile:
     """Tile of the first product with packed weights: n rows of gate and n of up."""
+    if mode == "int8":
+        return _tile(_QUANT_GATE_UP_INT8, rows)
     return _tile(_QUANT_GATE_UP_FP32 if mode == "fp32" else _QUANT_GATE_UP, rows)
 
 
