@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 VOCAB_SIZE = 8192
 DEPTH = 3  # of depths 3 and 4 the one that ends lower in two minutes on two cores
 EXPERTS = 16  # of which a token takes 4
-AUX_LOSS = 0.03  # hundreds of steps are few: with the preset's 0.01 loads end at 1.9, see NOTES.md
 SHARE = 0.58  # of the time, for the model with experts; the dense one needs less for its tokens
 # Tests, tables and what is about to leave the library say little about how Python is written.
 _SKIPPED = {
@@ -168,7 +167,6 @@ def expert_overrides(seconds: float, depth: int) -> list[str]:
         "--preset=moe",
         f"--depth={depth}",
         f"--model.experts={EXPERTS}",
-        f"--balance.aux_loss={AUX_LOSS}",
         f"--seconds={seconds}",
     ]
 

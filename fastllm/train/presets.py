@@ -23,8 +23,6 @@ warmup           5% of the steps, at most 2,000
 optimizer        Muon, with AdamW's rates and decay               arXiv 2502.16982; 1.7M parameters,
                                                                   600,000 tokens: 2.13 bits a byte,
                                                                   with AdamW 2.49
-rate of experts  sqrt(experts a token) x the learning rate        their mean is the output, where
-                                                                  a dense layer's columns add up
 weight decay     0.1, of matrices                                 arXiv 2005.14165, appendix B
 latent of heads  4 x head_dim, at most width / 2; of queries      arXiv 2405.04434, section 2.1
                  none; rotated: head_dim / 2 more
@@ -289,11 +287,6 @@ def flops_per_token(config: ModelConfig) -> float:
     """
     head = config.vocab_size * config.hidden_size
     return 6.0 * (active_parameters(config) + head)
-
-
-def expert_rate(config: ModelConfig) -> float:
-    """What the rate of experts is multiplied with; 1 without experts."""
-    return 1.0 if config.experts is None else round(math.sqrt(config.experts.per_token), 4)
 
 
 def attention_flops(config: ModelConfig, length: int) -> float:

@@ -55,7 +55,7 @@ ALIASES = {
 
 # Keys that `derive` gives although their sections have defaults of their own.
 DERIVED = frozenset({
-    "optim.name", "optim.lr", "optim.expert_rate", "optim.weight_decay", "loop.steps",
+    "optim.name", "optim.lr", "optim.weight_decay", "loop.steps",
     "loop.schedule.warmup", "loop.eval_every", "loop.save_every",
 })  # fmt: skip
 
@@ -164,7 +164,6 @@ def derive(config: PretrainConfig, given: Set[str]) -> dict[str, Any]:
         "data.micro_rows": max(min(_MICRO_TOKENS[device] // row, rows), 1),
         "optim.name": presets.OPTIMIZER,
         "optim.lr": plan.lr,
-        "optim.expert_rate": presets.expert_rate(model),
         "optim.weight_decay": presets.WEIGHT_DECAY,
         "loop.steps": plan.steps,
         "loop.schedule.warmup": plan.warmup,
