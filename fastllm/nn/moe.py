@@ -19,6 +19,7 @@ from fastllm.nn.mlp import MLP
 from fastllm.nn.routing import Routing
 from fastllm.ops.moe import moe
 from fastllm.ops.moe_gate import Gate, moe_gate
+from fastllm.ops.moe_route import moe_route
 from fastllm.ops.quant_moe import quant_moe
 from fastllm.quantize.packed_experts import PackedExperts, pack_experts, repack_
 
@@ -61,18 +62,13 @@ class Router(Linear):
 
     def choose(self, x: Tensor) -> Gate:
         """x [T, hidden] -> ids and weights [T, k] of the chosen experts, and statistics."""
-        rule = self.routing
-        return moe_gate(
-            self(x, torch.float32),
-            rule.per_token,
-            scoring=rule.scoring,
-            bias=self.e_score_correction_bias,
-            groups=rule.groups,
-            kept_groups=rule.kept_groups,
-            group_score=rule.group_score,
-            renormalize=rule.renormalize,
-            scale=rule.scale,
-        )
+        bias, rule = self.e_score_correction_bias, self.routing
+        return moe_gate(self(x, torch.float32), rule.per_token, bias=bias, **rule.options)
+
+    def route(self, x: Tensor) -> tuple[Gate, tuple[Tensor, Tensor]]:
+        """`choose`, and the sorted slots (offsets, slots) of all experts."""
+        bias, rule = self.e_score_correction_bias, self.routing
+        return moe_route(self(x, torch.float32), rule.per_token, bias=bias, **rule.options)
 
 
 class Experts(nn.Module):
@@ -114,7 +110,7 @@ class Experts(nn.Module):
 
     def forward(
         self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, base: Tensor | None = None,
-        out_dtype: torch.dtype | None = None,
+        out_dtype: torch.dtype | None = None, dispatch: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:  # fmt: skip
         """Weighted sum of the chosen experts' outputs, and of `base` where it is given.
 
@@ -124,6 +120,7 @@ class Experts(nn.Module):
             topk_weights: `[T, k]` float32.
             base: `[T, hidden]`, float32 or the compute dtype, added before the one rounding.
             out_dtype: default the dtype of `x`; float32 to add the parts of other slices.
+            dispatch: the sorted slots of `topk_ids`, where they are known.
 
         Returns:
             `[T, hidden]` in `out_dtype`.
@@ -132,12 +129,13 @@ class Experts(nn.Module):
         if gate_up is not None and down is not None and not self._records(x, topk_weights, base):
             return quant_moe(
                 x, gate_up.parts, down.parts, self.inner, topk_ids, topk_weights, base=base,
-                mode=self.activation, first_expert=self.first, out_dtype=out_dtype,
+                mode=self.activation, first_expert=self.first, dispatch=dispatch,
+                out_dtype=out_dtype,
             )  # fmt: skip
         assert self.gate_up_proj is not None and self.down_proj is not None, "a loader sets them"
         return moe(
             x, local(self.gate_up_proj), local(self.down_proj), topk_ids, topk_weights, base=base,
-            first_expert=self.first, out_dtype=out_dtype,
+            first_expert=self.first, dispatch=dispatch, out_dtype=out_dtype,
         )  # fmt: skip
 
     def _records(self, *inputs: Tensor | None) -> bool:
@@ -178,15 +176,20 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, hidden] -> [T, hidden]."""
-        gate = self.gate.choose(x)
-        weights = gate.topk_weights
-        if self.balance is not None and torch.is_grad_enabled():
-            weights = self.balance.record(gate)
         base = None if self.shared_experts is None else self.shared_experts(x)
         if self.exchange is None:
-            return self.experts(x, gate.topk_ids, weights, base)
-        y = self.exchange.combine(self.experts, x, gate.topk_ids, weights)
+            gate, dispatch = self.gate.route(x)
+            weights = self._observed(gate)
+            return self.experts(x, gate.topk_ids, weights, base, dispatch=dispatch)
+        gate = self.gate.choose(x)
+        y = self.exchange.combine(self.experts, x, gate.topk_ids, self._observed(gate))
         return (y if base is None else y + base).to(x.dtype)
+
+    def _observed(self, gate: Gate) -> Tensor:
+        """The weights of the chosen experts, where a gradient is recorded past `balance`."""
+        if self.balance is None or not torch.is_grad_enabled():
+            return gate.topk_weights
+        return self.balance.record(gate)
 
 
 def local(weight: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,3 +17,15 @@ class Routing:
     group_score: str = "max"
     renormalize: bool = False
     scale: float = 1.0
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of `moe_gate` and `moe_route` that say so."""
+        return {
+            "scoring": self.scoring,
+            "groups": self.groups,
+            "kept_groups": self.kept_groups,
+            "group_score": self.group_score,
+            "renormalize": self.renormalize,
+            "scale": self.scale,
+        }
