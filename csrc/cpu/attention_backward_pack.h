@@ -23,7 +23,8 @@ struct GradF32 {
   using Word = float;
   static constexpr int kPair = 1;
   // Steps of a chain over dimensions and over queries or keys: longer ones lose to a blocked GEMM.
-  static constexpr int kDimChain = 16, kChain = 32;
+  // Scores are summed as the forward pass sums them: their errors and those of lse then cancel.
+  static constexpr int kDimChain = 8, kChain = 32;
   // In base e, where neither lse nor its difference from a logit is rounded once more.
   static constexpr float kBase = 1.f;
   FASTLLM_INLINE vf power(vf x) { return vexp(x); }
