@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastllm.ops.pages import Arena, lazy_zeros
+from fastllm.ops import pages
+from fastllm.ops.pages import Arena, _Recent, large_empty, lazy_zeros
 
 MB = 1 << 20
 
@@ -72,3 +73,26 @@ def test_an_arena_gives_aligned_memory_that_nobody_shares() -> None:
         assert tensor.data_ptr() % 64 == 0 and not tensor.any()
         tensor.fill_(i + 1)
     assert all((tensor == i + 1).all() for i, tensor in enumerate(tensors))
+
+
+def test_large_memory_is_used_again_once_no_tensor_lies_in_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pages, "_recent", _Recent(64 << 20))
+    first = large_empty((10 << 20,), torch.uint8, "cpu")
+    place = first.data_ptr()
+    part = first[5:]
+    del first
+    assert large_empty((10 << 20,), torch.uint8, "cpu").data_ptr() != place, "a view is in it"
+    del part
+    again = large_empty((3, 3 << 18), torch.float32, "cpu")
+    assert again.data_ptr() == place and again.shape == (3, 3 << 18)
+    other = large_empty((10 << 20,), torch.uint8, "cpu")
+    assert other.data_ptr() != place
+
+
+def test_no_more_than_a_bounded_amount_of_memory_is_remembered() -> None:
+    recent = _Recent(16 << 20)
+    blocks = [recent.take(6 << 20) for _ in range(4)]
+    assert [len(block) for block in recent._blocks] == [6 << 20] * 2
+    assert recent._blocks[-1] is blocks[-1]
