@@ -21,16 +21,36 @@ WORDS = {
     "README.md": ("case", "activation", "fastllm", "of the bound"),
     "README.zh.md": ("项目", "激活", "fastllm", "占上限"),
 }
-SUITES = ("decode", "prefill", "load")  # what fits a README; the file holds every row
+# What fits a README, a table each: the suites, and how the cases begin that are shown. The file
+# holds every row.
+TABLES: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
+    (("decode", "prefill", "load"), ("",)),
+    (("train",), ("10M full", "50M full", "135M full", "135M lora")),
+    (("moe",), ("forward", "layer", "decode fine", "q4_0")),
+)
+HIDDEN = ("memory", "count", "Zipf")  # words of cases that are not shown
+
+
+def shown(
+    rows: list[dict[str, Any]], suites: tuple[str, ...], beginnings: tuple[str, ...]
+) -> list[dict[str, Any]]:
+    """The rows of one table."""
+    return [
+        row
+        for row in rows
+        if row["suite"] in suites
+        and row["case"].startswith(beginnings)
+        and not any(word in row["case"] for word in HIDDEN)
+    ]
 
 
 def markdown(rows: list[dict[str, Any]], words: tuple[str, ...]) -> str:
-    """One table of the end-to-end suites: value, each peer with our ratio, percent of the bound."""
-    rows = [row for row in rows if row["suite"] in SUITES]
+    """A table of rows: value, each peer with our ratio, percent of the bound."""
     peers = list(dict.fromkeys(name for row in rows for name in row["peers"]))
+    bounded = any(row["percent_of_bound"] for row in rows)
     lines = [
-        "| " + " | ".join([*words[:3], *peers, words[3]]) + " |",
-        "|" + "---|" * (len(words) + len(peers)),
+        "| " + " | ".join([*words[:3], *peers, *words[3:][:bounded]]) + " |",
+        "|" + "---|" * (3 + bounded + len(peers)),
     ]
     for row in rows:
         cells = [f"{row['suite']}: {row['case']}", row["dtype"], f"**{row['value']:g}** "]
@@ -39,7 +59,8 @@ def markdown(rows: list[dict[str, Any]], words: tuple[str, ...]) -> str:
             known = name in row["peers"]
             cells.append(f"{row['peers'][name]:g} ({row['ratio'][name]:g}x)" if known else "")
         share = row["percent_of_bound"]
-        lines.append("| " + " | ".join([*cells, f"{share:.0f}%" if share else ""]) + " |")
+        cells += [f"{share:.0f}%" if share else ""] if bounded else []
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -55,14 +76,16 @@ def main() -> None:
     """Rewrite both READMEs."""
     source = Path(sys.argv[1])
     rows = json.loads(source.read_text(encoding="utf-8"))
-    used = dict.fromkeys(row["suite"] for row in rows if row["suite"] in SUITES)
-    command = f"fastllm bench {' '.join(used)}"
     date = datetime.date.fromtimestamp(source.stat().st_mtime).isoformat()
     for name, words in WORDS.items():
         path = ROOT / name
-        table = markdown(rows, words)
-        caption = f"`{command}`: {rows[0]['device']}, {date}, commit {rows[0]['commit']}"
-        text = replace(path.read_text(encoding="utf-8"), f"{table}\n\n{caption}")
+        parts = []
+        for suites, beginnings in TABLES:
+            part = shown(rows, suites, beginnings)
+            used = " ".join(dict.fromkeys(row["suite"] for row in part))
+            caption = f"{part[0]['device']}, {date}, commit {part[0]['commit']}" if part else ""
+            parts += [markdown(part, words), f"`fastllm bench {used}`: {caption}"] if part else []
+        text = replace(path.read_text(encoding="utf-8"), "\n\n".join(parts))
         path.write_text(text, encoding="utf-8")
 
 
