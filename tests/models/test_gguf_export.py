@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,18 +10,16 @@ from typing import Any
 import pytest
 import tokenizers
 import torch
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from exported_models import TEMPLATE, TEXT, same_greedy, save_model, small_config, small_tokenizer
 
-from fastllm import LLM, SamplingParams
+from fastllm import LLM
 from fastllm.cli.main import main
 from fastllm.errors import ModelFileError
 from fastllm.models.adapters import read_adapter, save_adapter
-from fastllm.models.config import ModelConfig
 from fastllm.models.gguf import GGUFFile
 from fastllm.models.gguf_export import export_gguf, export_hf, weights_of
 from fastllm.models.gguf_writer import write_gguf
-from fastllm.models.loader import load_model, save_pretrained
-from fastllm.models.moe_config import MoeConfig
+from fastllm.models.loader import load_model
 from fastllm.models.rope_scaling import RopeConfig
 from fastllm.models.tokenizer import Tokenizer
 from fastllm.models.tokenizer_gguf import PRE_TOKENIZERS
@@ -33,145 +30,21 @@ from fastllm.models.weights import open_weights
 from fastllm.nn.batch import Documents
 from fastllm.nn.lora import LoraConfig, add_lora, lora_parameters
 
-TEXT = [
-    "The cat sat on the mat, and the dog barked at 1234 cats.",
-    "She sells sea shells by the sea shore; the shells she sells are sea shells I'm sure.",
-    "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich. 你好 世界。",
-]
 PROMPT = "The dog sat on 12 shells"
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-)
-
-
-def _tokenizer(pre: str = "stablelm2") -> Tokenizer:
-    backend = tokenizers.Tokenizer(models.BPE())
-    recipe = PRE_TOKENIZERS[pre]
-    if recipe.nfc:
-        backend.normalizer = tokenizers.normalizers.NFC()
-    backend.pre_tokenizer = recipe.build(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    special = [AddedToken(t, special=True) for t in ("<|end|>", "<|im_start|>", "<|im_end|>")]
-    backend.train_from_iterator(
-        TEXT * 3,
-        trainers.BpeTrainer(
-            vocab_size=330,
-            special_tokens=special,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    backend.add_tokens([AddedToken("<tool>", special=False)])
-    return Tokenizer(
-        backend,
-        special_tokens={"bos_token": "<|end|>", "eos_token": "<|im_end|>", "pad_token": "<|end|>"},
-        chat_template=TEMPLATE,
-    )
-
-
-def _config(model_type: str, vocab: int, **fields: Any) -> ModelConfig:
-    return ModelConfig(
-        model_type=model_type,
-        vocab_size=vocab + 5,  # rows without a token
-        hidden_size=128,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        rms_norm_eps=1e-5,
-        max_position_embeddings=256,
-        eos_token_ids=(2,),
-        bos_token_id=0,
-        attention_bias=model_type == "qwen2",
-        qk_norm=model_type in ("qwen3", "qwen3_moe"),
-        **fields,
-    )
-
-
-def _spread(model: torch.nn.Module, seed: int) -> None:
-    """Weights whose logits lie apart and whose vectors are not 1: no answer hangs on rounding."""
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=g)
-            if parameter.dim() == 1:
-                parameter.add_((0.3 * noise).to(parameter.dtype))
-            else:
-                scale = 4.0 if "embed" in name or "lm_head" in name else 2.0
-                parameter.copy_((noise * scale * parameter.shape[-1] ** -0.5).to(parameter.dtype))
-
-
-def _save(folder: Path, config: ModelConfig, tokenizer: Tokenizer, seed: int = 5) -> Path:
-    model = initialize(config, dtype=torch.float32, seed=seed)
-    _spread(model, seed)
-    save_pretrained(model, folder, tokenizer)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return _tokenizer()
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
     """A Hugging Face directory: architecture llama, its head not tied to its embedding."""
     folder = tmp_path_factory.mktemp("export") / "llama"
-    return _save(folder, _config("llama", tokenizer.vocab_size), tokenizer)
-
-
-@pytest.fixture(scope="module")
-def llama_cpp() -> Iterator[Any]:
-    module = pytest.importorskip("llama_cpp")
-    yield module
-
-
-def _greedy_llama_cpp(llama_cpp: Any, path: Path, ids: list[int], count: int) -> list[int]:
-    model = llama_cpp.Llama(
-        str(path),
-        n_ctx=128,
-        n_threads=1,
-        n_threads_batch=1,
-        logits_all=False,
-        verbose=False,
-        seed=0,
-    )
-    try:
-        answer: list[int] = []
-        for token in model.generate(ids, temp=0.0, repeat_penalty=1.0):
-            answer.append(token)
-            if len(answer) == count:
-                break
-        return answer
-    finally:
-        model.close()
-
-
-def _decided(path: Path, count: int) -> tuple[list[int], list[int]]:
-    """A prompt, of 64, and its greedy answer, of whose tokens none hangs on a rounding: the answer
-    with the largest distance between best and second logit where that is smallest."""
-    llm = LLM(path, activation="fp32")
-    g = torch.Generator().manual_seed(1)
-    prompts = torch.randint(3, llm.config.vocab_size, (64, 6), generator=g).tolist()
-    params = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True, logprobs=2)
-    best, found = 0.0, ([0], [0])
-    for prompt, output in zip(prompts, llm.generate(prompts, params), strict=True):
-        answer = output.outputs[0]
-        top = [sorted((p.logprob for p in place.values()), reverse=True)
-               for place in answer.logprobs]  # fmt: skip
-        margin = min(first - second for first, second, *_ in top)
-        if margin > best and len(set(answer.token_ids)) > 6:
-            best, found = margin, (prompt, answer.token_ids)
-    assert best > 0.25, f"answers hang on differences of {best}"
-    return found
+    return save_model(folder, small_config("llama", tokenizer.vocab_size), tokenizer)
 
 
 @pytest.mark.parametrize("type", ["f16", "bf16", "q8_0", "q4_0"])
 def test_llama_cpp_gives_the_same_greedy_tokens(
     type: str, llama: Path, tokenizer: Tokenizer, llama_cpp: Any, tmp_path: Path
 ) -> None:
-    _same_greedy(llama_cpp, llama, tmp_path / f"{type}.gguf", type, tokenizer)
+    same_greedy(llama_cpp, llama, tmp_path / f"{type}.gguf", type, tokenizer)
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama3-rope", "tied"])
@@ -186,35 +59,9 @@ def test_llama_cpp_gives_the_same_greedy_tokens_of_other_models(
         )  # fmt: skip
     model_type = kind if kind.startswith("qwen") else "llama"
     fields["tie_word_embeddings"] = kind in ("tied", "qwen2")
-    config = _config(model_type, tokenizer.vocab_size, **fields)
-    folder = _save(tmp_path / "model", config, tokenizer)
-    _same_greedy(llama_cpp, folder, tmp_path / "model.gguf", "bf16", tokenizer)
-
-
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "olmoe"])
-def test_llama_cpp_gives_the_same_greedy_tokens_of_mixtures(
-    kind: str, tokenizer: Tokenizer, llama_cpp: Any, tmp_path: Path
-) -> None:
-    """In float32: llama.cpp rounds what meets narrower weights, and routers choose otherwise."""
-    width = 64 if kind == "qwen3_moe" else 192
-    experts = MoeConfig(
-        num_experts=4, per_token=2, moe_intermediate_size=width, renormalize=kind != "olmoe"
-    )
-    config = _config(kind, tokenizer.vocab_size, experts=experts, qk_norm_whole=kind == "olmoe")
-    if kind == "olmoe":
-        config = replace(config, num_key_value_heads=4)
-    folder = _save(tmp_path / "model", config, tokenizer)
-    _same_greedy(llama_cpp, folder, tmp_path / "model.gguf", "f32", tokenizer)
-
-
-def _same_greedy(llama_cpp: Any, folder: Path, file: Path, type: str, tokenizer: Tokenizer) -> None:
-    source = open_weights(folder)
-    export_gguf(weights_of(source), file, type, Tokenizer.from_hf(folder))
-    prompt, answer = _decided(file, 16)
-    assert _greedy_llama_cpp(llama_cpp, file, prompt, 16) == answer
-    if type in ("f32", "f16", "bf16"):  # and the file holds the model
-        greedy = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
-        assert LLM(folder).generate([prompt], greedy)[0].outputs[0].token_ids == answer
+    config = small_config(model_type, tokenizer.vocab_size, **fields)
+    folder = save_model(tmp_path / "model", config, tokenizer)
+    same_greedy(llama_cpp, folder, tmp_path / "model.gguf", "bf16", tokenizer)
 
 
 def test_llama_cpp_cuts_text_as_the_tokenizer_does(
@@ -233,7 +80,7 @@ def test_llama_cpp_cuts_text_as_the_tokenizer_does(
 
 @pytest.mark.parametrize("pre", ["gpt-2", "smollm", "qwen2", "llama-bpe", "tekken", "stablelm2"])
 def test_a_tokenizer_comes_back_from_its_metadata(pre: str, tmp_path: Path) -> None:
-    tokenizer = _tokenizer(pre)
+    tokenizer = small_tokenizer(pre)
     if PRE_TOKENIZERS[pre].ignore_merges:
         parts = json.loads(tokenizer.to_json())
         parts["model"]["ignore_merges"] = True
@@ -375,7 +222,7 @@ def test_transformers_gives_equal_logits_of_an_exported_directory(
 def test_a_model_that_the_format_cannot_express_is_named(
     fields: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    config = replace(_config("qwen2", 300), **fields)
+    config = replace(small_config("qwen2", 300), **fields)
     model = initialize(config, dtype=torch.float32)
     with pytest.raises(ValueError, match=message):
         export_gguf(weights_of(model), tmp_path / "m.gguf", "bf16", None)
@@ -383,7 +230,7 @@ def test_a_model_that_the_format_cannot_express_is_named(
 
 
 def test_values_that_the_type_cannot_hold_are_named(tmp_path: Path) -> None:
-    model = initialize(_config("llama", 300), dtype=torch.float32)
+    model = initialize(small_config("llama", 300), dtype=torch.float32)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 4] = 7e4
     with pytest.raises(ValueError, match=r"up_proj.*too large for f16"):
