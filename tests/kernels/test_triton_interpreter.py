@@ -16,7 +16,7 @@ from types import ModuleType
 
 import pytest
 
-# the others import from the first
+# the others import from the first, quant_moe_cases from moe_cases too
 FILES = (
     "interpreter_cases",
     "attention_cases",
@@ -24,6 +24,7 @@ FILES = (
     "mla_attention_cases",
     "lm_head_cases",
     "moe_cases",
+    "quant_moe_cases",
     "moe_gate_cases",
 )
 
