@@ -35,6 +35,7 @@ fastllm bench decode prefill --quick
 fastllm bench linear --json linear.json
 fastllm bench decode --model ./model.gguf
 fastllm bench decode --model random-1b --device cuda
+fastllm bench train --case "135M full"
 fastllm bench moe --plot experts.png
 fastllm bench all --json bench/results/cpu.json
 """
@@ -45,6 +46,9 @@ def run(argv: Sequence[str]) -> int:
     parser = command_parser("bench", DESCRIPTION, EXAMPLES)
     parser.add_argument("suites", nargs="*", metavar="SUITE", help="names of suites, or all")
     parser.add_argument("--quick", action="store_true", help="fewer cases, shorter timing")
+    parser.add_argument(
+        "--case", metavar="TEXT", default="", help="only the cases whose names hold TEXT"
+    )
     parser.add_argument(
         "--model", default="smollm2", help="of end-to-end suites (default: smollm2)"
     )
@@ -81,11 +85,13 @@ def run(argv: Sequence[str]) -> int:
             write_rows(Path(options.json), measured)
 
     for name in names:
-        measure(suites[name], settings, keep)
+        measure(suites[name], settings, keep, options.case)
+    if not measured:
+        raise ValueError(f"--case {options.case!r}: no case of {', '.join(names)} holds that text")
     if options.json:
         print(f"{len(measured)} rows written to {options.json}")
     if options.plot and not pictures[0].plot(measured, Path(options.plot)):
-        raise ValueError("--plot: a quick run leaves out the cases of the picture")
+        raise ValueError("--plot: the cases of the picture are not among those that ran")
     return 0
 
 
@@ -105,8 +111,12 @@ def find_suites() -> dict[str, ModuleType]:
     return found
 
 
-def measure(suite: ModuleType, settings: Settings, keep: Callable[[Row], None]) -> None:
-    """Run one suite, giving each row to `keep` as it is measured, and print its table."""
+def measure(
+    suite: ModuleType, settings: Settings, keep: Callable[[Row], None], text: str = ""
+) -> None:
+    """Run a suite's cases whose names hold `text`, giving each row to `keep` as it is measured, and
+    print the table.
+    """
     from ..testing import machine
     from ..testing.suite import run_cases
 
@@ -120,7 +130,10 @@ def measure(suite: ModuleType, settings: Settings, keep: Callable[[Row], None]) 
 
     heading(f"{suite.SUITE}: {suite.TITLE}")
     note(machine.device_name(settings.device))
-    rows = run_cases(suite.cases(settings), report)
+    cases = (case for case in suite.cases(settings) if text in case.label)
+    rows = run_cases(cases, report)
+    if not rows:
+        return
     show(rows)
     summary = suite.summary(rows) if hasattr(suite, "summary") else []
     for line in (*notes, *summary):

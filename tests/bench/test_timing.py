@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from fastllm.cli.bench import find_suites, show, write_rows
+from fastllm.cli.bench import find_suites, measure, show, write_rows
 from fastllm.cli.demo import draw
 from fastllm.testing import suite, timing
 from fastllm.testing.suite import OURS, BenchCase, Row, Settings, Work, run_case
@@ -82,6 +83,18 @@ def test_rows_have_exactly_the_agreed_fields(tmp_path: Path) -> None:
     write_rows(tmp_path / "new" / "rows.json", [row])
     (written,) = json.loads((tmp_path / "new" / "rows.json").read_text())
     assert list(written) == COLUMNS == [field.name for field in fields(Row)]
+
+
+def test_only_cases_that_hold_the_text_run() -> None:
+    work = Work(functions={OURS: lambda: 0.5}, unit="ms", own_clock=True)
+    small = ModuleType("bench_small")
+    small.SUITE, small.TITLE = "small", "a suite"  # type: ignore[attr-defined]
+    labels = ("step 1", "step 2", "decode 1")
+    small.cases = lambda _: [replace(_case(work), label=n) for n in labels]  # type: ignore[attr-defined]
+    for text, wanted in (("step", ["step 1", "step 2"]), ("", list(labels)), ("none", [])):
+        rows: list[Row] = []
+        measure(small, Settings(), rows.append, text)
+        assert [row.case for row in rows] == wanted
 
 
 def test_losing_rows_are_shown(capsys: pytest.CaptureFixture[str]) -> None:

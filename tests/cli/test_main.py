@@ -121,6 +121,8 @@ def test_bench_lists_its_suites(capsys: pytest.CaptureFixture[str]) -> None:
     for suite in ("decode", "linear", "ops", "prefill"):
         assert suite in text
     assert cli.main(["bench", "nothing"]) == 2
+    assert cli.main(["bench", "moe", "--case", "nothing of that name"]) == 2
+    assert "--case 'nothing of that name'" in capsys.readouterr().err
 
 
 def test_plain_tables_are_aligned() -> None:
