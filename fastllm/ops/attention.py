@@ -92,9 +92,9 @@ def _attention_cpu(
     key_mask: Tensor | None, sinks: Tensor | None, *numbers: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     o = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype)
-    lse = torch.empty(lse_shape(q))
+    lse = torch.empty(lse_shape(q), dtype=torch.float32)
     size = _C.attention_scratch(q, k, v, cu_seqlens_q)
-    scratch = torch.empty(size) if size else None
+    scratch = torch.empty(size, dtype=torch.float32) if size else None
     _C.attention(
         o, lse, q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask, sinks, scratch, *numbers
     )  # fmt: skip
@@ -116,7 +116,7 @@ def _attention_backward_cpu(
     key_mask: Tensor | None, sinks: Tensor | None, *numbers: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
-    dsinks = torch.empty(0 if sinks is None else sinks.shape[0])
+    dsinks = torch.empty(0 if sinks is None else sinks.shape[0], dtype=torch.float32)
     batches = 1 if cu_seqlens_q is not None else q.shape[0]
     documents = batches if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     scratch = torch.empty(

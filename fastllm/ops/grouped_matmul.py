@@ -241,6 +241,7 @@ def grouped_matmul(
             f"got {bias.dtype} of {tuple(bias.shape)}"
         )
     _check_out_dtype(out_dtype)
+    bias = None if bias is None else bias.contiguous()
     return _grouped_matmul(x, weight, offsets, bias, False, out_dtype)
 
 

@@ -56,6 +56,11 @@ def rows_of(data: Tensor, format: str) -> int:
     return data.shape[2 if format == "f32" else -2]
 
 
+def rows_of_experts(data: Tensor, format: str) -> int:
+    """R of the weights `[E, ...]` of all experts of a layer, of which there may be none."""
+    return data.shape[3 if format == "f32" else -2]
+
+
 def columns_of(data: Tensor, format: str) -> int:
     """K as `data` tells it; for bf16 rounded up to even."""
     if format in DENSE:

@@ -124,16 +124,14 @@ _quant_moe = Op(
 )
 
 
-def rows_of_experts(data: Tensor, format: str) -> int:
-    """R, the rows that a pack of experts interleaves."""
-    return data.shape[3 if format == "f32" else -2]
-
-
 def _native_layout(x: Tensor, d1: Tensor, _: Any, f1: str, d2: Tensor, *rest: Any) -> bool:
     f2, weights, offsets, slots, b1, b2, base = rest[1], *rest[3:9]
     whole = (weights, offsets, slots, b1, b2)
     return (
-        all(rows_of_experts(d, f) == layout.ROWS_PER_GROUP["cpu"] for d, f in ((d1, f1), (d2, f2)))
+        all(
+            layout.rows_of_experts(d, f) == layout.ROWS_PER_GROUP["cpu"]
+            for d, f in ((d1, f1), (d2, f2))
+        )
         and all(t.stride(-1) == 1 for t in (x, base) if t is not None)
         and all(t.is_contiguous() for t in whole if t is not None)
     )
@@ -162,7 +160,7 @@ def _quant_moe_cpu(
 
 
 def _one_row_per_group(x: Tensor, d1: Tensor, _: Any, f1: str, d2: Tensor, *rest: Any) -> bool:
-    return rows_of_experts(d1, f1) == 1 and rows_of_experts(d2, rest[1]) == 1
+    return layout.rows_of_experts(d1, f1) == 1 and layout.rows_of_experts(d2, rest[1]) == 1
 
 
 @_quant_moe.impl("triton", "cuda", variants=VARIANTS, when=_one_row_per_group)

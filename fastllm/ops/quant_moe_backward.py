@@ -96,7 +96,8 @@ _quant_moe_backward = Op(
 
 
 def _rows_per_group(gate_up: Tensor, format: str, down: Tensor, down_format: str) -> set[int]:
-    return {layout.rows_of(gate_up[0], format), layout.rows_of(down[0], down_format)}
+    pairs = (gate_up, format), (down, down_format)
+    return {layout.rows_of_experts(data, name) for data, name in pairs}
 
 
 def _native_layout(

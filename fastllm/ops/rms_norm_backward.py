@@ -143,7 +143,7 @@ def _dweight_outputs(
         return None, None
     n = weight.shape[0]
     rows = x.numel() // n if n else 0
-    partial = torch.empty(_C.rms_norm_backward_scratch(rows, n))
+    partial = torch.empty(_C.rms_norm_backward_scratch(rows, n), dtype=torch.float32)
     return torch.empty(n, dtype=dtype), partial
 
 

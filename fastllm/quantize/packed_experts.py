@@ -150,7 +150,8 @@ def repack_(packed: PackedExperts, rows: Tensor) -> None:
 
 def unpack(packed: PackedExperts) -> Tensor:
     """The weights as float32 `[E, n, k]`."""
-    out = torch.empty((packed.experts, packed.n, packed.k), device=packed.device)
+    shape = packed.experts, packed.n, packed.k
+    out = torch.empty(shape, dtype=torch.float32, device=packed.device)
     for e in range(packed.experts):
         out[e] = unpack_weight(packed.expert(e))
     return out

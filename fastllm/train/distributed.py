@@ -151,7 +151,8 @@ def shard(model: Decoder, expert_parallel: int = 1) -> Decoder:
         `expert_parallel.ExpertGroup`; an expert is then gathered among those alone that hold it.
 
     Raises:
-        ValueError: if processes or experts are no multiple of `expert_parallel`.
+        ValueError: if processes or experts are no multiple of `expert_parallel`, or the rows of
+            an expert of the processes that share it.
     """
     _check_expert_parallel(model, expert_parallel)
     if world() == 1:
@@ -197,6 +198,16 @@ def _check_expert_parallel(model: Decoder, size: int) -> None:
         raise ValueError(
             f"expert_parallel {size} does not divide the {experts.num_experts} experts of a layer"
         )
+    holders = world() // size
+    for what, rows in (
+        ("hidden_size", model.config.hidden_size),
+        ("2 * moe_intermediate_size", 2 * experts.moe_intermediate_size),
+    ):
+        if rows % holders:
+            raise ValueError(
+                f"expert_parallel {size} leaves {holders} processes to share each expert, and "
+                f"{what} {rows} is no multiple of {holders}"
+            )
 
 
 def share_out_experts(model: Decoder, size: int, policy: MixedPrecisionPolicy) -> None:

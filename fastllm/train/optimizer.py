@@ -181,7 +181,7 @@ def _muon_step(
     momentum = local(state["momentum"])
     momentum.lerp_(g, 1 - group["momentum"])
     direction = g.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-    steps, stacked = group["newton_schulz_steps"], group["stacked"]
+    steps, stacked = group["newton_schulz_steps"], group.get("stacked", 1)
     update = local(_orthogonalize_like(direction.bfloat16(), p, steps, stacked))
     weight = local(state["master"] if "master" in state else p)
     size = torch.Size((p.shape[-2] // stacked, p.shape[-1]))

@@ -123,3 +123,10 @@ def test_bad_arguments_of_the_weights_gradient_are_named() -> None:
     for arguments, name in bad:
         with pytest.raises(ValueError, match=rf"^{name}\b"):
             grouped_weight_grad(*arguments)
+
+
+def test_a_bias_of_any_layout_is_read() -> None:
+    arguments = _arguments()
+    bias = torch.randn(4, 2, generator=torch.Generator().manual_seed(0)).T
+    wanted = grouped_matmul(**arguments, bias=bias.contiguous())
+    assert torch.equal(grouped_matmul(**arguments, bias=bias), wanted)

@@ -300,3 +300,18 @@ def test_the_native_door_checks_again() -> None:
         _C.moe_gate(long[2], long[1], *rest, long[0], None, *options)
     with pytest.raises(ValueError, match="d_z_sum"):
         _C.moe_gate_backward(f, f, i, weights, rest[1], rest[1], False, False, 1.0)
+
+
+def test_torchs_default_dtype_changes_nothing() -> None:
+    logits = torch.randn(64, 8, generator=generator()).requires_grad_()
+    wanted = moe_gate(logits, 2)
+    (slope,) = torch.autograd.grad(wanted.topk_weights[:, 0].sum() + wanted.z_sum, logits)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = moe_gate(logits, 2)
+        (again,) = torch.autograd.grad(found.topk_weights[:, 0].sum() + found.z_sum, logits)
+    finally:
+        torch.set_default_dtype(before)
+    for a, b in zip((*wanted, slope), (*found, again), strict=True):
+        assert torch.equal(a, b) and a.dtype == b.dtype

@@ -11,6 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastllm.ops import linear, moe, moe_gate
 from fastllm.testing.moe_problem import MoeProblem
+from fastllm.testing.opinfo import ulp
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -46,11 +47,13 @@ def test_a_compiled_step_gives_the_eager_bits(
     torch.compiler.reset()
     compiled = torch.compile(step, fullgraph=True, backend=backend)
     eager = torch.autograd.grad(step(*args), args)
-    for a, b in zip(eager, torch.autograd.grad(compiled(*args), args), strict=True):
-        if backend == "inductor":  # adds up the three gradients of x without rounding between them
-            torch.testing.assert_close(a, b)
-        else:
-            assert torch.equal(a, b)
+    found = torch.autograd.grad(compiled(*args), args)
+    if backend == "inductor":  # adds up the three gradients of x without rounding between them
+        largest = eager[0].abs().max().item()
+        assert (eager[0] - found[0]).abs().max().item() <= 2 * ulp(dtype, largest)
+        eager, found = eager[1:], found[1:]
+    for a, b in zip(eager, found, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_a_compiled_step_takes_any_number_of_tokens_without_compiling_again() -> None:

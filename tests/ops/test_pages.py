@@ -96,3 +96,7 @@ def test_no_more_than_a_bounded_amount_of_memory_is_remembered() -> None:
     blocks = [recent.take(6 << 20) for _ in range(4)]
     assert [len(block) for block in recent._blocks] == [6 << 20] * 2
     assert recent._blocks[-1] is blocks[-1]
+
+
+def test_the_storage_of_large_memory_is_what_was_asked_for() -> None:
+    assert large_empty((5 << 20,), torch.uint8, "cpu").untyped_storage().nbytes() == 5 << 20

@@ -310,3 +310,14 @@ def test_bad_arguments_are_named() -> None:
     ]:
         with pytest.raises(ValueError, match=rf"\b{name}\b"):
             quant_moe(**{**good, **changed})
+
+
+def test_a_slice_without_experts_gives_zeros_and_no_gradient() -> None:
+    gate_up, down = (
+        pack_experts("f32", torch.zeros(0, *size), "cpu") for size in ((10, 8), (8, 5))
+    )
+    x = torch.randn(3, 8, generator=generator()).requires_grad_()
+    ids, weights = torch.zeros(3, 2, dtype=torch.int32), torch.ones(3, 2)
+    y = quant_moe(x, gate_up.parts, down.parts, 5, ids, weights, mode="fp32", first_expert=4)
+    y.sum().backward()
+    assert not y.any() and x.grad is not None and not x.grad.any()

@@ -185,6 +185,21 @@ def test_a_state_of_another_shape_is_refused() -> None:
         optimizer.load_state_dict(state)
 
 
+def test_a_state_from_before_stacked_matrices_is_read() -> None:
+    params, others = twins()
+    optimizer = make("muon", params)
+    optimizer.initialize_state()
+    state = copy.deepcopy(optimizer.state_dict())
+    for group in state["param_groups"]:
+        group.pop("stacked", None)
+    other = make("muon", others)
+    other.load_state_dict(state)
+    for some, stepper in ((params, optimizer), (others, other)):
+        set_gradients(some, 0)
+        stepper.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
+
+
 def test_grad_scale_is_the_gradient_multiplied() -> None:
     for kind in ("adamw", "muon"):
         ours, theirs = twins()
