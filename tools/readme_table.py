@@ -83,7 +83,8 @@ def main() -> None:
         for suites, beginnings in TABLES:
             part = shown(rows, suites, beginnings)
             used = " ".join(dict.fromkeys(row["suite"] for row in part))
-            caption = f"{part[0]['device']}, {date}, commit {part[0]['commit']}" if part else ""
+            commits = ", ".join(dict.fromkeys(row["commit"] for row in part))
+            caption = f"{part[0]['device']}, {date}, commit {commits}" if part else ""
             parts += [markdown(part, words), f"`fastllm bench {used}`: {caption}"] if part else []
         text = replace(path.read_text(encoding="utf-8"), "\n\n".join(parts))
         path.write_text(text, encoding="utf-8")
