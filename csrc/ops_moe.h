@@ -177,15 +177,9 @@ MoeBackwardArgs moe_backward_args(Tensor dx, Tensor dgate_up, Tensor ddown, Tens
                                   Tensor slots, Tensor pre, Tensor down_bias, Tensor dpre,
                                   Tensor weighted, Tensor dx_rows, Tensor row_of, int64_t gating);
 
-struct PackedExperts {
-  const uint8_t* data;
-  const uint16_t* scales;
-  int64_t data_bytes, scales_count;  // of one expert
-  Format format;
-};
 struct QuantMoeBackwardArgs {
   MoeRows rows;
-  PackedExperts gate_up, down;
+  ExpertWeights gate_up, down;
 };
 QuantMoeBackwardArgs quant_moe_backward_args(Tensor dx, Tensor dw, Tensor dy, Tensor gate_up,
                                              Tensor gate_up_scales, int64_t gate_up_format,

@@ -1,4 +1,4 @@
-#include "api/packed.h"
+#include "api/experts.h"
 #include "common/check.h"
 #include "ops.h"
 
@@ -40,8 +40,6 @@ MoeArgs layer(const char* op, const Tensor& y, const Tensor& pre, const Tensor& 
   check(
       !base.given() || (is_float(base) && is_matrix(base, tokens, hidden) && rows_contiguous(base)),
       op, "base must be f32 or bf16 shaped like x, rows contiguous");
-  check(gating >= 0 && gating <= static_cast<int64_t>(Gating::swiglu_oai), op,
-        "unknown activation");
   check(scratch.given(), op, "scratch is missing");
   check_scratch(scratch, moe_scratch(tokens, hidden, count, inner), op);
   return {.y = y.data,
@@ -68,12 +66,12 @@ MoeArgs layer(const char* op, const Tensor& y, const Tensor& pre, const Tensor& 
           .gate_up_bias_type = gate_up_bias.dtype,
           .down_bias_type = down_bias.dtype,
           .base_type = base.dtype,
-          .gating = static_cast<Gating>(gating),
+          .gating = parse_gating(gating, op),
           .mode = Activation::fp32};
 }
 
 ExpertWeights plain(const Tensor& weight) {
-  const int64_t size = weight.dtype == DType::bf16 ? 2 : 4;
+  const int64_t size = float_bytes(weight.dtype);
   return {.data = weight.as<char>(),
           .scales = nullptr,
           .expert_bytes = weight.stride[0] * size,
@@ -82,31 +80,15 @@ ExpertWeights plain(const Tensor& weight) {
           .format = weight.dtype == DType::bf16 ? Format::bf16 : Format::f32};
 }
 
-Tensor one_expert(Tensor t) {
-  for (int i = 1; i < t.ndim; ++i) t.shape[i - 1] = t.shape[i], t.stride[i - 1] = t.stride[i];
-  t.ndim -= 1;
-  return t;
-}
-
 ExpertWeights packed(const char* op, const Tensor& data, const Tensor& scales, int64_t code,
                      int64_t experts, int64_t n, int64_t k, DType x_type, Activation mode) {
-  const Format format = parse_format(code, op);
-  check(data.ndim >= 1 && scales.ndim >= 1 && data.shape[0] == experts &&
-            scales.shape[0] == experts && data.contiguous() && scales.contiguous(),
-        op, "data and scales must be contiguous, experts first");
-  if (experts) check_packed(one_expert(data), one_expert(scales), format, n, k, op);
-  const DType needed = is_dense(format)           ? data.dtype
+  const ExpertWeights weights = packed_experts(data, scales, code, experts, n, k, op);
+  const DType needed = is_dense(weights.format)   ? data.dtype
                        : mode == Activation::int8 ? x_type
                        : mode == Activation::bf16 ? DType::bf16
                                                   : DType::f32;
   check(x_type == needed, op, "x has another dtype than format and mode need");
-  const int64_t size = data.dtype == DType::u8 ? 1 : data.dtype == DType::bf16 ? 2 : 4;
-  return {.data = data.as<char>(),
-          .scales = scales.as<uint16_t>(),
-          .expert_bytes = experts ? data.numel() / experts * size : 0,
-          .expert_scales = experts ? scales.numel() / experts : 0,
-          .row_bytes = 0,
-          .format = format};
+  return weights;
 }
 
 }  // namespace
@@ -120,13 +102,8 @@ MoeArgs moe_args(Tensor y, Tensor pre, Tensor x, Tensor gate_up, Tensor down, Te
                  int64_t gating, Tensor scratch) {
   const char* op = "moe";
   check_rows(x, op);
-  check(gate_up.ndim == 3 && gate_up.dtype == x.dtype && rows_contiguous(gate_up) &&
-            gate_up.shape[1] % 2 == 0 && gate_up.shape[2] == x.shape[1],
-        op, "gate_up must be [experts, 2 inner, hidden] in the dtype of x, rows contiguous");
+  check_expert_rows(x, gate_up, down, op);
   const int64_t experts = gate_up.shape[0], inner = gate_up.shape[1] / 2;
-  check(down.ndim == 3 && down.dtype == x.dtype && rows_contiguous(down) &&
-            down.shape[0] == experts && down.shape[1] == x.shape[1] && down.shape[2] == inner,
-        op, "down must be [experts, hidden, inner] in the dtype of x, rows contiguous");
   MoeArgs a = layer(op, y, pre, x, weights, offsets, slots, gate_up_bias, down_bias, base, gating,
                     scratch, experts, inner);
   a.gate_up = plain(gate_up);

@@ -1,4 +1,4 @@
-#include "api/packed.h"
+#include "api/experts.h"
 #include "common/check.h"
 #include "ops_moe.h"
 
@@ -15,8 +15,6 @@ MoeRows moe_rows(const char* op, Sizes n, Tensor dx, Tensor dw, Tensor dy, Tenso
                  Tensor dx_rows, Tensor row_of, int64_t gating) {
   const DType type = dy.dtype;
   const int64_t count = n.tokens * n.per_token;
-  check(gating >= 0 && gating <= static_cast<int64_t>(Gating::swiglu_oai), op,
-        "unknown activation");
   check(w.dtype == DType::f32 && w.ndim == 2 && w.contiguous(), op,
         "the gate weights must be contiguous f32 [tokens, k]");
   check(count < (int64_t{1} << 31), op, "there must be fewer than 2^31 slots");
@@ -66,7 +64,7 @@ MoeRows moe_rows(const char* op, Sizes n, Tensor dx, Tensor dw, Tensor dy, Tenso
           .row_of = row_of.as<int32_t>(),
           .type = type,
           .down_bias_type = down_bias.dtype,
-          .gating = static_cast<Gating>(gating),
+          .gating = parse_gating(gating, op),
           .tokens = n.tokens,
           .per_token = n.per_token,
           .hidden = n.hidden,
@@ -89,29 +87,6 @@ void check_bias_gradient(const Tensor& grad, const Tensor& weight, const char* o
         op, "a bias's gradient must be contiguous f32 [experts, rows of the weight]");
 }
 
-PackedExperts packed_experts(const Tensor& data, const Tensor& scales, int64_t format, int64_t n,
-                             int64_t k, const char* op) {
-  check(data.ndim >= 2 && scales.ndim >= 1 && data.shape[0] == scales.shape[0] &&
-            data.contiguous() && scales.contiguous(),
-        op, "data and scales of experts must be contiguous [experts, ...]");
-  const auto first = [](const Tensor& all) {
-    Tensor one = all;
-    --one.ndim;
-    for (int i = 0; i < one.ndim; ++i)
-      one.shape[i] = all.shape[i + 1], one.stride[i] = all.stride[i + 1];
-    return one;
-  };
-  const Tensor rows = first(data);
-  const Format parsed = parse_format(format, op);
-  check_packed(rows, first(scales), parsed, n, k, op);
-  const int64_t bytes = rows.dtype == DType::u8 ? 1 : float_bytes(rows.dtype);
-  return {.data = data.as<uint8_t>(),
-          .scales = scales.as<uint16_t>(),
-          .data_bytes = rows.numel() * bytes,
-          .scales_count = first(scales).numel(),
-          .format = parsed};
-}
-
 }  // namespace
 
 MoeBackwardArgs moe_backward_args(Tensor dx, Tensor dgate_up, Tensor ddown, Tensor dw,
@@ -123,13 +98,7 @@ MoeBackwardArgs moe_backward_args(Tensor dx, Tensor dgate_up, Tensor ddown, Tens
   check_rows(x, op);
   check(dy.dtype == x.dtype && rows_contiguous(dy) && same_shape(dy, x), op,
         "dy must have the dtype and shape of x, rows contiguous");
-  check(gate_up.ndim == 3 && gate_up.dtype == x.dtype && rows_contiguous(gate_up) &&
-            gate_up.shape[2] == x.shape[1],
-        op, "gate_up must be [experts, 2 inner, hidden] in the dtype of x, rows contiguous");
-  check(down.ndim == 3 && down.dtype == x.dtype && rows_contiguous(down) &&
-            down.shape[0] == gate_up.shape[0] && down.shape[1] == x.shape[1] &&
-            2 * down.shape[2] == gate_up.shape[1],
-        op, "down must be [experts, hidden, inner] in the dtype of x, rows contiguous");
+  check_expert_rows(x, gate_up, down, op);
   check(w.ndim == 2 && w.shape[0] == x.shape[0], op, "the gate weights must be [tokens, k]");
   check_gradient(dgate_up, gate_up, op);
   check_gradient(ddown, down, op);
@@ -169,13 +138,11 @@ QuantMoeBackwardArgs quant_moe_backward_args(Tensor dx, Tensor dw, Tensor dy, Te
   check(pre.ndim == 2 && pre.shape[1] % 2 == 0, op, "pre must be [rows, 2 inner]");
   const int64_t hidden = dy.shape[1], inner = pre.shape[1] / 2;
   const Sizes n{dy.shape[0], w.shape[1], hidden, inner, gate_up.ndim > 0 ? gate_up.shape[0] : 0};
-  const PackedExperts down_experts =
-      packed_experts(down, down_scales, down_format, hidden, inner, op);
-  check(down.shape[0] == n.experts, op, "gate_up and down must have the same experts");
   return {.rows = moe_rows(op, n, dx, dw, dy, w, offsets, slots, pre, down_bias, dpre, Tensor{},
                            dx_rows, row_of, gating),
-          .gate_up = packed_experts(gate_up, gate_up_scales, gate_up_format, 2 * inner, hidden, op),
-          .down = down_experts};
+          .gate_up = packed_experts(gate_up, gate_up_scales, gate_up_format, n.experts, 2 * inner,
+                                    hidden, op),
+          .down = packed_experts(down, down_scales, down_format, n.experts, hidden, inner, op)};
 }
 
 }  // namespace fastllm

@@ -10,9 +10,10 @@ template <class D>
 struct PackedStrips {
   const QuantMoeBackwardArgs& a;
 
-  static void strip(const PackedExperts& w, int64_t n, int64_t k, int64_t expert, int64_t panel,
+  static void strip(const ExpertWeights& w, int64_t n, int64_t k, int64_t expert, int64_t panel,
                     int count, uint32_t* to) {
-    const PackedRows rows{w.data + expert * w.data_bytes, w.scales + expert * w.scales_count, n, k};
+    const auto* data = reinterpret_cast<const uint8_t*>(w.data) + expert * w.expert_bytes;
+    const PackedRows rows{data, w.scales + expert * w.expert_scales, n, k};
     switch (w.format) {
       case Format::q4_0: return unpack_strip<Q4_0, D>(rows, panel, count, to);
       case Format::q4_1: return unpack_strip<Q4_1, D>(rows, panel, count, to);

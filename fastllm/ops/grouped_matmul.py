@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import _C
 from .checks import values_readable
+from .linear import contiguous_rows
 from .registry import Op, gradient_dtype
 
 _FLOATS = (torch.float32, torch.bfloat16)
@@ -92,12 +93,6 @@ _grouped_matmul = Op(
 )
 
 
-def rows_of(x: Tensor) -> Tensor:
-    """x with contiguous rows: gradients come as autograd makes them, expanded ones too."""
-    # An expanded tensor without elements is contiguous to torch, whatever its strides.
-    return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
-
-
 def _dense_weight(x: Tensor, weight: Tensor, *_: Any) -> bool:
     return weight.stride(-1) == 1
 
@@ -113,7 +108,7 @@ def _grouped_matmul_cpu(
 ) -> Tensor:
     n = weight.shape[2 if transposed else 1]
     y = torch.empty((x.shape[0], n), dtype=out_dtype or x.dtype)
-    _C.grouped_matmul(y, rows_of(x), weight, offsets, bias, transposed)
+    _C.grouped_matmul(y, contiguous_rows(x), weight, offsets, bias, transposed)
     return y
 
 
@@ -163,7 +158,7 @@ def _grouped_weight_grad_cpu(
 ) -> Tensor:
     shape = (offsets.shape[0] - 1, dy.shape[1], x.shape[1])
     out = torch.empty(shape, dtype=out_dtype or x.dtype)
-    _C.grouped_weight_grad(out, rows_of(dy), rows_of(x), offsets)
+    _C.grouped_weight_grad(out, contiguous_rows(dy), contiguous_rows(x), offsets)
     return out
 
 

@@ -91,6 +91,12 @@ def as_rows(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
+def contiguous_rows(x: Tensor) -> Tensor:
+    """x, or a copy where its columns do not lie side by side: gradients come expanded too."""
+    # An expanded tensor without elements is contiguous to torch, whatever its strides.
+    return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
+
+
 def prepared_rows(x2: Tensor) -> Tensor | None:
     """Memory in which all threads prepare the rows of x `[m, k]` together, or None.
 

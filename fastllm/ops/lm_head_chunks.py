@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .linear import contiguous_rows
 from .linear_cross_entropy import _linear_cross_entropy
 from .linear_kl import (
     _linear_kl,
@@ -78,7 +79,7 @@ class Logits:
     """
 
     def __init__(self, backend: Backend, head: Head, x: Tensor, free: Tensor | None = None) -> None:
-        self.backend, self.head, self.x = backend, head, with_contiguous_rows(x)
+        self.backend, self.head, self.x = backend, head, contiguous_rows(x)
         self.most = backend.logit_rows(head.n)
         self.memory: Tensor | None = None
         if backend.keeps_memory:
@@ -100,16 +101,11 @@ def _float_view(free: Tensor | None, shape: Sequence[int]) -> Tensor | None:
     return free.view(-1).view(torch.uint8)[:nbytes].view(torch.float32).view(shape)
 
 
-def with_contiguous_rows(x: Tensor) -> Tensor:
-    """x, or a copy where its columns do not lie side by side."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 class Rows:
     """The rows of x that count; their results go to the places they came from."""
 
     def __init__(self, x: Tensor, target: Tensor | None, ignore_index: int, gather: bool) -> None:
-        self.x = with_contiguous_rows(x)
+        self.x = contiguous_rows(x)
         self.tokens = self.count = x.shape[0]
         self.index: Tensor | None = None
         self.ignored: Tensor | None = None

@@ -24,7 +24,8 @@ from torch import Tensor
 from .. import _C
 from .checks import values_readable
 from .gated_activation import ACTIVATIONS, check_activation, gated_activation
-from .grouped_matmul import expert_ranges, rows_of
+from .grouped_matmul import expert_ranges
+from .linear import contiguous_rows
 from .moe_backward import moe_backward
 from .moe_dispatch import check_choices, check_dispatch, moe_dispatch
 from .pages import large_empty
@@ -229,8 +230,8 @@ def moe(
         activation, first_expert, dispatch, out_dtype,
     )  # fmt: skip
     offsets, slots = dispatch or moe_dispatch(topk_ids, gate_up.shape[0], first_expert or 0)
-    x, gate_up, down = (rows_of(t) for t in (x, gate_up, down))
-    base = None if base is None else rows_of(base)
+    x, gate_up, down = (contiguous_rows(t) for t in (x, gate_up, down))
+    base = None if base is None else contiguous_rows(base)
     gate_up_bias, down_bias = (
         None if t is None else t.contiguous() for t in (gate_up_bias, down_bias)
     )

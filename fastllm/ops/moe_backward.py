@@ -23,7 +23,8 @@ from torch import Tensor
 
 from .. import _C
 from .gated_activation import ACTIVATIONS, gated_activation, gated_gradients
-from .grouped_matmul import expert_ranges, rows_of
+from .grouped_matmul import expert_ranges
+from .linear import contiguous_rows
 from .pages import large_empty
 from .registry import Op
 
@@ -62,9 +63,10 @@ def expert_rows(
     gate, up = pre[rows].float().chunk(2, -1)
     a = gated_activation(gate, up, activation).to(dtype).float()
     by_gate, by_up = gated_gradients(gate, up, activation)
-    da = g[tokens] @ down
+    rows_g = g[tokens]
+    da = rows_g @ down
     dpre = torch.cat((by_gate * (w * da), by_up * (w * da)), -1).to(dtype).float()
-    return ExpertRows(rows, s, tokens, g[tokens], w, a, da, dpre)
+    return ExpertRows(rows, s, tokens, rows_g, w, a, da, dpre)
 
 
 def slot_sums(dx_slots: Tensor, dtype: torch.dtype) -> Tensor:
@@ -208,8 +210,8 @@ def _moe_backward_cpu(
     hidden, inner = down.shape[1:]
     _C.moe_backward(
         *(t if want else None for t, want in zip(found, wanted, strict=True)),
-        rows_of(dy.to(x.dtype)),
-        rows_of(x),
+        contiguous_rows(dy.to(x.dtype)),
+        contiguous_rows(x),
         gate_up,
         down,
         topk_weights.contiguous(),

@@ -15,7 +15,8 @@ from torch import Tensor
 from .. import _C
 from . import packed_layout as layout
 from .gated_activation import ACTIVATIONS
-from .grouped_matmul import expert_ranges, rows_of
+from .grouped_matmul import expert_ranges
+from .linear import contiguous_rows
 from .moe import activated, check_moe, combine_ref, records_gradient
 from .moe_dispatch import moe_dispatch
 from .pages import large_empty
@@ -231,12 +232,12 @@ def quant_moe(
         first_expert, dispatch, out_dtype,
     )  # fmt: skip
     offsets, slots = dispatch or moe_dispatch(topk_ids, experts, first_expert or 0)
-    base = None if base is None else rows_of(base)
+    base = None if base is None else contiguous_rows(base)
     gate_up_bias, down_bias = (
         None if t is None else t.contiguous() for t in (gate_up_bias, down_bias)
     )
     y, _ = _quant_moe(
-        rows_of(x), *gate_up, *down, inner, topk_weights.contiguous(), offsets, slots,
+        contiguous_rows(x), *gate_up, *down, inner, topk_weights.contiguous(), offsets, slots,
         gate_up_bias, down_bias, base, activation, mode, records_gradient((x, topk_weights)),
         out_dtype,
     )  # fmt: skip

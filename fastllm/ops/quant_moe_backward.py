@@ -14,7 +14,8 @@ from torch import Tensor
 from .. import _C
 from . import packed_layout as layout
 from .gated_activation import ACTIVATIONS
-from .grouped_matmul import expert_ranges, rows_of
+from .grouped_matmul import expert_ranges
+from .linear import contiguous_rows
 from .moe_backward import expert_rows, slot_sums
 from .pages import large_empty
 from .registry import Op
@@ -132,7 +133,7 @@ def _quant_moe_backward_cpu(
     _C.quant_moe_backward(
         dx if wanted[0] else None,
         dw if wanted[1] else None,
-        rows_of(dy.to(pre.dtype)),
+        contiguous_rows(dy.to(pre.dtype)),
         gate_up,
         gate_up_scales,
         layout.FORMATS.index(gate_up_format),

@@ -1,0 +1,47 @@
+// Checks of experts' weights that several ops share.
+#pragma once
+#include "api/packed.h"
+#include "ops_moe.h"
+
+namespace fastllm {
+
+inline Gating parse_gating(int64_t code, const char* op) {
+  check(code >= 0 && code <= static_cast<int64_t>(Gating::swiglu_oai), op, "unknown activation");
+  return static_cast<Gating>(code);
+}
+
+// gate_up [experts, 2 inner, hidden] and down [experts, hidden, inner] in rows, for x [m, hidden].
+inline void check_expert_rows(const Tensor& x, const Tensor& gate_up, const Tensor& down,
+                              const char* op) {
+  check(gate_up.ndim == 3 && gate_up.dtype == x.dtype && rows_contiguous(gate_up) &&
+            gate_up.shape[1] % 2 == 0 && gate_up.shape[2] == x.shape[1],
+        op, "gate_up must be [experts, 2 inner, hidden] in the dtype of x, rows contiguous");
+  check(down.ndim == 3 && down.dtype == x.dtype && rows_contiguous(down) &&
+            down.shape[0] == gate_up.shape[0] && down.shape[1] == x.shape[1] &&
+            2 * down.shape[2] == gate_up.shape[1],
+        op, "down must be [experts, hidden, inner] in the dtype of x, rows contiguous");
+}
+
+// data and scales hold the packs of n rows of k columns of all experts.
+inline ExpertWeights packed_experts(const Tensor& data, const Tensor& scales, int64_t code,
+                                    int64_t experts, int64_t n, int64_t k, const char* op) {
+  const Format format = parse_format(code, op);
+  check(data.ndim >= 1 && scales.ndim >= 1 && data.shape[0] == experts &&
+            scales.shape[0] == experts && data.contiguous() && scales.contiguous(),
+        op, "data and scales must be contiguous, experts first");
+  const auto one_expert = [](Tensor t) {
+    for (int i = 1; i < t.ndim; ++i) t.shape[i - 1] = t.shape[i], t.stride[i - 1] = t.stride[i];
+    t.ndim -= 1;
+    return t;
+  };
+  if (experts) check_packed(one_expert(data), one_expert(scales), format, n, k, op);
+  const int64_t size = data.dtype == DType::u8 ? 1 : float_bytes(data.dtype);
+  return {.data = data.as<char>(),
+          .scales = scales.as<uint16_t>(),
+          .expert_bytes = experts ? data.numel() / experts * size : 0,
+          .expert_scales = experts ? scales.numel() / experts : 0,
+          .row_bytes = 0,
+          .format = format};
+}
+
+}  // namespace fastllm
