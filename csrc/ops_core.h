@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 
+#include "common/formats.h"
 #include "common/team.h"
 #include "common/tensor.h"
 
@@ -49,9 +50,8 @@ constexpr int64_t rms_norm_chunk_rows(int64_t n) {
 }
 int64_t rms_norm_backward_scratch(int64_t rows, int64_t n);  // floats of `partial`
 
-// How a weight is packed; the layouts are described in fastllm/ops/packed_layout.py.
-enum class Format : uint8_t { q4_0, q4_1, q8_0, bf16, f32 };
-enum class Activation : uint8_t { int8, bf16, fp32 };
+// What x is brought to before it meets quantized weights.
+enum class Activation : uint8_t { int8, bf16, fp32, fp8 };
 
 // Where a product goes: y[m, n] = round(sums + bias), or round(base + scale * sums).
 struct MatmulOutput {
@@ -70,7 +70,7 @@ struct QuantMatmulArgs {
   MatmulOutput out;
   const void* x;  // [m, k], rows contiguous
   const void* data;
-  const uint16_t* scales;
+  const void* scales;
   void* scratch;  // prepared_bytes(m, k): rows that all threads share; null: each prepares its own
   DType x_type;
   Format format;

@@ -25,7 +25,7 @@ inline void check_expert_rows(const Tensor& x, const Tensor& gate_up, const Tens
 // data and scales hold the packs of n rows of k columns of all experts.
 inline ExpertWeights packed_experts(const Tensor& data, const Tensor& scales, int64_t code,
                                     int64_t experts, int64_t n, int64_t k, const char* op) {
-  const Format format = parse_format(code, op);
+  const Format format = parse_basic_format(code, op);
   check(data.ndim >= 1 && scales.ndim >= 1 && data.shape[0] == experts &&
             scales.shape[0] == experts && data.contiguous() && scales.contiguous(),
         op, "data and scales must be contiguous, experts first");

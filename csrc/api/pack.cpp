@@ -7,7 +7,7 @@ namespace fastllm {
 PackArgs pack_args(Tensor data, Tensor scales, Tensor rows, int64_t format_code, int64_t n,
                    int64_t k) {
   const char* op = "pack";
-  const Format format = parse_format(format_code, op);
+  const Format format = parse_basic_format(format_code, op);
   check_packed(data, scales, format, n, k, op);
   check(rows.ndim == 2 && rows.shape[0] == n && rows_contiguous(rows), op,
         "rows must have n contiguous rows");

@@ -1,16 +1,30 @@
 // Checks of packed weights that several ops share.
 #pragma once
+#include <initializer_list>
+
 #include "common/check.h"
 #include "ops_core.h"
 
 namespace fastllm {
 
 inline Format parse_format(int64_t code, const char* op) {
+  check(code >= 0 && code < kFormats, op, "unknown format");
+  return static_cast<Format>(code);
+}
+// The formats that ops other than quant_matmul serve.
+inline Format parse_basic_format(int64_t code, const char* op) {
   check(code >= 0 && code <= static_cast<int64_t>(Format::f32), op, "unknown format");
   return static_cast<Format>(code);
 }
 inline int64_t float_bytes(DType dtype) { return dtype == DType::bf16 ? 2 : 4; }
-inline bool is_dense(Format f) { return f == Format::bf16 || f == Format::f32; }
+
+inline bool has_shape(const Tensor& t, std::initializer_list<int64_t> shape) {
+  if (t.ndim != static_cast<int>(shape.size())) return false;
+  int i = 0;
+  for (int64_t size : shape)
+    if (t.shape[i++] != size) return false;
+  return true;
+}
 
 // data and scales hold n rows of k columns in panels of 16 rows.
 inline void check_packed(const Tensor& data, const Tensor& scales, Format format, int64_t n,
@@ -18,27 +32,25 @@ inline void check_packed(const Tensor& data, const Tensor& scales, Format format
   constexpr int64_t rows = 16;
   check(n >= 0 && k >= 0, op, "n and k must not be negative");
   check(data.contiguous() && scales.contiguous(), op, "data and scales must be contiguous");
-  const int64_t groups = (n + rows - 1) / rows;
+  const int64_t panels = (n + rows - 1) / rows;
+  const FormatLayout layout = layout_of(format);
   if (is_dense(format)) {
     const bool bf16 = format == Format::bf16;
-    check(data.dtype == (bf16 ? DType::bf16 : DType::f32), op,
-          "data has another dtype than its format");
-    check(bf16 ? data.ndim == 4 && data.shape[0] == groups && data.shape[1] == (k + 1) / 2 &&
-                     data.shape[2] == rows && data.shape[3] == 2
-               : data.ndim == 3 && data.shape[0] == groups && data.shape[1] == k &&
-                     data.shape[2] == rows,
-          op, "data has another shape than its format needs");
+    check(data.dtype == layout.scales, op, "data has another dtype than its format");
+    check(
+        bf16 ? has_shape(data, {panels, (k + 1) / 2, rows, 2}) : has_shape(data, {panels, k, rows}),
+        op, "data has another shape than its format needs");
     return;
   }
-  const int64_t words = format == Format::q8_0 ? 8 : 4, sides = format == Format::q4_1 ? 2 : 1;
-  check(k % 32 == 0, op, "k must be a multiple of 32");
-  check(data.dtype == DType::u8 && data.ndim == 5 && data.shape[0] == groups &&
-            data.shape[1] == k / 32 && data.shape[2] == words && data.shape[3] == rows &&
-            data.shape[4] == 4,
-        op, "data has another shape than its format needs");
-  check(scales.dtype == DType::f16 && scales.ndim == 4 && scales.shape[0] == groups &&
-            scales.shape[1] == k / 32 && scales.shape[2] == sides && scales.shape[3] == rows,
-        op, "scales have another shape than the format needs");
+  check(k % layout.columns == 0, op, "k is no multiple of the columns that the format needs");
+  check(data.dtype == DType::u8 && has_shape(data, {panels, k / 32, layout.words, rows, 4}), op,
+        "data has another shape than its format needs");
+  const int64_t groups = layout.group == 0 ? 1 : (k + layout.group - 1) / layout.group;
+  check(scales.dtype == layout.scales &&
+            (layout.record > 0   ? has_shape(scales, {panels, k / 256, layout.record * rows})
+             : layout.record < 0 ? has_shape(scales, {panels, row_scale_bytes(format, k) * rows})
+                                 : has_shape(scales, {panels, groups, layout.sides, rows})),
+        op, "scales have another shape or dtype than the format needs");
 }
 
 // y [m, n] and bias [n] of a product; x [m, k]; scratch for prepared rows.

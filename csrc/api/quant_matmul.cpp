@@ -39,7 +39,7 @@ QuantMatmulArgs quant_matmul_args(Tensor y, Tensor x, Tensor data, Tensor scales
                                   int64_t format_code, int64_t n, Tensor bias, int64_t activation,
                                   Tensor scratch) {
   const char* op = "quant_matmul";
-  const Format format = parse_format(format_code, op);
+  const Format format = parse_basic_format(format_code, op);
   check_rows(x, op);
   check_packed(data, scales, format, n, x.shape[1], op);
   check_scratch(scratch, prepared_bytes(x.shape[0], x.shape[1]), op);
@@ -53,7 +53,7 @@ QuantMatmulArgs quant_matmul_args(Tensor y, Tensor x, Tensor data, Tensor scales
   return {.out = matmul_output(y, bias, x.shape[0], n, op),
           .x = x.data,
           .data = data.data,
-          .scales = scales.as<uint16_t>(),
+          .scales = scales.data,
           .scratch = scratch.given() ? scratch.data : nullptr,
           .x_type = x.dtype,
           .format = format,

@@ -19,7 +19,7 @@ struct Blocks {
     return static_cast<const uint8_t*>(a.data) + panel * blocks * block_bytes<F>;
   }
   const uint16_t* scales(int64_t panel) const {
-    return a.scales + panel * blocks * block_scales<F>;
+    return static_cast<const uint16_t*>(a.scales) + panel * blocks * block_scales<F>;
   }
   void prefetch_panel(int64_t panel) const {
     prefetch_range(data(panel), blocks * block_bytes<F>);
@@ -114,6 +114,7 @@ void quant_matmul(const QuantMatmulArgs& a, const Team& team) {
     case Format::q8_0: return quantized<Q8_0>(a, team);
     case Format::bf16: return product(DenseProduct<Bf16Dense>(a), a.out, a.m, a.scratch, team);
     case Format::f32: return product(DenseProduct<Float32>(a), a.out, a.m, a.scratch, team);
+    default: return;
   }
 }
 

@@ -39,6 +39,7 @@ void with_experts(const MoeLayer& l, const ExpertWeights& w, int64_t n, int64_t 
       DensePanels<Float32> experts(w, n, k);
       return body(experts);
     }
+    default: return;
   }
 }
 
@@ -63,8 +64,7 @@ bool quantize_x(const MoeLayer& l, const Team& team) {
     case Format::q4_0: quantize_tokens<Q4_0>(l, team); break;
     case Format::q4_1: quantize_tokens<Q4_1>(l, team); break;
     case Format::q8_0: quantize_tokens<Q8_0>(l, team); break;
-    case Format::bf16:
-    case Format::f32: return false;
+    default: return false;
   }
   team_sync(team);
   return true;

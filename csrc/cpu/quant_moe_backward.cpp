@@ -20,6 +20,7 @@ struct PackedStrips {
       case Format::q8_0: return unpack_strip<Q8_0, D>(rows, panel, count, to);
       case Format::bf16: return unpack_strip<Bf16Rows, D>(rows, panel, count, to);
       case Format::f32: return unpack_strip<F32Rows, D>(rows, panel, count, to);
+      default: return;
     }
   }
   void down(int64_t expert, int64_t panel, int count, uint32_t* to) const {
