@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import _C
 from . import packed_layout as layout
 from .embedding_backward import embedding_backward
+from .quant_format import NATIVE_FORMATS, TRITON_FORMATS
 from .registry import Op, gradient_dtype
 
 _TABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -96,7 +97,11 @@ def _native_layout(ids: Tensor, data: Tensor, scales: Tensor, format: str, *_: A
 
 
 @_quant_embedding.impl(
-    "native", "cpu", dtypes=_TABLE_DTYPES, variants=layout.FORMATS, when=_native_layout
+    "native",
+    "cpu",
+    dtypes=_TABLE_DTYPES,
+    variants=NATIVE_FORMATS["quant_embedding"],
+    when=_native_layout,
 )
 def _quant_embedding_cpu(
     ids: Tensor, data: Tensor, scales: Tensor, format: str, n: int, out_dtype: torch.dtype
@@ -111,7 +116,11 @@ def _one_row_per_group(ids: Tensor, data: Tensor, scales: Tensor, format: str, *
 
 
 @_quant_embedding.impl(
-    "triton", "cuda", dtypes=_TABLE_DTYPES, variants=layout.FORMATS, when=_one_row_per_group
+    "triton",
+    "cuda",
+    dtypes=_TABLE_DTYPES,
+    variants=TRITON_FORMATS["quant_embedding"],
+    when=_one_row_per_group,
 )
 def _quant_embedding_cuda(
     ids: Tensor, data: Tensor, scales: Tensor, format: str, n: int, out_dtype: torch.dtype
@@ -160,8 +169,8 @@ def quant_embedding(
     Args:
         ids: any shape, int32 or int64.
         data: the packed codes, laid out as in `fastllm.ops.packed_layout`.
-        scales: fp16 block scales; empty for the dense formats.
-        format: "q4_0", "q4_1", "q8_0", "bf16" or "f32".
+        scales: of blocks or rows, laid out there too; empty for the dense formats.
+        format: a name of `fastllm.ops.quant_format.QUANT_FORMATS`.
         n: rows of the table.
         out_dtype: float32 or bfloat16.
 

@@ -23,15 +23,15 @@ from torch.compiler import is_compiling
 
 from . import packed_layout as layout
 from .linear import check_output, linear_ref
-from .quant_matmul import ACTIVATIONS, quant_matmul_ref
-from .quant_matmul import VARIANTS as PACKED_VARIANTS
+from .quant_format import QUANT_FORMATS
+from .quant_matmul import ACTIVATIONS, check_mode, quant_matmul_ref, variants
 from .registry import Op
 
 HEAD_SCHEMA = (
     "Tensor x, Tensor weight, Tensor? scales, str format, int n, str activation, Tensor? bias"
 )
 PLAIN = ""  # the format of a weight [V, H] in rows
-VARIANTS = ("dense", *PACKED_VARIANTS)
+VARIANTS = ("dense", *variants(layout.FORMATS))
 _Backward = Callable[..., tuple[Any, ...]]
 # Bits of the argument `gradients`: which ones a call makes.
 INPUT, WEIGHT, BIAS, WEIGHT_FP32 = 1, 2, 4, 8
@@ -162,14 +162,8 @@ def head_arguments(
     else:
         n = weight.n
         layout.check_packed(weight.data, weight.scales, weight.format, n, x.shape[-1])
-        needed = layout.DENSE.get(weight.format)
-        if needed is None and activation != "int8":
-            needed = torch.bfloat16 if activation == "bf16" else torch.float32
-        if needed is not None and x.dtype != needed:
-            raise ValueError(
-                f"{name} is {x.dtype}; a {weight.format} weight with activation {activation!r} "
-                f"needs {needed}"
-            )
+        activation = QUANT_FORMATS[weight.format].mode(activation)
+        check_mode(weight.format, activation, x.dtype, f"{of}activation", name)
         found = (rows, weight.data, weight.scales, weight.format, n, activation, bias)
     if n < 1:
         raise ValueError(f"{of}weight has no rows: a distribution needs at least one")

@@ -1,12 +1,15 @@
 """y = x @ W.T + bias for a weight that stays packed; layouts are in `packed_layout`.
 
-Per block of 32 columns either an exact int32 sum (activation "int8") or a dot of x with the
-unscaled code ("bf16", "fp32"), then one fp32 FMA with the scale and one with the minimum, blocks in
-ascending K: a dequantized weight is never rounded, and a row's bits depend on that row alone.
+Per chunk of columns either an exact int32 sum (activation "int8") or a dot of x, or of its e4m3
+codes ("fp8"), with the unscaled code ("bf16", "fp32"), then one fp32 FMA with the scale and one
+with the minimum, chunks in ascending K: a dequantized weight is never rounded, and a row's bits
+depend on that row alone. A chunk is 32 columns in mode int8, else what one scale serves, at most
+128; the last may be shorter.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,11 +18,35 @@ from torch import Tensor
 from .. import _C
 from . import packed_layout as layout
 from .linear import as_rows, check_output, linear_ref, prepared_rows
+from .quant_format import (
+    NATIVE_FORMATS,
+    NF4_INT8,
+    QUANT_FORMATS,
+    SUPER_BLOCK,
+    TRITON_FORMATS,
+    WIDEST_CHUNK,
+)
 from .quant_matmul_input_grad import packed_input_grad
 from .registry import Op, batch_invariant
 
-ACTIVATIONS = ("int8", "bf16", "fp32")
-VARIANTS = (*(f"{f}/{a}" for f in layout.QUANTIZED for a in ACTIVATIONS), *layout.DENSE)
+ACTIVATIONS = ("int8", "bf16", "fp32", "fp8")  # in the order of the codes of csrc's enum
+E4M3_MAX = 448.0
+
+
+def variants(formats: Sequence[str]) -> tuple[str, ...]:
+    """The variants of these formats: "format/activation", a dense format's name alone."""
+    return tuple(
+        variant
+        for format in formats
+        for variant in (
+            [format]
+            if format in layout.DENSE
+            else [f"{format}/{mode}" for mode in QUANT_FORMATS[format].modes]
+        )
+    )
+
+
+VARIANTS = variants(layout.FORMATS)
 
 
 def quantize_activation_ref(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,6 +60,22 @@ def quantize_activation_ref(x: Tensor) -> tuple[Tensor, Tensor]:
     inverse = torch.full_like(amax, 127.0) / amax  # a number / tensor is rounded twice by torch
     inverse = torch.where(torch.isinf(inverse), 0.0, inverse)  # zeros, or too small a block
     return torch.round(blocks * inverse.unsqueeze(-1)), amax / 127.0
+
+
+def quantize_activation_fp8_ref(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x `[M, K]` -> e4m3 values as float32 `[M, K]` and their scale dx `[M, ceil(K/128)]`.
+
+    dx = amax / 448 and q = e4m3(x * (448 / amax)) over every 128 columns; zeros, NaN and infinity
+    are as in `quantize_activation_ref`.
+    """
+    k = x.shape[1]
+    padded = torch.nn.functional.pad(x.float(), (0, -k % WIDEST_CHUNK))
+    blocks = padded.unflatten(-1, (-1, WIDEST_CHUNK))
+    amax = blocks.abs().amax(-1)
+    inverse = torch.full_like(amax, E4M3_MAX) / amax
+    inverse = torch.where(torch.isinf(inverse), 0.0, inverse)
+    q = (blocks * inverse.unsqueeze(-1)).to(torch.float8_e4m3fn).float()
+    return q.flatten(1)[:, :k], amax / E4M3_MAX
 
 
 def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -55,24 +98,59 @@ def quant_matmul_ref(
         weight = layout.dense_rows(data, format, n, x.shape[-1])
         return linear_ref(x, weight, bias, out_dtype)
     x2 = as_rows(x)
-    codes = layout.codes(data, format, n)
-    d, m = layout.block_scales(scales, n)
+    m, k = x2.shape
+    codes, d, minimum = operands_ref(data, scales, format, n, k, activation)
+    q, dx = x2.float(), None
     if activation == "int8":
         q, dx = quantize_activation_ref(x2)
-        sums = q.sum(-1) * dx
-    else:
-        q, dx = x2.float().unflatten(-1, (-1, layout.BLOCK)), None
-        sums = q.sum(-1)
-    acc = torch.zeros(x2.shape[0], n, dtype=torch.float32, device=x.device)
-    for b in range(codes.shape[1]):
-        dot = q[:, b] @ codes[:, b].T  # exact for int8: below 2^24
-        scale = d[:, b] if dx is None else d[:, b] * dx[:, b, None]
-        acc = _fma(dot, scale, acc)
-        if m is not None:
-            acc = _fma(m[:, b], sums[:, b, None], acc)
+        q = q.flatten(1)
+    elif activation == "fp8":
+        q, dx = quantize_activation_fp8_ref(x2)
+    acc = torch.zeros(m, n, dtype=torch.float32, device=x.device)
+    chunk = QUANT_FORMATS[format].chunk(activation, k)
+    for c, start in enumerate(range(0, k, chunk)):
+        part = q[:, start : start + chunk]
+        dot = part @ codes[:, start : start + chunk].T  # exact for int8: below 2^24
+        acc = _fma(dot, d[:, c] if dx is None else d[:, c] * dx[:, c, None], acc)
+        if minimum is not None:
+            total = _column_sums(part)
+            acc = _fma(minimum[:, c], (total if dx is None else total * dx[:, c])[:, None], acc)
     if bias is not None:
         acc = acc + bias.float()
     return acc.to(out_dtype or x.dtype).reshape(*x.shape[:-1], n)
+
+
+def operands_ref(
+    data: Tensor, scales: Tensor, format: str, n: int, k: int, activation: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What a mode's products are made of: codes float32 [n, k], and d and m [n, chunks].
+
+    In mode "int8" a q6_k code is multiplied by its sub-block's integer scale, so that one sum
+    serves 32 columns, and nf4 has integer codes, 127 to its 1.
+    """
+    kind = QUANT_FORMATS[format]
+    stored = layout.stored_codes(data, format, n)
+    codes, group = layout.code_values(stored, format), kind.columns_per_scale(k)
+    minimum: Tensor | None = None
+    if activation == "int8" and kind.scales == "super":
+        wide, sub = (part.float() for part in layout.split_scales(scales, format, n, k))
+        codes = codes * layout.spread(sub.flatten(1), format, k)
+        d, group = wide[:, :, 0], SUPER_BLOCK
+    else:
+        d, minimum = layout.block_scales(scales, format, n, k)
+    if activation == "int8" and kind.codes == "nf4":
+        codes = torch.tensor(NF4_INT8, dtype=torch.float32, device=data.device)[stored.int()]
+        d = d * torch.tensor(1 / 127, dtype=torch.float32, device=data.device)
+    starts = torch.arange(0, k, kind.chunk(activation, k), device=data.device) // group
+    return codes, d[:, starts], None if minimum is None else minimum[:, starts]
+
+
+def _column_sums(part: Tensor) -> Tensor:
+    """[M, C] -> [M]: sums of every 32 columns, added in ascending order."""
+    total = part[:, : layout.BLOCK].sum(-1)
+    for start in range(layout.BLOCK, part.shape[1], layout.BLOCK):
+        total = total + part[:, start : start + layout.BLOCK].sum(-1)
+    return total
 
 
 def _quant_matmul_fake(
@@ -134,7 +212,9 @@ def _native_layout(x: Tensor, data: Tensor, scales: Tensor, format: str, *_: Any
     return layout.rows_of(data, format) == layout.ROWS_PER_GROUP["cpu"] and x.stride(-1) == 1
 
 
-@_quant_matmul.impl("native", "cpu", variants=VARIANTS, when=_native_layout)
+@_quant_matmul.impl(
+    "native", "cpu", variants=variants(NATIVE_FORMATS["quant_matmul"]), when=_native_layout
+)
 def _quant_matmul_cpu(
     x: Tensor,
     data: Tensor,
@@ -165,7 +245,9 @@ def _one_row_per_group(x: Tensor, data: Tensor, scales: Tensor, format: str, *_:
     return layout.rows_of(data, format) == 1
 
 
-@_quant_matmul.impl("triton", "cuda", variants=VARIANTS, when=_one_row_per_group)
+@_quant_matmul.impl(
+    "triton", "cuda", variants=variants(TRITON_FORMATS["quant_matmul"]), when=_one_row_per_group
+)
 def _quant_matmul_cuda(
     x: Tensor,
     data: Tensor,
@@ -198,12 +280,13 @@ def quant_matmul(
     Args:
         x: `[..., K]`, float32 or bfloat16.
         data: the packed codes or values, laid out as in `fastllm.ops.packed_layout`.
-        scales: fp16 block scales; empty for the dense formats.
-        format: "q4_0", "q4_1", "q8_0", "bf16" or "f32".
+        scales: of blocks or rows, laid out there too; empty for the dense formats.
+        format: a name of `fastllm.ops.quant_format.QUANT_FORMATS`.
         n: output features N (the packed groups may hold more rows).
         bias: `[N]`, float32 or bfloat16, added in fp32.
-        activation: "int8" (x is quantized per 32 columns), "bf16" (x must be bfloat16) or "fp32"
-            (x must be float32). Dense formats need x in their own dtype instead.
+        activation: "int8" (x is quantized per 32 columns; not of fp8 formats), "fp8" (x becomes
+            e4m3 per 128 columns; of fp8 formats alone), "bf16" (x must be bfloat16) or "fp32" (x
+            must be float32). Dense formats need x in their own dtype instead.
         out_dtype: float32 or bfloat16; default that of `x`.
 
     Returns:
@@ -234,11 +317,19 @@ def _check(
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
     layout.check_packed(data, scales, format, n, x.shape[-1])
-    needed = layout.DENSE.get(format)
-    if needed is None and activation != "int8":
-        needed = torch.bfloat16 if activation == "bf16" else torch.float32
-    if needed is not None and x.dtype != needed:
-        raise ValueError(
-            f"x is {x.dtype}; format {format!r} with activation {activation!r} needs {needed}"
-        )
+    check_mode(format, activation, x.dtype)
     check_output(bias, out_dtype, n)
+
+
+def check_mode(
+    format: str, mode: str, dtype: torch.dtype, name: str = "activation", of: str = "x"
+) -> None:
+    """Raise ValueError unless rows of that dtype, called `of`, can meet the format in that mode."""
+    kind = QUANT_FORMATS[format]
+    needed = layout.DENSE.get(format)
+    if needed is None:
+        if mode not in kind.modes:
+            raise ValueError(f"{name} {mode!r} is none of {format!r}: use {', '.join(kind.modes)}")
+        needed = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(mode)
+    if needed is not None and dtype != needed:
+        raise ValueError(f"{of} is {dtype}; format {format!r} with {name} {mode!r} needs {needed}")

@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import _C
 from . import packed_layout as layout
 from .linear import as_rows, prepared_rows
+from .quant_format import NATIVE_FORMATS, TRITON_FORMATS
 from .registry import Op
 
 
@@ -50,7 +51,12 @@ def _native_layout(dy: Tensor, data: Tensor, scales: Tensor, format: str, *_: An
     return layout.rows_of(data, format) == layout.ROWS_PER_GROUP["cpu"]
 
 
-@_quant_matmul_input_grad.impl("native", "cpu", variants=layout.QUANTIZED, when=_native_layout)
+@_quant_matmul_input_grad.impl(
+    "native",
+    "cpu",
+    variants=NATIVE_FORMATS["quant_matmul_input_grad"],
+    when=_native_layout,
+)
 def _quant_matmul_input_grad_cpu(
     dy: Tensor, data: Tensor, scales: Tensor, format: str, out_dtype: torch.dtype | None = None
 ) -> Tensor:
@@ -68,7 +74,12 @@ def _one_row_per_group(dy: Tensor, data: Tensor, scales: Tensor, format: str, *_
     return layout.rows_of(data, format) == 1
 
 
-@_quant_matmul_input_grad.impl("triton", "cuda", variants=layout.QUANTIZED, when=_one_row_per_group)
+@_quant_matmul_input_grad.impl(
+    "triton",
+    "cuda",
+    variants=TRITON_FORMATS["quant_matmul_input_grad"],
+    when=_one_row_per_group,
+)
 def _quant_matmul_input_grad_cuda(
     dy: Tensor, data: Tensor, scales: Tensor, format: str, out_dtype: torch.dtype | None = None
 ) -> Tensor:
@@ -85,8 +96,8 @@ def quant_matmul_input_grad(
     Args:
         dy: `[..., N]`, float32 or bfloat16; W is rounded to its dtype.
         data: the packed codes, laid out as in `fastllm.ops.packed_layout`.
-        scales: fp16 block scales.
-        format: "q4_0", "q4_1" or "q8_0".
+        scales: of blocks or rows, laid out there too.
+        format: a quantized one of `fastllm.ops.quant_format.QUANT_FORMATS`.
         out_dtype: float32 or bfloat16; default that of `dy`.
 
     Returns:
@@ -100,8 +111,9 @@ def quant_matmul_input_grad(
             "dy must be float32 or bfloat16 with at least one dimension, "
             f"got {dy.dtype} of {tuple(dy.shape)}"
         )
-    if format not in layout.QUANTIZED:
-        raise ValueError(f"format {format!r} is not one of {', '.join(layout.QUANTIZED)}")
+    layout.check_format(format)
+    if format in layout.DENSE:
+        raise ValueError(f"format {format!r} is dense: its product is dy @ W")
     if out_dtype not in (None, torch.float32, torch.bfloat16):
         raise ValueError(f"out_dtype must be torch.float32 or torch.bfloat16, got {out_dtype}")
     layout.check_packed(data, scales, format, dy.shape[-1])

@@ -7,6 +7,7 @@ experts are `[E, *layout.data_shape(...)]`, see `packed_layout`; each expert fil
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,11 +21,12 @@ from .linear import contiguous_rows
 from .moe import activated, check_moe, combine_ref, records_gradient
 from .moe_dispatch import moe_dispatch
 from .pages import large_empty
-from .quant_matmul import ACTIVATIONS as MODES
-from .quant_matmul import quant_matmul_ref
+from .quant_format import NATIVE_FORMATS, QUANT_FORMATS, TRITON_FORMATS
+from .quant_matmul import check_mode, quant_matmul_ref
 from .quant_moe_backward import quant_moe_backward
 from .registry import Op
 
+MODES = ("int8", "bf16", "fp32")  # of a model: e4m3 codes have "fp8" where others have "int8"
 Packed = tuple[Tensor, Tensor, str]  # data and scales of all experts, format
 
 
@@ -37,12 +39,13 @@ def variant_name(gate_up_format: str, down_format: str, mode: str) -> str:
     return formats if dense else f"{formats}/{mode}"
 
 
-def _variants() -> tuple[str, ...]:
-    pairs = [(a, b) for a in layout.FORMATS for b in layout.FORMATS if {a, b} != {"bf16", "f32"}]
+def variants(formats: Sequence[str]) -> tuple[str, ...]:
+    """The variants of all pairs of these formats that rows of one dtype can meet."""
+    pairs = [(a, b) for a in formats for b in formats if {a, b} != {"bf16", "f32"}]
     return tuple(dict.fromkeys(variant_name(a, b, mode) for a, b in pairs for mode in MODES))
 
 
-VARIANTS = _variants()
+VARIANTS = variants(layout.FORMATS)
 
 
 def quant_moe_ref(
@@ -61,12 +64,13 @@ def quant_moe_ref(
         slot = slots[at].long()
         b1 = None if gate_up_bias is None else gate_up_bias[e]
         b2 = None if down_bias is None else down_bias[e]
+        first, second = (QUANT_FORMATS[f].mode(mode) for f in (gate_up_format, down_format))
         pre[at] = quant_matmul_ref(
-            x[slot // k], gate_up_data[e], gate_up_scales[e], gate_up_format, 2 * inner, b1, mode
+            x[slot // k], gate_up_data[e], gate_up_scales[e], gate_up_format, 2 * inner, b1, first
         )
         a = activated(pre[at], activation)
         rows[slot] = quant_matmul_ref(
-            a, down_data[e], down_scales[e], down_format, x.shape[1], b2, mode, torch.float32
+            a, down_data[e], down_scales[e], down_format, x.shape[1], b2, second, torch.float32
         )
         served[slot] = True
     y = combine_ref(rows, served, topk_weights, base).to(out_dtype or x.dtype)
@@ -138,7 +142,9 @@ def _native_layout(x: Tensor, d1: Tensor, _: Any, f1: str, d2: Tensor, *rest: An
     )
 
 
-@_quant_moe.impl("native", "cpu", variants=VARIANTS, when=_native_layout)
+@_quant_moe.impl(
+    "native", "cpu", variants=variants(NATIVE_FORMATS["quant_moe"]), when=_native_layout
+)
 def _quant_moe_cpu(
     x: Tensor, gate_up_data: Tensor, gate_up_scales: Tensor, gate_up_format: str,
     down_data: Tensor, down_scales: Tensor, down_format: str, inner: int,
@@ -164,7 +170,9 @@ def _one_row_per_group(x: Tensor, d1: Tensor, _: Any, f1: str, d2: Tensor, *rest
     return layout.rows_of_experts(d1, f1) == 1 and layout.rows_of_experts(d2, rest[1]) == 1
 
 
-@_quant_moe.impl("triton", "cuda", variants=VARIANTS, when=_one_row_per_group)
+@_quant_moe.impl(
+    "triton", "cuda", variants=variants(TRITON_FORMATS["quant_moe"]), when=_one_row_per_group
+)
 def _quant_moe_triton(*args: Any) -> tuple[Tensor, Tensor]:
     from ..kernels import quant_moe as kernel
 
@@ -202,7 +210,8 @@ def quant_moe(
         base: see `moe`.
         activation: see `moe`.
         mode: how rows meet quantized weights, see `quant_matmul`: "int8", "bf16" (x must be
-            bfloat16) or "fp32" (x must be float32). Dense formats need x in their own dtype.
+            bfloat16) or "fp32" (x must be float32). fp8 formats have "fp8" in place of "int8",
+            dense ones need x in their own dtype.
         first_expert: see `moe`.
         dispatch: see `moe`.
         out_dtype: see `moe`.
@@ -247,13 +256,7 @@ def quant_moe(
 def _check_pack(name: str, pack: Packed, n: int, k: int, x_dtype: torch.dtype, mode: str) -> None:
     data, scales, format = pack
     layout.check_format(format)
-    needed = layout.DENSE.get(format)
-    if needed is None and mode != "int8":
-        needed = torch.bfloat16 if mode == "bf16" else torch.float32
-    if needed is not None and x_dtype != needed:
-        raise ValueError(
-            f"x is {x_dtype}; {name} in format {format!r} with mode {mode!r} needs {needed}"
-        )
+    check_mode(format, QUANT_FORMATS[format].mode(mode), x_dtype, f"mode of {name}")
     if data.dim() < 1 or scales.dim() < 1 or data.shape[0] != scales.shape[0]:
         raise ValueError(
             f"{name}: data and scales must have a first dimension of experts, "

@@ -6,6 +6,7 @@ of them would be. Experts are dequantized strip by strip on the way; there is ne
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,9 +19,18 @@ from .grouped_matmul import expert_ranges
 from .linear import contiguous_rows
 from .moe_backward import expert_rows, slot_sums
 from .pages import large_empty
+from .quant_format import NATIVE_FORMATS, TRITON_FORMATS
 from .registry import Op
 
-VARIANTS = layout.FORMATS
+
+def variant_name(gate_up_format: str, down_format: str) -> str:
+    """The row of the backend table: the formats of both weights."""
+    return gate_up_format if gate_up_format == down_format else f"{gate_up_format}+{down_format}"
+
+
+def variants(formats: Sequence[str]) -> tuple[str, ...]:
+    """The variants of all pairs of these formats."""
+    return tuple(variant_name(first, second) for first in formats for second in formats)
 
 
 def quant_moe_backward_ref(
@@ -81,8 +91,8 @@ def _fake(
     return dx, dw
 
 
-def _variant(dy: Tensor, gate_up: Tensor, scales: Tensor, format: str, *_: Any) -> str:
-    return format
+def _variant(*args: Any) -> str:
+    return variant_name(args[3], args[6])
 
 
 _quant_moe_backward = Op(
@@ -108,7 +118,9 @@ def _native_layout(
     return _rows_per_group(gate_up, format, down, other) == {layout.ROWS_PER_GROUP["cpu"]}
 
 
-@_quant_moe_backward.impl("native", "cpu", variants=VARIANTS, when=_native_layout)
+@_quant_moe_backward.impl(
+    "native", "cpu", variants=variants(NATIVE_FORMATS["quant_moe_backward"]), when=_native_layout
+)
 def _quant_moe_backward_cpu(
     dy: Tensor,
     gate_up: Tensor,
@@ -160,7 +172,12 @@ def _one_row_per_group(
     return _rows_per_group(gate_up, format, down, other) == {1}
 
 
-@_quant_moe_backward.impl("triton", "cuda", variants=VARIANTS, when=_one_row_per_group)
+@_quant_moe_backward.impl(
+    "triton",
+    "cuda",
+    variants=variants(TRITON_FORMATS["quant_moe_backward"]),
+    when=_one_row_per_group,
+)
 def _quant_moe_backward_cuda(*args: Any) -> tuple[Tensor, Tensor]:
     from ..kernels import quant_moe_backward as kernel
 

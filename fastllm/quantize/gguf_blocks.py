@@ -1,20 +1,19 @@
 """GGUF block formats: sizes, and reference conversion between packed bytes and float32.
 
-A quantized row is a sequence of blocks of 32 values, each with its own fp16 scale d:
-
-    q4_0: d, 16 bytes     value = d * (q - 8)
-    q4_1: d, m, 16 bytes  value = d * q + m
-    q8_0: d, 32 int8      value = d * q
-
-Byte j of the 4-bit formats holds column j in its low and column 16 + j in its high nibble.
+A quantized row is a sequence of blocks of 32 values, K-quants' of 256; their layouts are in
+`gguf_codes`, what codes and scales mean in `fastllm.ops.quant_format`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ..ops import packed_layout as layout
+from .gguf_codes import GGUF_FORMATS, join_blocks, split_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +49,7 @@ GGUF_TYPES: dict[int, BlockType] = {
 TYPE_IDS: dict[str, int] = {kind.format: number for number, kind in GGUF_TYPES.items()}
 
 DENSE_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-QUANTIZED_FORMATS = ("q4_0", "q4_1", "q8_0")
+QUANTIZED_FORMATS = GGUF_FORMATS
 SUPPORTED_FORMATS = (*DENSE_DTYPES, *QUANTIZED_FORMATS)
 
 
@@ -84,8 +83,8 @@ def dequantize(format: str, data: Tensor) -> Tensor:
     if format in DENSE_DTYPES:
         return data.view(DENSE_DTYPES[format]).float()
     columns = data.shape[-1] // kind.nbytes * kind.values
-    blocks = data.reshape(-1, kind.nbytes)
-    return _DEQUANTIZERS[format](blocks).reshape(*data.shape[:-1], columns)
+    codes, parts = split_blocks(format, data.reshape(-1, 1, kind.nbytes))
+    return layout.dequantize_parts(codes, parts, format).reshape(*data.shape[:-1], columns)
 
 
 def quantize(format: str, x: Tensor) -> Tensor:
@@ -101,32 +100,13 @@ def quantize(format: str, x: Tensor) -> Tensor:
         raise ValueError("x holds NaN or infinity and cannot be quantized")
     if format in DENSE_DTYPES:
         packed = x.to(DENSE_DTYPES[format]).contiguous().view(torch.uint8)
-    else:
-        blocks = _QUANTIZERS[format](x.reshape(-1, kind.values))
+    elif format in _QUANTIZERS:
+        codes, scales = _QUANTIZERS[format](x.reshape(-1, kind.values))
+        blocks = join_blocks(format, codes, (scales.unsqueeze(1),))
         packed = blocks.reshape(*x.shape[:-1], width)
+    else:
+        raise ValueError(f"no quantizer for format {format!r}: use {', '.join(_QUANTIZERS)}")
     return packed
-
-
-def _half(blocks: Tensor, start: int) -> Tensor:
-    """The fp16 at byte `start` of every block, as float32 [blocks, 1]."""
-    return blocks[:, start : start + 2].contiguous().view(torch.float16).float()
-
-
-def _nibbles(codes: Tensor) -> Tensor:
-    """[blocks, 16] bytes -> [blocks, 32] float32 codes in column order."""
-    return torch.cat([codes & 0x0F, codes >> 4], dim=1).float()
-
-
-def _dequantize_q4_0(blocks: Tensor) -> Tensor:
-    return _half(blocks, 0) * (_nibbles(blocks[:, 2:]) - 8)
-
-
-def _dequantize_q4_1(blocks: Tensor) -> Tensor:
-    return _half(blocks, 0) * _nibbles(blocks[:, 4:]) + _half(blocks, 2)
-
-
-def _dequantize_q8_0(blocks: Tensor) -> Tensor:
-    return _half(blocks, 0) * blocks[:, 2:].contiguous().view(torch.int8).float()
 
 
 def _reciprocal(scale: Tensor) -> Tensor:
@@ -135,43 +115,47 @@ def _reciprocal(scale: Tensor) -> Tensor:
     return torch.where(torch.isfinite(inverse), inverse, 0.0)
 
 
-def _half_bytes(x: Tensor) -> Tensor:
-    """float32 [blocks, 1] -> the bytes of its fp16, uint8 [blocks, 2]."""
+def _half(x: Tensor) -> Tensor:
+    """float32 -> fp16. Raises ValueError where it overflows."""
     half = x.to(torch.float16)
     if not bool(torch.isfinite(half).all()):
         raise ValueError("x holds values too large for the fp16 scale of a block")
-    return half.view(torch.uint8)
+    return half
 
 
-def _pack_nibbles(codes: Tensor) -> Tensor:
-    codes = codes.clamp(0, 15).to(torch.uint8)
-    return codes[:, :16] | (codes[:, 16:] << 4)
+def _around_zero(x: Tensor, zero: int) -> tuple[Tensor, Tensor]:
+    """Blocks [b, 32] -> codes 0 to 2 zero - 1 that mean d (u - zero), and d.
+
+    The value of largest magnitude, sign kept, becomes code 0: it is represented exactly.
+    """
+    d = x.gather(1, x.abs().argmax(dim=1, keepdim=True)) / -zero
+    codes = (x * _reciprocal(d) + (zero + 0.5)).trunc()
+    return codes.clamp(0, 2 * zero - 1).to(torch.uint8), _half(d)
 
 
-def _quantize_q4_0(x: Tensor) -> Tensor:
-    # The value of largest magnitude, sign kept, becomes code 0 = -8: it is represented exactly.
-    peak = x.gather(1, x.abs().argmax(dim=1, keepdim=True))
-    d = peak / -8
-    codes = (x * _reciprocal(d) + 8.5).trunc()
-    return torch.cat([_half_bytes(d), _pack_nibbles(codes)], dim=1)
-
-
-def _quantize_q4_1(x: Tensor) -> Tensor:
+def _from_minimum(x: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """Blocks [b, 32] -> codes 0 to top that mean d u + m, and (d, m) [b, 2]."""
     low, high = x.aminmax(dim=1, keepdim=True)
-    d = (high - low) / 15
+    d = (high - low) / top
     codes = ((x - low) * _reciprocal(d) + 0.5).trunc()
-    return torch.cat([_half_bytes(d), _half_bytes(low), _pack_nibbles(codes)], dim=1)
+    return codes.clamp(0, top).to(torch.uint8), _half(torch.cat([d, low], 1))
 
 
-def _quantize_q8_0(x: Tensor) -> Tensor:
+def _signed_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Blocks [b, 32] -> int8 codes as bytes that mean d s, and d."""
     d = x.abs().amax(dim=1, keepdim=True) / 127
     scaled = x * _reciprocal(d)
     magnitude = scaled.abs()
     whole = magnitude.floor()
     whole = whole + (magnitude - whole >= 0.5)  # halves go away from zero, as in the format
-    codes = torch.copysign(whole, scaled).to(torch.int8)
-    return torch.cat([_half_bytes(d), codes.view(torch.uint8)], dim=1)
+    return torch.copysign(whole, scaled).to(torch.int8).view(torch.uint8), _half(d)
 
 
-_DEQUANTIZERS = {"q4_0": _dequantize_q4_0, "q4_1": _dequantize_q4_1, "q8_0": _dequantize_q8_0}
-_QUANTIZERS = {"q4_0": _quantize_q4_0, "q4_1": _quantize_q4_1, "q8_0": _quantize_q8_0}
+_QUANTIZERS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+    "q4_0": lambda x: _around_zero(x, 8),
+    "q4_1": lambda x: _from_minimum(x, 15),
+    "q5_0": lambda x: _around_zero(x, 16),
+    "q5_1": lambda x: _from_minimum(x, 31),
+    "q8_0": _signed_bytes,
+}
+QUANTIZERS = (*DENSE_DTYPES, *_QUANTIZERS)

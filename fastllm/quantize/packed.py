@@ -14,9 +14,10 @@ from torch import Tensor
 from .. import _C
 from ..ops import packed_layout as layout
 from ..ops.pages import Arena
-from .gguf_blocks import row_bytes
+from ..ops.quant_format import NATIVE_FORMATS, QUANT_FORMATS, QuantFormat, format_of
+from .gguf_blocks import block_type, row_bytes
+from .gguf_codes import GGUF_FORMATS, join_blocks, split_blocks
 
-_SCALE_BYTES = {"q4_0": 2, "q4_1": 4, "q8_0": 2}
 _SOURCE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -56,6 +57,16 @@ def _empty(shape: Sequence[int], dtype: torch.dtype, arena: Arena | None) -> Ten
     return torch.empty(shape, dtype=dtype) if arena is None else arena.empty(shape, dtype)
 
 
+def _kept(packed: PackedWeight, arena: Arena | None) -> PackedWeight:
+    """`packed` in memory of the arena."""
+    if arena is None or packed.device.type != "cpu":
+        return packed
+    data, scales = (_empty(t.shape, t.dtype, arena) for t in (packed.data, packed.scales))
+    data.copy_(packed.data)
+    scales.copy_(packed.scales)
+    return PackedWeight(data, scales, packed.format, packed.n, packed.k)
+
+
 def rows_per_group(device: torch.device | str) -> int:
     """R of the layout that the kernels of `device` read: 16 on the CPU, 1 on a GPU."""
     kind = torch.device(device).type
@@ -75,12 +86,12 @@ def pack(
     """Bring a weight into the layout of `device`.
 
     Args:
-        format: "q4_0", "q4_1" or "q8_0" for GGUF blocks; "bf16" or "f32" for dense values
-            (converted if needed).
+        format: a GGUF format for blocks ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k",
+            "q6_k"); "bf16" or "f32" for dense values (converted if needed).
         rows: uint8 `[n, bytes per row]` of GGUF blocks, or a dense `[n, k]` tensor of float32,
             bfloat16 or float16. Any row stride; read only.
         n: rows (output features).
-        k: columns (input features); a multiple of 32 for the quantized formats.
+        k: columns (input features); a multiple of 32, of 256 for K-quants; any for dense ones.
         device: where the weight goes.
         arena: on the CPU, where its memory comes from; default: memory of its own.
 
@@ -89,7 +100,8 @@ def pack(
     """
     _check_rows(format, rows, n, k)
     per_group = rows_per_group(device)
-    if rows.device.type == "cpu" and torch.device(device).type == "cpu":
+    native = format in NATIVE_FORMATS["pack"]
+    if native and rows.device.type == "cpu" and torch.device(device).type == "cpu":
         dtype = layout.DENSE.get(format, torch.uint8)
         data = _empty(layout.data_shape(format, n, k, per_group), dtype, arena)
         scales = _empty(layout.scales_shape(format, n, k, per_group), torch.float16, arena)
@@ -97,7 +109,7 @@ def pack(
             rows = rows.contiguous()
         _C.pack(data, scales, rows, layout.FORMATS.index(format), n, k)
         return PackedWeight(data, scales, format, n, k)
-    return pack_ref(format, rows.to(device), n, k, per_group)
+    return _kept(pack_ref(format, rows.to(device), n, k, per_group), arena)
 
 
 def repack_(packed: PackedWeight, rows: Tensor) -> None:
@@ -125,21 +137,167 @@ def repack_(packed: PackedWeight, rows: Tensor) -> None:
 def pack_ref(format: str, rows: Tensor, n: int, k: int, per_group: int) -> PackedWeight:
     """`pack` in plain PyTorch, for any number of interleaved rows, on the device of `rows`."""
     if format in layout.DENSE:
-        values = rows.to(layout.DENSE[format])
-        if format == "bf16":
-            values = torch.nn.functional.pad(values, (0, k % 2)).unflatten(1, (-1, 2))
-            data = layout.interleave(values, per_group)
-        else:
-            data = layout.interleave(values.unsqueeze(-1), per_group).squeeze(-1)
-        scales = torch.empty(0, dtype=torch.float16, device=rows.device)
+        data, scales = layout.pack_dense(rows, format, per_group)
         return PackedWeight(data, scales, format, n, k)
-    head = _SCALE_BYTES[format]
-    blocks = rows.unflatten(1, (k // layout.BLOCK, row_bytes(format, layout.BLOCK)))
-    words = blocks[:, :, head:].unflatten(2, (layout.WORDS[format], 4))
-    halves = blocks[:, :, :head].contiguous().view(torch.float16)  # [n, K/32, S]
-    data = layout.interleave(words, per_group)
-    scales = layout.interleave(halves.unsqueeze(-1), per_group).squeeze(-1)
+    kind = block_type(format)
+    codes, parts = split_blocks(format, rows.unflatten(1, (k // kind.values, kind.nbytes)))
+    data, scales = layout.pack_parts(codes, parts, format, per_group)
     return PackedWeight(data, scales, format, n, k)
+
+
+def pack_codes(
+    format: str,
+    codes: Tensor,
+    scales: Tensor | tuple[Tensor, Tensor],
+    zeros: Tensor | None = None,
+    device: torch.device | str = "cpu",
+) -> PackedWeight:
+    """A weight of the formats that no GGUF file has, from its codes and scales.
+
+    Args:
+        format: an int4, int8, nf4 or fp8 format.
+        codes: `[n, k]`: uint8 0..15 of int4 and nf4 (there an index into `NF4_TABLE`), int8 of
+            int8, e4m3 or its bytes as uint8 of fp8.
+        scales: `[n, groups]` of a floating dtype, rounded to the format's own (fp16 of int4, fp32
+            of the rest); groups is 1 for int8 and fp8, ceil(k / 128) for fp8_block. Of nf4_dq a
+            pair: uint8 `[n, k / 64]` and float32 `[n]`.
+        zeros: of int4_asym formats alone: integers 0..15 `[n, groups]`.
+        device: where the weight goes.
+
+    Raises:
+        ValueError: naming the argument that does not fit.
+    """
+    kind = format_of(format)
+    if kind.dense or kind.name in GGUF_FORMATS:
+        raise ValueError(f"format {kind.name!r} is packed by `pack`, from its rows")
+    stored = _stored_codes(kind, codes)
+    n, k = stored.shape
+    if k % kind.multiple:
+        raise ValueError(f"codes of {kind.name} must have a multiple of {kind.multiple} columns")
+    parts = _parts(kind, scales, zeros, n, k)
+    per_group = rows_per_group(device)
+    data, packed = layout.pack_parts(
+        stored.to(device), [part.to(device) for part in parts], kind.name, per_group
+    )
+    return PackedWeight(data, packed, kind.name, n, k)
+
+
+def _stored_codes(kind: QuantFormat, codes: Tensor) -> Tensor:
+    wanted = {"int8": (torch.int8,), "e4m3": (torch.float8_e4m3fn, torch.uint8)}
+    dtypes = wanted.get(kind.codes, (torch.uint8,))
+    if codes.dim() != 2 or codes.dtype not in dtypes:
+        raise ValueError(
+            f"codes of {kind.name} must be {' or '.join(map(str, dtypes))} [n, k], "
+            f"got {codes.dtype} of {tuple(codes.shape)}"
+        )
+    stored = codes.contiguous().view(torch.uint8)
+    if kind.bits < 8 and stored.numel() and int(stored.max()) >> kind.bits:
+        raise ValueError(f"codes of {kind.name} must be below {1 << kind.bits}")
+    return stored
+
+
+def _parts(
+    kind: QuantFormat, scales: Tensor | tuple[Tensor, Tensor], zeros: Tensor | None, n: int, k: int
+) -> list[Tensor]:
+    """The parts of records of scales, checked, each [n, records, count]."""
+    if (zeros is not None) != (kind.scales == "half_zero"):
+        raise ValueError(f"zeros are of int4_asym formats alone, format is {kind.name!r}")
+    if kind.scales == "double":
+        return _double_parts(kind, scales, n, k)
+    if not isinstance(scales, Tensor):
+        raise ValueError(f"scales of {kind.name} must be one tensor")
+    shape = (n, kind.scale_records(k))
+    _check_scales("scales", scales, shape)
+    d = scales.to(kind.scale_dtype)
+    if bool((d.isinf() & scales.isfinite()).any()):
+        raise ValueError(f"scales hold values too large for {kind.scale_dtype}")
+    if zeros is None:
+        return [d.unsqueeze(-1)]
+    if tuple(zeros.shape) != shape or bool(((zeros < 0) | (zeros > 15)).any()):
+        raise ValueError(f"zeros must be integers 0..15 of shape {shape}, got {tuple(zeros.shape)}")
+    if not torch.equal(zeros, zeros.round()):
+        raise ValueError("zeros must be integers: a fractional zero point would be rounded")
+    return [torch.stack([d, zeros.to(d.dtype)], -1)]
+
+
+def _double_parts(
+    kind: QuantFormat, scales: Tensor | tuple[Tensor, Tensor], n: int, k: int
+) -> list[Tensor]:
+    if isinstance(scales, Tensor) or len(scales) != 2:
+        raise ValueError(f"scales of {kind.name} must be a pair: uint8 [n, groups], float32 [n]")
+    groups, row = scales
+    count = k // kind.group
+    if tuple(groups.shape) != (n, count) or groups.dtype != torch.uint8:
+        raise ValueError(
+            f"scales[0] must be uint8 [{n}, {count}], got {groups.dtype} {tuple(groups.shape)}"
+        )
+    _check_scales("scales[1]", row, (n,))
+    padded = torch.nn.functional.pad(groups, (0, -count % 4))
+    return [row.float().view(n, 1, 1), padded.unsqueeze(1)]
+
+
+def _check_scales(name: str, scales: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(scales.shape) != shape or not scales.is_floating_point():
+        raise ValueError(
+            f"{name} must be a floating tensor of shape {shape}, "
+            f"got {scales.dtype} of {tuple(scales.shape)}"
+        )
+
+
+def canonical(packed: PackedWeight) -> tuple[Tensor, Tensor]:
+    """(data, scales) with rows one after another (R = 1), what `state_dict` and files hold."""
+    one = _with_rows(packed, 1)
+    return one.data, one.scales
+
+
+def from_canonical(
+    format: str,
+    data: Tensor,
+    scales: Tensor,
+    n: int,
+    k: int,
+    device: torch.device | str = "cpu",
+    arena: Arena | None = None,
+) -> PackedWeight:
+    """The inverse of `canonical`: a weight in the layout that the kernels of `device` read.
+
+    Raises:
+        ValueError: if data and scales are not an `[n, k]` weight of that format with R = 1.
+    """
+    if data.dim() > 2 and layout.rows_of(data, format) != 1:
+        raise ValueError(f"data interleaves {layout.rows_of(data, format)} rows, canonical has 1")
+    layout.check_packed(data, scales, format, n, k)
+    per_group = rows_per_group(device)
+    packed = PackedWeight(data.to(device), scales.to(device), format, n, k)
+    return _kept(_with_rows(packed, per_group), arena)
+
+
+def _with_rows(packed: PackedWeight, per_group: int) -> PackedWeight:
+    """The same weight, another number of rows interleaved."""
+    if packed.rows_per_group == per_group:
+        return packed
+    rows_last = packed.format == "f32"
+    data = packed.data.unsqueeze(-1) if rows_last else packed.data
+    data = layout.interleave(layout.deinterleave(data, packed.n), per_group)
+    scales = packed.scales
+    if not QUANT_FORMATS[packed.format].dense:
+        parts = layout.split_scales(scales, packed.format, packed.n, packed.k)
+        scales = layout.join_scales(parts, packed.format, per_group)
+    data = data.squeeze(-1) if rows_last else data
+    return PackedWeight(data, scales, packed.format, packed.n, packed.k)
+
+
+def gguf_rows(packed: PackedWeight) -> Tensor:
+    """The blocks that a GGUF file holds, uint8 `[n, bytes per row]`: the inverse of `pack`.
+
+    Raises:
+        ValueError: if the format is none of GGUF's quantized ones.
+    """
+    if packed.format not in GGUF_FORMATS:
+        raise ValueError(f"GGUF has no format {packed.format!r}: {', '.join(GGUF_FORMATS)}")
+    codes = layout.stored_codes(packed.data, packed.format, packed.n)
+    parts = layout.split_scales(packed.scales, packed.format, packed.n, packed.k)
+    return join_blocks(packed.format, codes, parts).flatten(1)
 
 
 def unpack(packed: PackedWeight) -> Tensor:
@@ -169,15 +327,20 @@ def concat(packs: Sequence[PackedWeight], arena: Arena | None = None) -> PackedW
     if len(packs) == 1:
         return first
     n, per_group = sum(part.n for part in packs), first.rows_per_group
-    if all(part.n % per_group == 0 for part in packs[:-1]):
-        data = _cat([part.data for part in packs], arena)
-        scales = _cat([part.scales for part in packs], arena)
-    else:
-        data = _stack(packs, [part.data for part in packs], first.format == "f32", per_group)
-        scales = first.scales
-        if first.format in layout.QUANTIZED:
-            scales = _stack(packs, [part.scales for part in packs], True, per_group)
-    return PackedWeight(data, scales, first.format, n, first.k)
+    if any(part.n % per_group for part in packs[:-1]):
+        rows = [_with_rows(part, 1) for part in packs]
+        whole = PackedWeight(
+            _cat([part.data for part in rows], None), _scales(rows, None), first.format, n, first.k
+        )
+        return _kept(_with_rows(whole, per_group), arena)
+    data = _cat([part.data for part in packs], arena)
+    return PackedWeight(data, _scales(packs, arena), first.format, n, first.k)
+
+
+def _scales(packs: Sequence[PackedWeight], arena: Arena | None) -> Tensor:
+    if QUANT_FORMATS[packs[0].format].dense:
+        return packs[0].scales
+    return _cat([part.scales for part in packs], arena)
 
 
 def _cat(tensors: list[Tensor], arena: Arena | None) -> Tensor:
@@ -185,16 +348,6 @@ def _cat(tensors: list[Tensor], arena: Arena | None) -> Tensor:
         return torch.cat(tensors)
     shape = (sum(t.shape[0] for t in tensors), *tensors[0].shape[1:])
     return torch.cat(tensors, out=arena.empty(shape, tensors[0].dtype))
-
-
-def _stack(
-    packs: Sequence[PackedWeight], tensors: list[Tensor], rows_last: bool, per_group: int
-) -> Tensor:
-    if rows_last:
-        tensors = [t.unsqueeze(-1) for t in tensors]
-    rows = [layout.deinterleave(t, part.n) for t, part in zip(tensors, packs, strict=True)]
-    stacked = layout.interleave(torch.cat(rows), per_group)
-    return stacked.squeeze(-1) if rows_last else stacked
 
 
 def _check_rows(format: str, rows: Tensor, n: int, k: int) -> None:
@@ -208,6 +361,8 @@ def _check_rows(format: str, rows: Tensor, n: int, k: int) -> None:
                 f"got {rows.dtype} of {tuple(rows.shape)}"
             )
         return
+    if format not in GGUF_FORMATS:
+        raise ValueError(f"format {format!r} has no GGUF blocks: pack it from codes, `pack_codes`")
     width = row_bytes(format, k)
     if rows.dtype != torch.uint8 or tuple(rows.shape) != (n, width):
         raise ValueError(

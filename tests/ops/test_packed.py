@@ -10,7 +10,7 @@ from fastllm import _C
 from fastllm.ops import packed_layout as layout
 from fastllm.ops import quant_embedding
 from fastllm.ops.pages import Arena
-from fastllm.quantize.gguf_blocks import row_bytes
+from fastllm.quantize.gguf_blocks import QUANTIZED_FORMATS, block_type, row_bytes
 from fastllm.quantize.packed import (
     PackedWeight,
     concat,
@@ -29,15 +29,22 @@ def _blocks(format: str, n: int, k: int, seed: int = 0) -> torch.Tensor:
     """Random bytes as GGUF rows, scales made finite."""
     rows = torch.randint(0, 256, (n, row_bytes(format, k)), generator=generator(seed))
     rows = rows.to(torch.uint8)
-    size, scales = row_bytes(format, 32), layout.SCALES[format]
-    for s in range(scales):
-        rows[:, 2 * s + 1 :: size] &= 0xBF  # clears an exponent bit: neither inf nor NaN
+    kind = block_type(format)
+    starts = {"q4_1": (0, 2), "q5_1": (0, 2), "q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,)}
+    for start in starts.get(format, (0,)):
+        rows[:, start + 1 :: kind.nbytes] &= 0xBF  # clears an exponent bit: neither inf nor NaN
     return rows
 
 
-@pytest.mark.parametrize("format", layout.QUANTIZED)
+def _columns(format: str, k: int) -> int:
+    """k, or as many blocks of a K-quant."""
+    return k // 32 * 256 if format.endswith("_k") else k
+
+
+@pytest.mark.parametrize("format", QUANTIZED_FORMATS)
 @pytest.mark.parametrize(("n", "k"), SIZES)
 def test_unpack_equals_the_gguf_package(format: str, n: int, k: int) -> None:
+    k = _columns(format, k)
     rows = _blocks(format, n, k)
     kind = gguf.GGMLQuantizationType[format.upper()]
     want = torch.from_numpy(gguf.dequantize(rows.numpy(), kind))
@@ -53,10 +60,10 @@ def _same(a: PackedWeight, b: PackedWeight) -> bool:
     return torch.equal(a.data, b.data) and torch.equal(a.scales, b.scales) and a.n == b.n
 
 
-@pytest.mark.parametrize("format", layout.FORMATS)
+@pytest.mark.parametrize("format", (*QUANTIZED_FORMATS, *layout.DENSE))
 @pytest.mark.parametrize("counts", [(16, 32, 5), (7, 20, 3), (1,)])
 def test_concat_equals_packing_all_rows(format: str, counts: tuple[int, ...]) -> None:
-    k = 64
+    k = _columns(format, 64)
     if format in layout.DENSE:
         parts = [torch.randn(n, k, generator=generator(n)) for n in counts]
     else:
@@ -94,13 +101,14 @@ def test_dense_weights_are_packed_alike_at_every_level(source: torch.dtype, isa:
 
 def test_an_arena_changes_nothing_but_where_the_bytes_lie() -> None:
     arena = Arena(chunk_bytes=4096)
-    for format in layout.FORMATS:
+    for format in (*QUANTIZED_FORMATS, *layout.DENSE):
+        k = _columns(format, 64)
         if format in layout.DENSE:
-            rows = torch.randn(32, 64, generator=generator())
+            rows = torch.randn(32, k, generator=generator())
         else:
-            rows = _blocks(format, 32, 64)
-        packed = pack(format, rows, 32, 64)
-        inside = pack(format, rows, 32, 64, arena=arena)
+            rows = _blocks(format, 32, k)
+        packed = pack(format, rows, 32, k)
+        inside = pack(format, rows, 32, k, arena=arena)
         assert inside.data.data_ptr() % 64 == 0
         assert _same(inside, packed)
         assert _same(concat([inside, inside], arena), concat([packed, packed]))
@@ -115,7 +123,9 @@ def test_bits_per_weight() -> None:
 def test_bad_arguments_are_named() -> None:
     rows = _blocks("q4_0", 4, 64)
     for arguments, name in [
-        (("q6_k", rows, 4, 64), "format"),
+        (("q7_k", rows, 4, 64), "format"),
+        (("int8", rows, 4, 64), "format"),
+        (("q6_k", rows, 4, 64), "multiple of 256"),
         (("q4_0", rows, 5, 64), "rows"),
         (("q4_0", rows, 4, 48), "multiple of 32"),
         (("q8_0", rows, 4, 64), "rows"),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...ops import packed_layout as layout
 from ...ops.embedding import quant_embedding_ref
+from ...ops.quant_format import NATIVE_FORMATS
 from ..opinfo import Args, Case, OpInfo
 from .quant_matmul import random_packed
 
@@ -58,7 +59,7 @@ def _packed_case(format: str, n: int, k: int, out: torch.dtype) -> Case:
 
 
 def _packed_cases(dtype: torch.dtype) -> Iterator[Case]:
-    for format in layout.FORMATS:
+    for format in NATIVE_FORMATS["quant_embedding"]:
         for n, k in ((1, 32), (17, 64), (100, 96)):
             yield _packed_case(format, n, k, dtype)
 
@@ -83,6 +84,6 @@ INFOS = [
         bitwise=True,
         bench_cases=lambda dtype: iter([_packed_case("q8_0", 49152, 576, dtype)]),
         bytes_moved=lambda ids, data, *_: ids.numel() * layout.columns_of(data, "q8_0") * 8,
-        variants=layout.FORMATS,
+        variants=NATIVE_FORMATS["quant_embedding"],
     ),
 ]

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from ...ops import packed_layout as layout
-from ...ops.quant_matmul import VARIANTS, quant_matmul_ref, quantize_activation_ref
+from ...ops.quant_format import NATIVE_FORMATS, QUANT_FORMATS
+from ...ops.quant_matmul import quant_matmul_ref, quantize_activation_ref, variants
 from ..opinfo import Args, Case, OpInfo
 
+VARIANTS = variants(NATIVE_FORMATS["quant_matmul"])
 SHAPES = (
     (0, 17, 64),
     (1, 1, 32),
@@ -32,19 +34,36 @@ BENCH_SHAPES = tuple(
 def random_packed(g: torch.Generator, format: str, n: int, k: int, rows: int) -> Args:
     """(data, scales) of random codes and scales, padding rows zero."""
     if format in layout.DENSE:
-        w = torch.randn(n, k, generator=g).to(layout.DENSE[format])
-        if format == "f32":
-            data = layout.interleave(w.unsqueeze(-1), rows).squeeze(-1)
+        return layout.pack_dense(torch.randn(n, k, generator=g), format, rows)
+    kind = QUANT_FORMATS[format]
+    words = torch.randint(0, 256, (n, k // layout.BLOCK, kind.words, 4), generator=g)
+    words = words.to(torch.uint8)
+    if kind.codes == "e4m3":
+        words = torch.where(words & 127 == 127, words - 1, words)  # no NaN
+    scales = layout.join_scales(random_scales(g, format, n, k), format, rows)
+    return layout.interleave(words, rows), scales
+
+
+def random_scales(g: torch.Generator, format: str, n: int, k: int) -> list[Tensor]:
+    """Parts of records of scales whose d is of either sign and about 0.05 in size."""
+    kind = QUANT_FORMATS[format]
+    records = kind.scale_records(k)
+    parts = []
+    for dtype, count in kind.scale_fields(k):
+        if dtype == torch.int8:
+            part = torch.randint(-128, 128, (n, records, count), generator=g)
+        elif dtype == torch.uint8:
+            top = 64 if kind.scales == "super_min" else 256
+            part = torch.randint(0, top, (n, records, count), generator=g)
         else:
-            pairs = torch.nn.functional.pad(w, (0, k % 2)).unflatten(1, (-1, 2))
-            data = layout.interleave(pairs, rows)
-        return data, torch.empty(0, dtype=torch.float16)
-    words = torch.randint(0, 256, (n, k // 32, layout.WORDS[format], 4), generator=g)
-    scales = torch.randn(n, k // 32, layout.SCALES[format], 1, generator=g) * 0.05
-    return (
-        layout.interleave(words.to(torch.uint8), rows),
-        layout.interleave(scales.half(), rows).squeeze(-1),
-    )
+            size = 0.05 / {"super_min": 32, "super": 64, "double": 128}.get(kind.scales, 1)
+            part = torch.randn(n, records, count, generator=g) * size
+        parts.append(part.to(dtype))
+    if kind.scales == "half_zero":
+        parts[0][:, :, 1] = torch.randint(0, 16, (n, records), generator=g).half()
+    if kind.scales == "double":
+        parts[1][:, :, k // kind.group :] = 0  # padding
+    return parts
 
 
 def _case(shape: tuple[int, int, int], dtype: torch.dtype, variant: str, bias: bool) -> Case:
@@ -91,11 +110,9 @@ def weight64(data: Tensor, scales: Tensor, format: str, n: int, k: int) -> Tenso
     """The packed weight's values in float64 [n, k]."""
     if format in layout.DENSE:
         return layout.dense_rows(data, format, n, k).double()
-    d, m = layout.block_scales(scales, n)
-    values = layout.codes(data, format, n).double() * d.double().unsqueeze(-1)
-    if m is not None:
-        values = values + m.double().unsqueeze(-1)
-    return values.flatten(1)
+    d, m = layout.block_scales(scales, format, n, k)
+    values = layout.codes(data, format, n).flatten(1).double() * layout.spread(d, format, k)
+    return values if m is None else values + layout.spread(m, format, k)
 
 
 def exact_product(

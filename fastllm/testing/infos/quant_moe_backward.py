@@ -10,12 +10,18 @@ from torch import Tensor
 
 from ...ops import packed_layout as layout
 from ...ops.gated_activation import ACTIVATIONS
+from ...ops.quant_format import NATIVE_FORMATS
+from ...ops.quant_moe_backward import variant_name
 from ..opinfo import Args, Case, OpInfo
 from .moe_backward import exact_gradients, random_ids, sorted_by_expert
 from .quant_matmul import random_packed, weight64
 
 # (tokens, hidden, inner, experts, k)
 SHAPES = ((0, 32, 32, 4, 2), (1, 64, 32, 3, 1), (29, 96, 64, 5, 3))
+PAIRS = tuple(
+    (format, "q8_0" if format in ("q4_0", "q4_1") else format)
+    for format in NATIVE_FORMATS["quant_moe_backward"]
+)
 ODD_SHAPES = ((7, 33, 17, 3, 2), (5, 20, 40, 4, 1))  # of dense formats: no blocks of 32
 
 
@@ -58,8 +64,7 @@ def _args(
 
 def _cases(dtype: torch.dtype) -> Iterator[Case]:
     i = 0
-    for format in layout.FORMATS:
-        other = "q8_0" if format in ("q4_0", "q4_1") else format
+    for format, other in PAIRS:
         for shape in SHAPES + (ODD_SHAPES if format in layout.DENSE else ()):
             activation = ACTIVATIONS[i % 4]
             i += 1
@@ -120,6 +125,6 @@ INFOS = [
         cases=_cases,
         exact=_exact,
         flops=lambda dy, *args: 6 * args[6].numel() * dy.shape[1] * (args[9].shape[1] // 2),
-        variants=layout.FORMATS,
+        variants=tuple(variant_name(*pair) for pair in PAIRS),
     ),
 ]
