@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastllm.nn.low_rank import FrozenBase, LowRank, trained_products, without_term
 from fastllm.ops.linear import linear
+from fastllm.ops.quant_format import QUANT_FORMATS
 from fastllm.ops.quant_matmul import quant_matmul
 from fastllm.ops.quant_matmul_input_grad import packed_input_grad
 from fastllm.quantize.packed import PackedWeight, pack, repack_
@@ -198,8 +199,9 @@ def packed_product(
     out_dtype: torch.dtype | None,
 ) -> Tensor:
     """x [..., K] times a packed weight [N, K], plus bias."""
+    mode = QUANT_FORMATS[packed.format].mode(activation)
     return quant_matmul(
-        x, packed.data, packed.scales, packed.format, packed.n, bias, activation, out_dtype
+        x, packed.data, packed.scales, packed.format, packed.n, bias, mode, out_dtype
     )
 
 
