@@ -15,6 +15,8 @@ _LAZY = {
     "LLM": "fastllm.engine.llm",
     "SamplingParams": "fastllm.engine.request",
     "RequestOutput": "fastllm.engine.request",
+    "quantize_model": "fastllm.nn.quantize_model",
+    "dequantize_model": "fastllm.nn.quantize_model",
     "set_batch_invariant": "fastllm.ops.registry",
 }
 _SUBMODULES = ("ops", "nn", "models", "quantize", "engine", "graph")

@@ -26,6 +26,7 @@ from fastllm.ops.linear_cross_entropy import linear_cross_entropy
 from fastllm.ops.linear_logprob import linear_logprob
 from fastllm.ops.paged_cache import KvCache
 from fastllm.quantize.packed import PackedWeight
+from fastllm.quantize.rule import QuantReport
 
 
 class DecoderLayer(nn.Module):
@@ -142,6 +143,7 @@ class Decoder(nn.Module):
         self.register_buffer("rope_sin", sin.to(device), persistent=False)
         self._caches: list[tuple[int, int]] | None = None  # what the packed caches were made from
         self.caches_stale = False
+        self.quantization: QuantReport | None = None  # what a loader has quantized
         self.register_load_state_dict_post_hook(lambda *_: self.weights_changed())
 
     @property
@@ -223,6 +225,12 @@ class Decoder(nn.Module):
                 yield from (owner.packed.data, owner.packed.scales)
             if isinstance(owner, ParallelLinear) and owner.bias is not None:
                 yield owner.bias
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights in whatever form, shared ones once."""
+        tensors = [*self.served_tensors(), *self.buffers()]
+        return sum({t.data_ptr(): t.nbytes for t in tensors if not t.is_meta}.values())
 
     def _parameter_states(self) -> list[tuple[int, int]]:
         return [(p.data_ptr(), p._version) for p in self._packed_parameters()]

@@ -1,6 +1,7 @@
 """LoRA and QLoRA: low-rank adapters on a frozen model (arXiv 2106.09685, 2305.14314).
 
-The base may be plain parameters, packed caches of them, or the packed weights of a GGUF file.
+The base may be plain parameters, packed caches of them, or packed weights alone: of a quantized
+file, of a model that was quantized as it was loaded, or of the `QuantLinear`s of any model.
 `add_lora` freezes it and gives the adapter's parameters, which start as no change: B is zero.
 """
 
@@ -18,8 +19,10 @@ from torch import nn
 from fastllm.nn.linear import Linear
 from fastllm.nn.low_rank import Factor, LowRank
 from fastllm.nn.moe import Experts
+from fastllm.nn.quant_linear import QuantLinear
 
 ALL_LINEAR = "all-linear"
+Layer = Linear | QuantLinear  # what takes an adapter
 _CONFIG = "_lora_config"  # of a model with an adapter
 DEFAULT_TARGETS = (
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
@@ -71,7 +74,7 @@ def add_lora(model: nn.Module, config: LoraConfig, seed: int = 0) -> list[nn.Par
     `<layer>.lora_A.weight` and `<layer>.lora_B.weight`.
 
     Args:
-        model: a `Decoder`, or any module made of `fastllm.nn.linear.Linear`.
+        model: a `Decoder`, or any module made of `fastllm.nn.linear.Linear` or `QuantLinear`.
         config: rank, scale, dropout, targets.
         seed: of A.
 
@@ -106,7 +109,7 @@ def attach_all(
     model.requires_grad_(False)
     for name, (a, b) in factors.items():
         layer = model.get_submodule(name)
-        assert isinstance(layer, Linear), "callers take names from target_layers"
+        assert isinstance(layer, Layer), "callers take names from target_layers"
         dtype, device = _compute_type(model, layer)
         first = layer.lora_A = Factor(a.to(device, dtype, copy=True))
         second = layer.lora_B = Factor(b.to(device, dtype, copy=True))
@@ -116,8 +119,10 @@ def attach_all(
     return list(lora_parameters(model).values())
 
 
-def _compute_type(model: nn.Module, layer: Linear) -> tuple[torch.dtype, torch.device]:
+def _compute_type(model: nn.Module, layer: Layer) -> tuple[torch.dtype, torch.device]:
     """The dtype that `layer` computes in, and where it lies."""
+    if isinstance(layer, QuantLinear):
+        return layer.compute_dtype, layer.weight_codes.device
     if layer.weight is not None and not layer.weight.is_meta:
         return layer.weight.dtype, layer.weight.device
     dtype, device = getattr(model, "dtype", None), getattr(model, "device", None)
@@ -126,7 +131,7 @@ def _compute_type(model: nn.Module, layer: Linear) -> tuple[torch.dtype, torch.d
     return dtype, device
 
 
-def target_layers(model: nn.Module, targets: Sequence[str] | str) -> list[tuple[str, Linear]]:
+def target_layers(model: nn.Module, targets: Sequence[str] | str) -> list[tuple[str, Layer]]:
     """The layers that `targets` name, in the order of the model.
 
     Layers whose weight others read (the LM head, which losses multiply with themselves, and latent
@@ -138,7 +143,8 @@ def target_layers(model: nn.Module, targets: Sequence[str] | str) -> list[tuple[
     layers = [
         (name, module)
         for name, module in model.named_modules()
-        if type(module) is Linear and name.rpartition(".")[2] != "lm_head"
+        if (type(module) is Linear or isinstance(module, QuantLinear))
+        and name.rpartition(".")[2] != "lm_head"
     ]
     if targets == ALL_LINEAR:
         return layers
@@ -162,10 +168,10 @@ def _ends_with(name: str, target: str) -> bool:
     return name == target or name.endswith("." + target)
 
 
-def adapted(model: nn.Module) -> Iterator[tuple[str, Linear]]:
+def adapted(model: nn.Module) -> Iterator[tuple[str, Layer]]:
     """Every layer with an adapter, with its name."""
     for name, module in model.named_modules():
-        if isinstance(module, Linear) and module.low_rank is not None:
+        if isinstance(module, Layer) and module.low_rank is not None:
             yield name, module
 
 
@@ -223,7 +229,7 @@ def merge_lora(model: nn.Module) -> None:
     """
     layers = list(adapted(model))
     for name, layer in layers:
-        if layer.weight is None:
+        if layer.weight is None or isinstance(layer, QuantLinear):
             raise ValueError(
                 f"{name} holds a packed weight alone, and quantized values cannot take an adapter "
                 "in: export merges into dequantized weights, or load the unquantized model"

@@ -1,0 +1,207 @@
+"""`quantize_model`: quantize a model in memory, layer by layer, in place.
+
+Modules of PyTorch become `QuantLinear`s; layers and experts of fastllm's own decoders get packed
+weights alone, as a loader would leave them. Peak memory is the model and one layer more.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastllm.nn.linear import Linear, ParallelLinear
+from fastllm.nn.moe import Experts
+from fastllm.nn.quant_linear import QuantLinear
+from fastllm.quantize.packed import PackedWeight, concat
+from fastllm.quantize.quantizer import Quantizer
+from fastllm.quantize.rule import DEFAULT_SKIP, QuantReport, QuantRule
+
+
+def quantize_model(
+    model: nn.Module,
+    format: str,
+    *,
+    modules: str | re.Pattern[str] | None = None,
+    skip: Sequence[str] = DEFAULT_SKIP,
+    activation: str | None = None,
+    verbose: bool = False,
+) -> QuantReport:
+    """Quantize the linear layers of a model in place, rounding to nearest.
+
+    Embeddings, norms, and what `skip` names stay as they are, and in models that others define so
+    do stacked experts. Adapters go on afterwards: `peft.get_peft_model` or `fastllm.nn.lora`.
+
+    Args:
+        model: any tree of modules with `torch.nn.Linear`s, such as a model of transformers, or a
+            `fastllm.models.decoder.Decoder` of plain weights.
+        format: a name or alias of `fastllm.ops.quant_format`: "nf4", "int4", "q4_k", "fp8", ...
+        modules: a regular expression that is searched in the names of layers; None: all of them.
+        skip: layers by their name or its last parts; heads and routers, if not given.
+        activation: how inputs meet the codes, see `QuantLinear`. Default: "fp32" for float32
+            weights, else "bf16"; decoders have one already.
+        verbose: print the report.
+
+    Returns:
+        What each layer became, what it cost, and what was left; `print` shows a table. A
+        UserWarning says so where rows did not fit the format and got another one.
+
+    Raises:
+        ValueError: on an unknown format or activation, if no layer is chosen, if the model has
+            adapters, or if a weight holds NaN or infinity, naming it.
+    """
+    quantizer = Quantizer(QuantRule(format, modules, skip))
+    if any(".lora_" in f".{name}" for name, _ in model.named_modules()):
+        raise ValueError("the model has adapters: quantize it first, then put adapters on it")
+    own = hasattr(model, "parallel_linears")
+    if activation is not None and own:
+        raise ValueError("activation belongs to the loaded model: load it with the one you want")
+    report = quantizer.report
+    report.bytes_before = _bytes(model)
+    for names in _names_of(model, lambda module: type(module) is nn.Linear):
+        _replace(model, names, quantizer, activation)
+    _pack_layers(model, quantizer)
+    if not report.layers:
+        raise ValueError(
+            f"no linear layer of the model is quantized (modules {modules!r}, skip {tuple(skip)}): "
+            + "; ".join(f"{name} is kept, {why}" for name, why in report.kept[:3])
+        )
+    if own:
+        model.weights_changed()  # type: ignore[operator]
+    report.bytes_after = _bytes(model)
+    if verbose:
+        print(report)
+    report.warn()
+    return report
+
+
+def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> int:
+    """Make every `QuantLinear` of a model an `nn.Linear` of the dequantized values, in place.
+
+    Adapters of PEFT on them stay, and can then be merged (`merge_and_unload`).
+
+    Args:
+        model: any tree of modules.
+        dtype: of the weights; default what `QuantLinear.weight` has.
+
+    Returns:
+        How many layers there were.
+    """
+    found = _names_of(model, lambda module: isinstance(module, QuantLinear))
+    for names in found:
+        layer = model.get_submodule(names[0])
+        assert isinstance(layer, QuantLinear), "just seen"
+        plain = layer.dequantize()
+        _put(model, names, plain if dtype is None else plain.to(dtype))
+    return len(found)
+
+
+def _names_of(model: nn.Module, chosen: Callable[[nn.Module], bool]) -> list[list[str]]:
+    """All names of each chosen module; names alone, so that a module that is replaced can go."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if chosen(module) and name:
+            names.setdefault(module, []).append(name)
+    return list(names.values())
+
+
+def _replace(
+    model: nn.Module, names: Sequence[str], quantizer: Quantizer, activation: str | None
+) -> None:
+    """One layer of PyTorch's."""
+    linear = model.get_submodule(names[0])
+    assert isinstance(linear, nn.Linear), "just seen"
+    weight = linear.weight.detach()
+    format = quantizer.format_for(names[0], tuple(weight.shape))
+    if format is None:
+        return
+    mode = activation or ("fp32" if weight.dtype == torch.float32 else "bf16")
+    packed = quantizer.pack(names[0], weight, format, weight.device)
+    layer = QuantLinear.from_packed(packed, linear.bias, mode, weight.dtype)
+    _put(model, names, layer.train(linear.training))
+
+
+def _put(model: nn.Module, names: Sequence[str], layer: nn.Module) -> None:
+    for name in names:
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, layer)
+
+
+def _pack_layers(model: nn.Module, quantizer: Quantizer) -> None:
+    """Layers and experts of fastllm's own modules."""
+    groups = {member: pair for pair in _groups(model) for member in pair[1].members}
+    for name, module in list(model.named_modules()):
+        if type(module) is Linear and module not in groups:
+            _pack_linear(module, name, quantizer)
+        elif isinstance(module, Experts):
+            _pack_experts(module, name, quantizer)
+    for name, group in dict.fromkeys(groups.values()):
+        _pack_group(group, name, quantizer)
+
+
+def _groups(model: nn.Module) -> Iterator[tuple[str, ParallelLinear]]:
+    for name, module in model.named_modules():
+        for value in vars(module).values():
+            if isinstance(value, ParallelLinear):
+                yield name, value
+
+
+def _pack_group(group: ParallelLinear, owner: str, quantizer: Quantizer) -> None:
+    packs = [
+        _pack_linear(member, f"{owner}.{name}".lstrip("."), quantizer)
+        for member, name in zip(group.members, group.names, strict=True)
+    ]
+    whole = [packed for packed in packs if packed is not None]
+    if not whole:
+        return
+    group.packed = None  # an earlier cache
+    if len(whole) == len(packs) and len({packed.format for packed in whole}) == 1:
+        group.set_packed(concat(whole))
+        for member in group.members:
+            member.packed = None
+
+
+def _pack_linear(linear: Linear, name: str, quantizer: Quantizer) -> PackedWeight | None:
+    if linear.weight is None:
+        quantizer.report.keep(name, "packed already")
+        return None
+    format = quantizer.format_for(name, tuple(linear.weight.shape))
+    if format is None:
+        return None
+    weight = linear.weight.detach()
+    linear.packed = quantizer.pack(name, weight, format, weight.device)
+    linear.weight = None
+    return linear.packed
+
+
+def _pack_experts(experts: Experts, name: str, quantizer: Quantizer) -> None:
+    """Both tensors or none: one product reads them."""
+    weights = (experts.gate_up_proj, experts.down_proj)
+    parts = ("gate_up_proj", "down_proj")
+    if not any(quantizer.rule.chooses(f"{name}.{part}") for part in parts):
+        quantizer.report.keep(name, "not chosen")
+        return
+    packs = []
+    for part, weight in zip(parts, weights, strict=True):
+        if weight is None:
+            quantizer.report.keep(name, "packed already")
+            return
+        dense = "f32" if weight.dtype == torch.float32 else "bf16"
+        data = weight.detach()
+        shape = (data.shape[0], data.shape[1], data.shape[2])
+        packs.append(
+            quantizer.pack_experts(f"{name}.{part}", shape, data.__getitem__, data.device, dense)
+        )
+    experts.packed_gate_up, experts.packed_down = packs
+    experts.gate_up_proj = experts.down_proj = None
+
+
+def _bytes(model: nn.Module) -> int:
+    """Of all weights and buffers, shared ones once."""
+    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
+    served = getattr(model, "served_tensors", None)
+    if served is not None:
+        tensors += served()
+    return sum({t.data_ptr(): t.nbytes for t in tensors}.values())

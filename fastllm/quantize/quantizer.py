@@ -1,0 +1,94 @@
+"""`Quantizer`: rounds the weights that a rule chooses, one at a time, and keeps a report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from ..ops import packed_layout as layout
+from ..ops.pages import Arena
+from . import packed as packing
+from .packed import PackedWeight, unpack
+from .packed_experts import PackedExperts, empty_experts, pack_expert_
+from .rule import QuantReport, QuantRule, squared_error
+
+
+class Quantizer:
+    """Round to nearest by `rule`, for models that are loaded or changed layer by layer.
+
+    measure: compare what was stored with what was given: about as long again.
+    """
+
+    def __init__(self, rule: QuantRule, *, measure: bool = True) -> None:
+        self.rule = rule
+        self.measure = measure
+        self.report = QuantReport(rule.format)
+
+    def format_for(self, name: str, shape: tuple[int, ...]) -> str | None:
+        """The quantized format of a layer's weight [n, k]; None, and a note, if it stays dense."""
+        if not self.rule.chooses(name):
+            self.report.keep(name, "not chosen")
+            return None
+        format = self.rule.format_for(name, shape[-1])
+        if format is None or format in layout.DENSE or 0 in shape:
+            self.report.cannot(name, shape[-1])
+            return None
+        return format
+
+    def pack(
+        self, name: str, weight: Tensor, format: str, device: torch.device | str
+    ) -> PackedWeight:
+        """Quantize a layer's weight [n, k], float32, bfloat16 or float16.
+
+        Raises ValueError naming the layer if it holds NaN or infinity.
+        """
+        with naming(name):
+            packed = packing.quantize_weight(weight, format, None, device)
+        error = squared_error(weight, unpack(packed).to(weight.device)) if self.measure else None
+        self.report.add(name, tuple(weight.shape), packed.format, packed.nbytes, error)
+        return packed
+
+    def pack_experts(
+        self, name: str, shape: tuple[int, int, int], expert: Callable[[int], Tensor],
+        device: torch.device | str, dense: str, arena: Arena | None = None,
+    ) -> PackedExperts:  # fmt: skip
+        """Quantize the experts `[E, n, k]` of a layer one by one.
+
+        Args:
+            name: of the tensor.
+            shape: E, n and k.
+            expert: gives the weight of one expert [n, k].
+            device: where they go.
+            dense: "bf16" or "f32", for rows that no quantized format takes.
+            arena: where memory of the CPU comes from.
+        """
+        count, n, k = shape
+        format = self.format_for(name, shape) or dense
+        packed = empty_experts(format, count, n, k, device, arena)
+        errors = []
+        for e in range(count):
+            weight = expert(e)
+            if format == dense:
+                pack_expert_(packed, e, weight)
+                continue
+            with naming(f"{name}, expert {e}"):
+                one = packing.quantize_weight(weight, format, None, device)
+            packed.data[e], packed.scales[e] = one.data, one.scales
+            if self.measure:
+                errors.append(squared_error(weight, unpack(one).to(weight.device)))
+        if format != dense:
+            mean = sum(errors) / len(errors) if errors else None
+            self.report.add(name, shape, format, packed.nbytes, mean)
+        return packed
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Let a ValueError say which weight it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
