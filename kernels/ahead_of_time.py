@@ -37,8 +37,6 @@ from . import (
     log_probs,
     lora_add,
     mla_attention,
-    quant_matmul,
-    quant_matmul_input_grad,
     rms_norm,
     rms_norm_backward,
     rope,
@@ -51,6 +49,7 @@ from . import (
 from .attention_launches import attention_launches
 from .moe_gate_launches import gate_launches
 from .moe_launches import moe_launches
+from .quant_launches import quant_launches
 
 KERNEL_MODULES = (
     "adamw",
@@ -76,6 +75,7 @@ KERNEL_MODULES = (
     "moe_gate",
     "moe_gate_backward",
     "paged_attention",
+    "quant_activation",
     "quant_matmul",
     "quant_matmul_input_grad",
     "quant_moe",
@@ -97,6 +97,7 @@ _TYPE_NAMES = {
     torch.int32: "i32",
     torch.int8: "i8",
     torch.uint8: "u8",
+    torch.float8_e4m3fn: "fp8e4nv",
     torch.bool: "i1",
 }
 _PRODUCT = re.compile(r"\b(wgmma|mma)\.\S*?\.(m\d+)n\d+(k\d+)")
@@ -150,6 +151,7 @@ def shipped_launches() -> dict[str, Callable[[], Any]]:
     calls: dict[str, Callable[[], Any]] = {
         **attention_launches(),
         **moe_launches(),
+        **quant_launches(),
         "rms_norm": lambda: rms_norm.rms_norm(_meta(8, 576, dtype=f32), _meta(576), 1e-5, bf16),
         "rms_norm heads": lambda: rms_norm.rms_norm(_meta(8, 32, 128), _meta(128), 1e-5),
         "rms_norm wide": lambda: rms_norm.rms_norm(_meta(8, 16384), _meta(16384), 1e-5),
@@ -180,25 +182,15 @@ def shipped_launches() -> dict[str, Callable[[], Any]]:
         "adamw bf16": lambda: _adamw(bf16, f32),
         "adamw f32": lambda: _adamw(f32, f32),
         "sum_of_squares": lambda: sum_of_squares.sum_of_squares(_meta(4096, 4096, dtype=f32)),
-        "quant_embedding q4_1": lambda: _quant_embedding("q4_1"),
-        "quant_embedding q8_0": lambda: _quant_embedding("q8_0"),
         "sampling": lambda: _sampling(8, 128256),
         "top_log_probs": lambda: log_probs.top_log_probs(_meta(8, 128256, dtype=f32), 5),
         "log_probs": lambda: log_probs.log_probs(_meta(8, 128256, dtype=f32), _ids(8, 1)),
     }
     for m, x in x8.items():
         calls[f"linear bf16 m={m}"] = lambda x=x: linear.linear(x, _meta(4096, 4096))
-        for format in ("q4_0", "q4_1", "q8_0"):
-            for mode in ("int8", "bf16"):
-                key = f"quant_matmul {format} {mode} m={m}"
-                calls[key] = lambda x=x, f=format, a=mode: _quant_matmul(x, f, a)
-    for format in ("q4_0", "q4_1", "q8_0"):
-        calls[f"quant_matmul_input_grad {format}"] = lambda f=format: _input_grad(f, bf16)
-    calls["quant_matmul_input_grad q4_1 f32"] = lambda: _input_grad("q4_1", f32)
     for m in (1, 64):
         x = _meta(m, 576, dtype=f32)
         calls[f"linear f32 m={m}"] = lambda x=x: linear.linear(x, _meta(576, 576, dtype=f32))
-        calls[f"quant_matmul q4_1 fp32 m={m}"] = lambda x=x: _quant_matmul(x, "q4_1", "fp32")
     calls["linear bf16 m=1 fast"] = lambda: linear.linear(
         x8[1], _meta(4096, 4096), batch_invariant=False
     )
@@ -340,23 +332,6 @@ def _rope_tables(half: int) -> tuple[Tensor, Tensor, Tensor]:
     return _ids(8), table, table
 
 
-def _packed(format: str, n: int, k: int) -> tuple[Tensor, Tensor]:
-    quads = 8 if format == "q8_0" else 4
-    n_scales = 2 if format == "q4_1" else 1
-    data = _meta(n, k // 32, quads, 1, 4, dtype=torch.uint8)
-    return data, _meta(n, k // 32, n_scales, 1, dtype=torch.float16)
-
-
-def _quant_embedding(format: str) -> Tensor:
-    data, scales = _packed(format, 49152, 576)
-    return embedding.quant_embedding(_ids(8), data, scales, format, 49152, torch.float32)
-
-
-def _quant_matmul(x: Tensor, format: str, activation: str) -> Tensor:
-    data, scales = _packed(format, 4096, x.shape[-1])
-    return quant_matmul.quant_matmul(x, data, scales, format, 4096, None, activation)
-
-
 def _add_rms_norm_backward(n: int) -> tuple[Tensor, Tensor, Tensor]:
     stream = _meta(2048, n, dtype=torch.float32)
     return rms_norm_backward.add_rms_norm_backward(
@@ -369,12 +344,6 @@ def _adamw(dtype: torch.dtype, grad: torch.dtype) -> None:
     master = None if dtype == torch.float32 else f32
     param, gradient, scale = _meta(4096, 4096, dtype=dtype), f32.to(grad), _meta(dtype=f32.dtype)
     adamw.adamw_step(param, master, f32, f32, gradient, scale, 1e-3, 0.9, 0.95, 1e-8, 0.1, 7)
-
-
-def _input_grad(format: str, dtype: torch.dtype) -> Tensor:
-    data, scales = _packed(format, 4096, 14336)
-    dy = _meta(2048, 4096, dtype=dtype)
-    return quant_matmul_input_grad.quant_matmul_input_grad(dy, data, scales, format)
 
 
 def _head_linear(n_tokens: int, k: int, n: int, tail_dim: int) -> Tensor:

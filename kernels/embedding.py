@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .quant_format import block_codes, dense_rows, row_blocks
+from .quant_format import block_values, check_rows, dense_rows, kernel_format, weight_rows
 from .triton_compat import cast
 
 
@@ -39,23 +39,16 @@ def quant_embedding_kernel(
     BLOCKS: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
-    blocks = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
-    row = tl.load(ids_ptr + token).to(tl.int64)
+    block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
+    row = tl.load(ids_ptr + token + tl.zeros((1,), dtype=tl.int32)).to(tl.int64)
     inside = (row >= 0) & (row < n_rows)
-    mask = inside & (blocks < n_blocks)
-    block = row * n_blocks + blocks
-    N_SCALES: tl.constexpr = 2 if FORMAT == "q4_1" else 1
-    d = tl.load(scales_ptr + block * N_SCALES, mask=mask, other=0.0).to(tl.float32)[:, None]
-    first, second = block_codes(data_ptr, block, mask, FORMAT)  # 2 x [BLOCKS, 16]: columns 0, 16
-    lo, hi = first.to(tl.float32) * d, second.to(tl.float32) * d
-    if FORMAT == "q4_1":
-        m = tl.load(scales_ptr + block * 2 + 1, mask=mask, other=0.0).to(tl.float32)[:, None]
-        lo, hi = lo + m, hi + m
-
-    cols = blocks[:, None] * 32 + tl.arange(0, 16)[None, :]
+    data_rows, scale_rows = weight_rows(data_ptr, scales_ptr, row, n_blocks, FORMAT)
+    live = block < n_blocks
+    values = block_values(data_rows, scale_rows, block, inside, live, FORMAT)
+    values = tl.where(inside[:, None, None], values, 0.0).reshape(BLOCKS, 32)
+    cols = block[:, None] * 32 + tl.arange(0, 32)[None, :]
     y = y_ptr + token * n_blocks * 32 + cols
-    tl.store(y, cast(lo, y_ptr.dtype.element_ty), mask=(blocks < n_blocks)[:, None])
-    tl.store(y + 16, cast(hi, y_ptr.dtype.element_ty), mask=(blocks < n_blocks)[:, None])
+    tl.store(y, cast(values, y_ptr.dtype.element_ty), mask=live[:, None])
 
 
 def embedding(ids: Tensor, weight: Tensor, out_dtype: torch.dtype) -> Tensor:
@@ -91,7 +84,7 @@ def quant_embedding(
     """
     if format in ("bf16", "f32"):
         return embedding(ids, dense_rows(data, format)[:n], out_dtype)
-    n_blocks = row_blocks(data, format)
+    n_blocks = check_rows(data, format)
     y = torch.empty((*ids.shape, n_blocks * 32), dtype=out_dtype, device=data.device)
     if y.numel() == 0:
         return y
@@ -103,8 +96,9 @@ def quant_embedding(
         scales,
         n,
         n_blocks,
-        FORMAT=format,
+        FORMAT=kernel_format(format),
         BLOCKS=blocks,
         num_warps=4,
+        enable_fp_fusion=False,
     )
     return y

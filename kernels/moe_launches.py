@@ -23,11 +23,12 @@ from . import (
     quant_moe_backward,
 )
 from .moe_activation import ACTIVATIONS
+from .quant_format import modes
+from .quant_launches import KERNEL_FORMATS, packed
 
 EXPERTS, PER_TOKEN, HIDDEN, WIDTH = 64, 8, 2048, 1024
 TOKENS = (8, 256, 512, 4096)
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
-FORMATS = ("q4_0", "q4_1", "q8_0")
 
 
 def moe_launches() -> dict[str, Callable[[], Any]]:
@@ -57,11 +58,11 @@ def moe_launches() -> dict[str, Callable[[], Any]]:
     for name, dtype in DTYPES.items():
         add(f"grouped_matmul {name}", _grouped, dtype)
         add(f"grouped_weight_grad {name}", _grouped_grads, dtype)
-    for format, tokens in product(FORMATS, TOKENS):
-        for mode in ("int8", "bf16", "fp32"):
-            if mode != "fp32" or (format == "q4_1" and tokens != 256):
+    for format, tokens in product(KERNEL_FORMATS, TOKENS):
+        for mode in modes(format):
+            if mode != "fp32" or tokens != 256:
                 add(f"quant_moe {format} {mode} m={tokens}", _quant_moe, tokens, format, mode)
-    for format, tokens in product(FORMATS, (512, 4096)):
+    for format, tokens in product(KERNEL_FORMATS, (512, 4096)):
         add(f"quant_moe_backward {format} m={tokens}", _quant_backward, tokens, format)
     add("quant_moe_backward q4_1 f32", _quant_backward, 512, "q4_1", torch.float32)
     add("quant_moe_backward q4_1 gelu", _quant_backward, 4096, "q4_1", activation="gelu_tanh")
@@ -134,9 +135,7 @@ def _grouped_grads(dtype: torch.dtype) -> Any:
 
 
 def _packed(format: str, n: int, k: int) -> tuple[Tensor, Tensor, str]:
-    quads, scales = 8 if format == "q8_0" else 4, 2 if format == "q4_1" else 1
-    data = _meta(EXPERTS, n, k // 32, quads, 1, 4, dtype=torch.uint8)
-    return data, _meta(EXPERTS, n, k // 32, scales, 1, dtype=torch.float16), format
+    return *packed(format, n, k, EXPERTS), format
 
 
 def _quant_moe(tokens: int, format: str, mode: str) -> Any:

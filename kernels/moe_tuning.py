@@ -165,12 +165,12 @@ def use_descriptors(weight: torch.Tensor) -> bool:
     )
 
 
-def quant_product_tile(rows: int, mode: str) -> ProductTile:
+def quant_product_tile(rows: int, format: str, mode: str) -> ProductTile:
     """Tile of one product with packed weights."""
     return _tile(_QUANT_FP32 if mode == "fp32" else _QUANT_PRODUCT, rows)
 
 
-def quant_gate_up_tile(rows: int, mode: str) -> ProductTile:
+def quant_gate_up_tile(rows: int, format: str, mode: str) -> ProductTile:
     """Tile of the first product with packed weights: n rows of gate and n of up."""
     if mode == "int8":
         return _tile(_QUANT_GATE_UP_INT8, rows)

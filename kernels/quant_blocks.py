@@ -1,7 +1,9 @@
-"""One block of 32 columns of a product with packed weights: the arithmetic of `quant_matmul`.
+"""A unit of columns of a product with packed weights: the arithmetic of `quant_matmul`.
 
-Exact int32 dot of codes, or fp32 dot of x with the unscaled codes; then one FMA with the scale and,
-for q4_1, one with the minimum. Every kernel with packed weights adds blocks by these functions.
+A unit is 32 columns in mode int8, else those of one scale, at most 128 (`unit_columns`). Exact
+int32 dot of codes, or fp32 dot of x with the unscaled code; then one FMA with the scale and, in
+formats that have one, one with the minimum. Every kernel with packed weights adds units by these
+functions.
 """
 
 from __future__ import annotations
@@ -9,57 +11,119 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .quant_format import block_codes
-from .triton_compat import cast, dot, fma
+from .quant_format import (
+    block_bytes,
+    byte_codes,
+    group_blocks,
+    group_scales,
+    has_minimum,
+    kind,
+    packed_codes,
+    q6_scales,
+    unit_columns,
+)
+from .triton_compat import dot, fma
 
 
 @triton.jit
-def block_scale(scales_ptr, block, mask, which, N_SCALES: tl.constexpr):
-    """Scale (`which` 0) or minimum (1) of blocks: [len(block), 1] fp32."""
-    return tl.load(scales_ptr + block * N_SCALES + which, mask=mask, other=0.0).to(tl.float32)[
-        :, None
-    ]
-
-
-@triton.jit
-def activation_block(
-    x_rows, scales_ptr, sums_ptr, block, mask, FORMAT: tl.constexpr, INT8: tl.constexpr
+def activation_unit(
+    x_rows,
+    scales_ptr,
+    sums_ptr,
+    place,
+    mask,
+    left,
+    FORMAT: tl.constexpr,
+    MODE: tl.constexpr,
+    SHORT: tl.constexpr,
 ):
-    """What a block of each row of x gives to products: (values, more values, scale, sum).
+    """What a unit of each row of x gives to products: (values, more values, dx, sum).
 
-    x_rows [M]: where the row's 32 values begin: int8 codes (interleaved for 4-bit weights), of
-    which values is [32, M]; or x itself, the halves [16, M] each. block [M]: of scales and sums.
+    x_rows [M]: where the row's unit begins. Values [columns, M]; of x itself beside codes under 8
+    bits columns 0..15 of every 32, and 16..31 in `more`. place [M]: of dx and sums. left: columns
+    to the row's end, looked at if SHORT: the last unit may reach beyond it.
     """
-    x_sum = tl.load(sums_ptr + block, mask=mask, other=0.0)[None, :] if FORMAT == "q4_1" else 0.0
-    if INT8:
-        q = tl.load(x_rows[None, :] + tl.arange(0, 32)[:, None], mask=mask[None, :], other=0)
-        return q, q, tl.load(scales_ptr + block, mask=mask, other=0.0)[None, :], x_sum
+    UNIT: tl.constexpr = unit_columns(FORMAT, MODE)
+    x_sum, x_scale = 0.0, 1.0
+    if has_minimum(FORMAT):
+        x_sum = tl.load(sums_ptr + place, mask=mask, other=0.0)[None, :]
+    if MODE == "int8" or MODE == "fp8":
+        x_scale = tl.load(scales_ptr + place, mask=mask, other=0.0)[None, :]
+    if MODE == "int8" or kind(FORMAT, "bits") == 8:
+        cols = tl.arange(0, UNIT)[:, None]
+        inside = mask[None, :] & (cols < left) if SHORT else mask[None, :]
+        values = tl.load(x_rows[None, :] + cols, mask=inside, other=0.0)
+        return values, values, x_scale, x_sum
     else:
-        half = x_rows[None, :] + tl.arange(0, 16)[:, None]
-        first = tl.load(half, mask=mask[None, :], other=0.0)
-        return first, tl.load(half + 16, mask=mask[None, :], other=0.0), 1.0, x_sum
+        lane = tl.arange(0, UNIT // 2)
+        half = x_rows[None, :] + (lane // 16 * 32 + lane % 16)[:, None]
+        values = tl.load(half, mask=mask[None, :], other=0.0)
+        return values, tl.load(half + 16, mask=mask[None, :], other=0.0), x_scale, x_sum
 
 
 @triton.jit
-def add_block(acc, x, data_ptr, scales_ptr, block, mask, FORMAT: tl.constexpr, INT8: tl.constexpr):
-    """acc [N, M] plus the product of blocks [N] of the weight with x, an `activation_block`."""
-    N_SCALES: tl.constexpr = 2 if FORMAT == "q4_1" else 1
+def add_unit(
+    acc,
+    x,
+    data_rows,
+    scale_rows,
+    row_scale,
+    unit,
+    mask,
+    left,
+    FORMAT: tl.constexpr,
+    MODE: tl.constexpr,
+    SHORT: tl.constexpr,
+):
+    """acc [N, M] plus the product of one unit of the weight's rows with x, an `activation_unit`.
+
+    data_rows, scale_rows, row_scale: of whole rows [N] (`weight_rows`, `row_scales`).
+    """
+    UNIT: tl.constexpr = unit_columns(FORMAT, MODE)
+    BLOCKS: tl.constexpr = UNIT // 32
     values, more, x_scale, x_sum = x
-    if INT8:
-        if FORMAT == "q8_0":
-            bytes_ptr = data_ptr + block[:, None] * 32 + tl.arange(0, 32)[None, :]
-            codes = tl.load(bytes_ptr, mask=mask[:, None], other=0).to(tl.int8, bitcast=True)
-        else:
-            first, second = block_codes(data_ptr, block, mask, FORMAT)
-            codes = tl.interleave(first, second)
-        t = dot(codes, values, tl.zeros(acc.shape, dtype=tl.int32)).to(tl.float32)
+    ptr = data_rows + unit * (BLOCKS * block_bytes(FORMAT))
+    if FORMAT == "q6_k":
+        return add_q6_unit(acc, x, ptr, scale_rows, unit, mask, MODE)
     else:
-        first, second = block_codes(data_ptr, block, mask, FORMAT)
-        t = dot(cast(first, values.dtype), values, tl.zeros(acc.shape, dtype=tl.float32))
-        t = dot(cast(second, values.dtype), more, t)
-    d = block_scale(scales_ptr, block, mask, 0, N_SCALES)
-    acc = fma(t, tl.broadcast_to(d * x_scale, acc.shape), acc)
-    if FORMAT == "q4_1":
-        m = block_scale(scales_ptr, block, mask, 1, N_SCALES)
-        acc = fma(tl.broadcast_to(m, acc.shape), tl.broadcast_to(x_sum, acc.shape), acc)
-    return acc
+        SUMS: tl.constexpr = tl.int32 if MODE == "int8" else tl.float32
+        t = tl.zeros(acc.shape, dtype=SUMS)
+        if kind(FORMAT, "bits") == 8:
+            cols = tl.arange(0, UNIT)[None, :]
+            inside = mask[:, None] & (cols < left) if SHORT else mask[:, None]
+            t = dot(byte_codes(ptr[:, None] + cols, inside, FORMAT, values.dtype), values, t)
+        else:
+            first, second = packed_codes(ptr, mask, FORMAT, UNIT, values.dtype)
+            if MODE == "int8":
+                t = dot(tl.interleave(first, second), values, t)
+            else:
+                t = dot(second, more, dot(first, values, t))
+        group = unit * BLOCKS // group_blocks(FORMAT)
+        d, m = group_scales(scale_rows, row_scale, group, mask, FORMAT)
+        if MODE == "int8" and kind(FORMAT, "codes") == "nf4":
+            d = d * 0.007874015748031496  # 1 / 127
+        acc = fma(t.to(tl.float32), tl.broadcast_to(d[:, None] * x_scale, acc.shape), acc)
+        if has_minimum(FORMAT):
+            m = tl.broadcast_to(m[:, None], acc.shape)
+            acc = fma(m, tl.broadcast_to(x_sum, acc.shape), acc)
+        return acc
+
+
+@triton.jit
+def add_q6_unit(acc, x, ptr, scale_rows, block, mask, MODE: tl.constexpr):
+    """`add_unit` of q6_k: 32 columns whose halves have scales of their own."""
+    values, more, x_scale, _ = x
+    d, first_scale, second_scale = q6_scales(scale_rows, block, mask)
+    first, second = packed_codes(ptr, mask, "q6_k", 32, values.dtype)
+    if MODE == "int8":  # an instruction adds 32 columns: zeros keep the halves apart
+        none = tl.zeros_like(first)
+        zeros = tl.zeros(acc.shape, dtype=tl.int32)
+        s = dot(tl.interleave(first, none), values, zeros) * first_scale[:, None]
+        s += dot(tl.interleave(none, second), values, zeros) * second_scale[:, None]
+        return fma(s.to(tl.float32), tl.broadcast_to(d[:, None] * x_scale, acc.shape), acc)
+    else:
+        zeros = tl.zeros(acc.shape, dtype=tl.float32)
+        scale = (d * first_scale.to(tl.float32))[:, None]
+        acc = fma(dot(first, values, zeros), tl.broadcast_to(scale, acc.shape), acc)
+        scale = (d * second_scale.to(tl.float32))[:, None]
+        return fma(dot(second, more, zeros), tl.broadcast_to(scale, acc.shape), acc)

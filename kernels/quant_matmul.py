@@ -1,11 +1,15 @@
-"""y = x @ W.T + bias for weights that stay packed in blocks of 32 columns.
+"""y = x @ W.T + bias for weights that stay packed.
 
-One tile product per block, its scale applied once, blocks in ascending K, one fp32 accumulator:
-    int8 activations: s = exact int32 sum of code * q;          acc = fma(s, d * dx, acc)
-    bf16 or fp32:     t = fp32 dot of x with the unscaled code; acc = fma(t, d, acc)
-    q4_1 also:        x_sum = sum of the block's x (dx * q);    acc = fma(m, x_sum, acc)
+One product per unit of columns (`quant_blocks`), its scale applied once, units in ascending K, one
+fp32 accumulator:
+    int8:       s = exact int32 sum of code * q over 32 columns;     acc = fma(s, d * dx, acc)
+    fp8:        t = fp32 dot of e4m3 x with e4m3 codes, 128 columns; acc = fma(t, d * dx, acc)
+    bf16, fp32: t = fp32 dot of x with the unscaled code;            acc = fma(t, d, acc)
+    minimum:    x_sum = sum of the unit's x (dx * q);                acc = fma(m, x_sum, acc)
 Codes are exact in int8 and bf16, so a dequantized weight is never rounded. Orientation and
 independence of the number of rows are those of `linear`: weights are the long side of the tile.
+The epilogue can add the product to an fp32 residual, or activate the halves of a gated weight,
+with the roundings of the separate ops.
 """
 
 from __future__ import annotations
@@ -16,166 +20,180 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .linear import linear, store_outputs, sum_splits, tile_of_program
-from .quant_blocks import activation_block, add_block
-from .quant_format import dense_rows, row_blocks
-from .triton_compat import divide, round_even
+from .linear import linear, tile_of_program
+from .moe_activation import ACTIVATIONS, activate
+from .quant_activation import prepared
+from .quant_blocks import activation_unit, add_unit
+from .quant_format import (
+    check_rows,
+    dense_rows,
+    kernel_format,
+    modes,
+    row_scales,
+    unit_columns,
+    weight_rows,
+)
+from .triton_compat import cast
 
 
 @triton.jit
-def quantize_activation_kernel(
-    q_ptr,
-    scales_ptr,
-    sums_ptr,
-    x_ptr,
-    stride_xm,
-    n_blocks,
-    INT8: tl.constexpr,
-    PAIRED: tl.constexpr,
-    BLOCKS: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    blocks = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
-    live = blocks < n_blocks
-    slot = tl.arange(0, 32)
-    if PAIRED:  # slot 2j holds column j and slot 2j + 1 column 16 + j: a 4-bit block's byte order
-        cols = (slot % 2) * 16 + slot // 2
+def finished(acc, up, residual, ROUND: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr):
+    """fp32 outputs of fp32 sums, biases included: activated, or added to the residual."""
+    if GATED != "":
+        if ROUND:
+            acc = cast(acc, tl.bfloat16).to(tl.float32)
+            up = cast(up, tl.bfloat16).to(tl.float32)
+        return activate(acc, up, GATED)
+    elif RESIDUAL:
+        return residual + (cast(acc, tl.bfloat16).to(tl.float32) if ROUND else acc)
     else:
-        cols = slot
-    offsets = blocks[:, None] * 32 + cols[None, :]
-    x = tl.load(x_ptr + row * stride_xm + offsets, mask=live[:, None], other=0.0).to(tl.float32)
-    out = row * n_blocks + blocks
-    if INT8:
-        amax = tl.max(tl.abs(x), axis=1)
-        safe = tl.where(amax > 0, amax, 127.0)
-        scale = divide(amax, tl.full(amax.shape, 127.0, tl.float32))
-        inverse = divide(tl.full(amax.shape, 127.0, tl.float32), safe)
-        q = round_even(x * inverse[:, None]).to(tl.int32)
-        tl.store(q_ptr + out[:, None] * 32 + slot[None, :], q.to(tl.int8), mask=live[:, None])
-        tl.store(scales_ptr + out, scale, mask=live)
-        tl.store(sums_ptr + out, scale * tl.sum(q, axis=1).to(tl.float32), mask=live)
-    else:
-        tl.store(sums_ptr + out, tl.sum(x, axis=1), mask=live)
+        return acc
 
 
 @triton.jit
 def quant_matmul_kernel(
     y_ptr,
     x_ptr,
+    x_scales_ptr,
+    sums_ptr,
     data_ptr,
     scales_ptr,
-    sums_ptr,
     bias_ptr,
+    residual_ptr,
     stride_xm,
     M,
     N,
-    n_blocks,
-    blocks_per_split,
+    K,
+    units_per_split,
     FORMAT: tl.constexpr,
+    MODE: tl.constexpr,
+    SHORT: tl.constexpr,
+    ROUND: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    GATED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    UNITS: tl.constexpr,
     GROUP: tl.constexpr,
 ):
+    UNIT: tl.constexpr = unit_columns(FORMAT, MODE)
     tile_n, tile_m = tile_of_program(
         tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(M, BLOCK_M), GROUP
     )
     split = tl.program_id(1)
     rows_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     rows_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_blocks_n = rows_n.to(tl.int64) * n_blocks
-    row_blocks_m = rows_m.to(tl.int64) * n_blocks
+    n_units = tl.cdiv(K, UNIT)
+    data_rows, scale_rows = weight_rows(data_ptr, scales_ptr, rows_n, K // 32, FORMAT)
+    row_scale = row_scales(scale_rows, rows_n < N, FORMAT)
     x_rows = x_ptr + rows_m.to(tl.int64) * stride_xm
-
+    places = rows_m.to(tl.int64) * n_units
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    end = tl.minimum(n_blocks, (split + 1) * blocks_per_split)
-    for b0 in range(split * blocks_per_split, end, BLOCKS):
-        for i in tl.static_range(BLOCKS):
-            b = b0 + i
-            mask_n, mask_m = (rows_n < N) & (b < end), (rows_m < M) & (b < end)
-            x = activation_block(
-                x_rows + b * 32, sums_ptr, sums_ptr, row_blocks_m + b, mask_m, FORMAT, False
+    up = acc
+    if GATED != "":
+        up_data, up_scales = weight_rows(data_ptr, scales_ptr, N + rows_n, K // 32, FORMAT)
+        up_scale = row_scales(up_scales, rows_n < N, FORMAT)
+
+    end = tl.minimum(n_units, (split + 1) * units_per_split)
+    for first in range(split * units_per_split, end, UNITS):
+        for i in tl.static_range(UNITS):
+            unit = first + i
+            mask_n, mask_m, left = rows_n < N, rows_m < M, K - unit * UNIT
+            if UNITS > 1:
+                mask_n, mask_m = mask_n & (unit < end), mask_m & (unit < end)
+            x = activation_unit(
+                x_rows + unit * UNIT, x_scales_ptr, sums_ptr, places + unit, mask_m, left,
+                FORMAT, MODE, SHORT,
+            )  # fmt: skip
+            acc = add_unit(
+                acc, x, data_rows, scale_rows, row_scale, unit, mask_n, left, FORMAT, MODE, SHORT
             )
-            acc = add_block(acc, x, data_ptr, scales_ptr, row_blocks_n + b, mask_n, FORMAT, False)
-    y_split = y_ptr + split.to(tl.int64) * M * N
-    store_outputs(y_split, acc, bias_ptr, rows_m, rows_n, M, N, HAS_BIAS)
+            if GATED != "":
+                up = add_unit(
+                    up, x, up_data, up_scales, up_scale, unit, mask_n, left, FORMAT, MODE, SHORT
+                )
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + rows_n, mask=rows_n < N, other=0.0).to(tl.float32)[:, None]
+        if GATED != "":
+            bias = tl.load(bias_ptr + N + rows_n, mask=rows_n < N, other=0.0)
+            up += bias.to(tl.float32)[:, None]
+    mask = (rows_m < M)[:, None] & (rows_n < N)[None, :]
+    out = (split.to(tl.int64) * M + rows_m)[:, None] * N + rows_n[None, :]
+    residual = 0.0
+    if RESIDUAL:
+        residual = tl.trans(tl.load(residual_ptr + out, mask=mask, other=0.0))
+    y = finished(acc, up, residual, ROUND, RESIDUAL, GATED)
+    tl.store(y_ptr + out, tl.trans(cast(y, y_ptr.dtype.element_ty)), mask=mask)
 
 
 @triton.jit
-def quant_matmul_int8_kernel(
+def finish_kernel(
     y_ptr,
-    q_ptr,
-    q_scales_ptr,
-    q_sums_ptr,
-    data_ptr,
-    scales_ptr,
+    partial_ptr,
     bias_ptr,
+    residual_ptr,
     M,
     N,
-    n_blocks,
-    blocks_per_split,
-    FORMAT: tl.constexpr,
+    N_SPLITS: tl.constexpr,
+    ROUND: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    GROUP: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    GATED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    tile_n, tile_m = tile_of_program(
-        tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(M, BLOCK_M), GROUP
-    )
-    split = tl.program_id(1)
-    rows_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_blocks_n = rows_n.to(tl.int64) * n_blocks
-    row_blocks_m = rows_m.to(tl.int64) * n_blocks
-
-    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    end = tl.minimum(n_blocks, (split + 1) * blocks_per_split)
-    for b0 in range(split * blocks_per_split, end, BLOCKS):
-        for i in tl.static_range(BLOCKS):
-            b = b0 + i
-            mask_n, mask_m = (rows_n < N) & (b < end), (rows_m < M) & (b < end)
-            q_rows = q_ptr + (row_blocks_m + b) * 32
-            x = activation_block(
-                q_rows, q_scales_ptr, q_sums_ptr, row_blocks_m + b, mask_m, FORMAT, True
-            )
-            acc = add_block(acc, x, data_ptr, scales_ptr, row_blocks_n + b, mask_n, FORMAT, True)
-    y_split = y_ptr + split.to(tl.int64) * M * N
-    store_outputs(y_split, acc, bias_ptr, rows_m, rows_n, M, N, HAS_BIAS)
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = cols < N
+    WIDTH: tl.constexpr = 2 if GATED != "" else 1
+    acc = tl.zeros((BLOCK,), dtype=tl.float32)
+    up = tl.zeros((BLOCK,), dtype=tl.float32)
+    for split in tl.static_range(N_SPLITS):
+        at = partial_ptr + (split * M + row) * N * WIDTH + cols
+        acc += tl.load(at, mask=mask, other=0.0)
+        if GATED != "":
+            up += tl.load(at + N, mask=mask, other=0.0)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+        if GATED != "":
+            up += tl.load(bias_ptr + N + cols, mask=mask, other=0.0).to(tl.float32)
+    residual = 0.0
+    if RESIDUAL:
+        residual = tl.load(residual_ptr + row * N + cols, mask=mask, other=0.0)
+    y = finished(acc, up, residual, ROUND, RESIDUAL, GATED)
+    tl.store(y_ptr + row * N + cols, cast(y, y_ptr.dtype.element_ty), mask=mask)
 
 
-def quantize_activation(
-    x: Tensor, paired: bool, int8: bool = True
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(q int8 [M, K], dx f32 [M, K/32], sums f32 [M, K/32]) of x[M, K] in blocks of 32 columns.
+def finish(
+    y: Tensor,
+    partial: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    gated: str,
+    dtype: torch.dtype,
+) -> None:
+    """y[M, n] = the epilogue of the sum over splits, in order, of partial f32 [splits, M, N].
 
-    dx = amax / 127, q = round(x * (127 / amax)) to even; sums = dx * sum(q). `paired` interleaves
-    each block's halves, as 4-bit codes are packed. `int8=False` gives only the sums of x itself
-    (q and dx empty).
+    N is n, or 2 n if gated; rounded to `dtype` where separate ops would be.
     """
-    m, k = x.shape
-    n_blocks = k // 32
-    f32 = {"dtype": torch.float32, "device": x.device}
-    q = torch.empty((m, k) if int8 else (0,), dtype=torch.int8, device=x.device)
-    scales = torch.empty((m, n_blocks) if int8 else (0,), **f32)
-    sums = torch.empty((m, n_blocks), **f32)
-    blocks = min(triton.next_power_of_2(n_blocks), tuning.ELEMENTWISE_BLOCK // 32)
-    quantize_activation_kernel[(m, triton.cdiv(n_blocks, blocks))](
-        q,
-        scales,
-        sums,
-        x,
-        x.stride(0),
-        n_blocks,
-        INT8=int8,
-        PAIRED=paired,
-        BLOCKS=blocks,
+    (m, n), n_splits = y.shape, partial.shape[0]
+    block = min(triton.next_power_of_2(n), tuning.ELEMENTWISE_BLOCK)
+    finish_kernel[(m, triton.cdiv(n, block))](
+        y,
+        partial,
+        partial if bias is None else bias,
+        partial if residual is None else residual,
+        m,
+        n,
+        N_SPLITS=n_splits,
+        ROUND=dtype == torch.bfloat16,
+        HAS_BIAS=bias is not None,
+        RESIDUAL=residual is not None,
+        GATED=gated,
+        BLOCK=block,
         num_warps=4,
         enable_fp_fusion=False,
     )
-    return q, scales, sums
 
 
 def quant_matmul(
@@ -187,56 +205,99 @@ def quant_matmul(
     bias: Tensor | None = None,
     activation: str = "bf16",
     out_dtype: torch.dtype | None = None,
+    residual: Tensor | None = None,
+    gated: str = "",
     *,
     batch_invariant: bool = True,
 ) -> Tensor:
     """y[..., n] = x @ W.T + bias in `out_dtype` (default: x's), contiguous.
 
-    x[..., K]: f32 or bf16; data, scales: W packed as `format` ("q4_0", "q4_1", "q8_0", "bf16",
-    "f32"; layouts in `quant_format`); activation: "int8", "bf16" (x bf16) or "fp32" (x f32),
-    ignored by the dense formats. Raises ValueError for a format, layout or mode not served.
+    x[..., K]: f32 or bf16; data, scales: W packed as `format` (one of `quant_format.FORMATS`,
+    "bf16" or "f32"); activation: "int8", "fp8", "bf16" (x bf16) or "fp32" (x f32), ignored by the
+    dense formats. With residual f32 [..., n], y = residual + round(x @ W.T + bias), f32; with
+    gated ("silu", "gelu_tanh", ...), y[..., n / 2] = act(round(gate)) * round(up) of a weight
+    whose rows are gate's, then up's; both round to x's dtype. Raises ValueError for a format,
+    layout or mode not served.
     """
+    if gated and (gated not in ACTIVATIONS or n % 2 or residual is not None):
+        raise ValueError(
+            f"gated {gated!r} of {n} rows: one of {', '.join(ACTIVATIONS)}, rows of gate and as "
+            "many of up, no residual"
+        )
+    width = n // 2 if gated else n
+    dtype = torch.float32 if residual is not None else out_dtype or x.dtype
+    y = torch.empty((*x.shape[:-1], width), dtype=dtype, device=x.device)
+    x2 = x.reshape(-1, x.shape[-1])
+    y2 = y.view(x2.shape[0], width)
+    rest = None if residual is None else residual.reshape(y2.shape).contiguous()
     if format in ("bf16", "f32"):
         weight = dense_rows(data, format)[:n, : x.shape[-1]]
-        return linear(x, weight, bias, out_dtype, batch_invariant=batch_invariant)
-    if activation not in ("int8", "bf16", "fp32"):
-        raise ValueError(f"activation {activation!r} is not one of int8, bf16, fp32")
-    n_blocks = row_blocks(data, format)
-    y = torch.empty((*x.shape[:-1], n), dtype=out_dtype or x.dtype, device=x.device)
-    if y.numel() == 0:
+        if not gated and residual is None:
+            return linear(x, weight, bias, out_dtype, batch_invariant=batch_invariant)
+        sums = linear(x2, weight, bias, torch.float32, batch_invariant=batch_invariant)
+        if y.numel():
+            finish(y2, sums[None], None, rest, gated, x.dtype)
         return y
-    x2 = x.reshape(-1, x.shape[-1])
-    m = x2.shape[0]
-    tile = tuning.quant_tile(m, activation)
-    n_programs = triton.cdiv(n, tile.n) * triton.cdiv(m, tile.m)
-    n_splits = 1
-    if not batch_invariant:
-        n_splits = tuning.k_splits(n_programs, m, n_blocks * 32, tile.k)
-    out = y if n_splits == 1 else y.new_empty((n_splits, m, n), dtype=torch.float32)
-    sizes = (m, n, n_blocks, triton.cdiv(n_blocks, n_splits))
-    options = {
-        "FORMAT": format,
-        "HAS_BIAS": bias is not None and n_splits == 1,
-        "BLOCK_N": tile.n,
-        "BLOCK_M": tile.m,
-        "BLOCKS": tile.k // 32,
-        "GROUP": tuning.TILE_GROUP,
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
-    }
-    bias_or_any = scales if bias is None else bias
-    if activation == "int8":
-        q, q_scales, q_sums = quantize_activation(x2, paired=format != "q8_0")
-        quant_matmul_int8_kernel[(n_programs, n_splits)](
-            out, q, q_scales, q_sums, data, scales, bias_or_any, *sizes, **options
-        )
-    else:
-        sums = scales
-        if format == "q4_1":
-            sums = quantize_activation(x2, paired=False, int8=False)[2]
-        quant_matmul_kernel[(n_programs, n_splits)](
-            out, x2, data, scales, sums, bias_or_any, x2.stride(0), *sizes, **options
-        )
-    if n_splits > 1:
-        sum_splits(y, out, bias)
+    check_rows(data, format)
+    if activation not in modes(format):
+        raise ValueError(f"activation {activation!r} of {format} is none of {modes(format)}")
+    if y.numel():
+        options = (format, activation, bias, rest, gated, batch_invariant)
+        _launch(y2, x2, data, scales, *options)
     return y
+
+
+def _launch(
+    y: Tensor,
+    x: Tensor,
+    data: Tensor,
+    scales: Tensor,
+    format: str,
+    mode: str,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    gated: str,
+    batch_invariant: bool,
+) -> None:
+    """`quant_matmul` of rows x[M, K] of at least one output, arguments checked."""
+    (m, k), width = x.shape, y.shape[1]
+    unit = int(unit_columns(format, mode))
+    fused = mode != "fp32"  # on FMA units two sums of a gated weight take too many registers
+    tile = tuning.quant_tile(m, format, mode, bool(gated) and fused, x.device)
+    n_tiles = triton.cdiv(width, tile.n) * triton.cdiv(m, tile.m)
+    n_splits = 1 if batch_invariant else tuning.k_splits(n_tiles, m, k, tile.k)
+    whole = n_splits == 1 and (fused or not gated)
+    # Else the product is a plain one of all rows of the weight, and finished when it is summed.
+    n = width if whole or not gated else 2 * width
+    out = y if whole else y.new_empty((n_splits, m, n), dtype=torch.float32)
+    values, x_scales, sums = prepared(x, format, mode)
+    quant_matmul_kernel[(triton.cdiv(n, tile.n) * triton.cdiv(m, tile.m), n_splits)](
+        out,
+        values,
+        x_scales,
+        sums,
+        data,
+        scales,
+        scales if bias is None else bias,
+        scales if residual is None else residual,
+        values.stride(0),
+        m,
+        n,
+        k,
+        triton.cdiv(triton.cdiv(k, unit), n_splits),
+        FORMAT=kernel_format(format),
+        MODE=mode,
+        SHORT=k % unit != 0,
+        ROUND=x.dtype == torch.bfloat16,
+        HAS_BIAS=bias is not None and whole,
+        RESIDUAL=residual is not None and whole,
+        GATED=gated if whole else "",
+        BLOCK_N=tile.n,
+        BLOCK_M=tile.m,
+        UNITS=max(1, tile.k // unit),
+        GROUP=tuning.TILE_GROUP,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    if not whole:
+        finish(y, out, bias, residual, gated, x.dtype)

@@ -1,8 +1,8 @@
-"""dx = dy @ W for weights packed in blocks of 32 columns: the input gradient of quant_matmul.
+"""dx = dy @ W for packed weights: the input gradient of quant_matmul.
 
 A tile of W is dequantized in registers, rounded to dy's dtype as a stored copy of it would be, and
 multiplied; rows of W are walked upwards. Bound by the products: a tile of codes is decoded once
-for every 128 rows of dy.
+for every 128 rows of dy, and a scale is loaded once for the 32 columns of a block.
 """
 
 from __future__ import annotations
@@ -14,28 +14,27 @@ from torch import Tensor
 
 from . import tuning
 from .linear import tile_of_program
-from .quant_format import row_blocks
+from .quant_format import block_values, check_rows, kernel_format, weight_rows
 from .triton_compat import cast, dot
 
 
 @triton.jit
-def block_values(data_ptr, scales_ptr, rows, cols, mask, n_blocks, FORMAT: tl.constexpr):
-    """float32 values of W at rows[BN] and cols[BK]: [BN, BK]; 0 where mask is false."""
-    block = rows.to(tl.int64)[:, None] * n_blocks + (cols // 32)[None, :]
-    within = (cols % 32)[None, :]
-    if FORMAT == "q8_0":
-        code = tl.load(data_ptr + block * 32 + within, mask=mask, other=0).to(tl.int8, bitcast=True)
-        code = code.to(tl.float32)
-    else:
-        pair = tl.load(data_ptr + block * 16 + within % 16, mask=mask, other=0).to(tl.int32)
-        code = ((pair >> (within // 16 * 4)) & 0xF).to(tl.float32)
-        if FORMAT == "q4_0":
-            code -= 8.0
-    if FORMAT == "q4_1":
-        value = code * tl.load(scales_ptr + block * 2, mask=mask, other=0.0).to(tl.float32)
-        return value + tl.load(scales_ptr + block * 2 + 1, mask=mask, other=0.0).to(tl.float32)
-    else:
-        return code * tl.load(scales_ptr + block, mask=mask, other=0.0).to(tl.float32)
+def weight_tile(
+    data_ptr,
+    scales_ptr,
+    rows,
+    first_block,
+    N,
+    n_blocks,
+    FORMAT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """Values of W[rows, COLUMNS columns from a block on] in dtype; 0 outside."""
+    block = first_block + tl.arange(0, COLUMNS // 32)
+    data_rows, scale_rows = weight_rows(data_ptr, scales_ptr, rows, n_blocks, FORMAT)
+    values = block_values(data_rows, scale_rows, block, rows < N, block < n_blocks, FORMAT)
+    return cast(values.reshape(rows.shape[0], COLUMNS), dtype)
 
 
 @triton.jit
@@ -48,7 +47,6 @@ def quant_matmul_input_grad_kernel(
     M,
     N,
     K,
-    n_blocks,
     FORMAT: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -66,11 +64,12 @@ def quant_matmul_input_grad_kernel(
 
     acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
     for n in range(0, N, BLOCK_N):
-        live = rows < N - n
-        dy = tl.load(dy_rows + n, mask=mask_m & live[None, :], other=0.0)
-        mask = mask_k & live[:, None]
-        w = block_values(data_ptr, scales_ptr, n + rows, cols, mask, n_blocks, FORMAT)
-        acc = dot(dy, cast(w, dy.dtype), acc)
+        dy = tl.load(dy_rows + n, mask=mask_m & (rows < N - n)[None, :], other=0.0)
+        w = weight_tile(
+            data_ptr, scales_ptr, n + rows, tile_k * (BLOCK_K // 32), N, K // 32,
+            FORMAT, BLOCK_K, dy.dtype,
+        )  # fmt: skip
+        acc = dot(dy, w, acc)
     out = dx_ptr + rows_m.to(tl.int64)[:, None] * K + cols[None, :]
     tl.store(out, cast(acc, dx_ptr.dtype.element_ty), mask=mask_m & mask_k)
 
@@ -80,11 +79,10 @@ def quant_matmul_input_grad(
 ) -> Tensor:
     """dx[..., K] = dy @ W in `out_dtype` (default: dy's), contiguous.
 
-    dy[..., N]: f32 or bf16; data, scales: W packed as `format` ("q4_0", "q4_1", "q8_0"; layouts in
-    `quant_format`). Raises ValueError for a format or layout not served.
+    dy[..., N]: f32 or bf16; data, scales: W packed as `format` (one of `quant_format.FORMATS`).
+    Raises ValueError for a format or layout not served.
     """
-    n_blocks = row_blocks(data, format)
-    n, k = dy.shape[-1], n_blocks * 32
+    n, k = dy.shape[-1], check_rows(data, format) * 32
     dx = torch.empty((*dy.shape[:-1], k), dtype=out_dtype or dy.dtype, device=dy.device)
     if dx.numel() == 0:
         return dx
@@ -102,8 +100,7 @@ def quant_matmul_input_grad(
         m,
         n,
         k,
-        n_blocks,
-        FORMAT=format,
+        FORMAT=kernel_format(format),
         BLOCK_K=tile.n,
         BLOCK_M=tile.m,
         BLOCK_N=tile.k,

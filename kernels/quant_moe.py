@@ -1,7 +1,7 @@
 """The fused mixture-of-experts layer with packed experts: `moe`, dequantizing in the K loops.
 
-Blocks of 32 columns are multiplied as in `quant_matmul`, rows are gathered and activated as in
-`moe`. In mode int8 tokens are quantized once, whatever the number of experts they go to, and the
+Units of columns are multiplied as in `quant_matmul`, rows are gathered and activated as in `moe`.
+In modes int8 and fp8 tokens are quantized once, whatever the number of experts they go to, and the
 activations once a slot. Formats "bf16" and "f32" are dense weights and take the kernels of `moe`.
 """
 
@@ -18,9 +18,17 @@ from . import moe_tuning
 from .grouped_matmul import dense_rows, grouped_product
 from .moe import combine, contiguous, gate_up, store_activation
 from .moe_plan import Plan, plan, replanned, tile_of_plan, token_of_row
-from .quant_blocks import activation_block, add_block
-from .quant_format import BYTES_PER_BLOCK
-from .quant_matmul import quantize_activation
+from .quant_activation import prepared
+from .quant_blocks import activation_unit, add_unit
+from .quant_format import (
+    DENSE,
+    FORMATS,
+    kernel_format,
+    modes,
+    row_scales,
+    unit_columns,
+    weight_rows,
+)
 from .triton_compat import cast
 from .tuning import ProductTile
 
@@ -37,11 +45,13 @@ class ExpertWeights:
 
     @property
     def quantized(self) -> bool:
-        return self.format in BYTES_PER_BLOCK
+        return self.format in FORMATS
 
-    @property
-    def n_blocks(self) -> int:
-        return self.k // 32
+    def mode(self, mode: str) -> str:
+        """This weight's mode in a layer of that mode: e4m3 codes have fp8 for int8."""
+        if mode not in ("int8", "fp8"):
+            return mode
+        return modes(self.format)[0]
 
     def dense(self) -> Tensor:
         """[E, n, k] of a dense format: a view."""
@@ -49,22 +59,13 @@ class ExpertWeights:
 
     def check(self) -> None:
         """Raises ValueError for a format or layout not served here."""
-        if self.format not in (*BYTES_PER_BLOCK, "bf16", "f32"):
+        if self.format not in FORMATS and self.format not in DENSE:
             raise ValueError(f"format {self.format!r} is not a packed format")
         if self.data.shape[3 if self.format == "f32" else -2] != 1:
             raise ValueError(
                 f"data of shape {tuple(self.data.shape)} interleaves rows; pack it for the GPU "
                 "(R = 1)"
             )
-
-
-@triton.jit
-def expert_pointers(data_ptr, scales_ptr, expert, n_blocks, FORMAT: tl.constexpr):
-    """Where data and scales of an expert begin; n_blocks: of a whole expert."""
-    first = expert.to(tl.int64) * n_blocks
-    BYTES: tl.constexpr = 32 if FORMAT == "q8_0" else 16
-    N_SCALES: tl.constexpr = 2 if FORMAT == "q4_1" else 1
-    return data_ptr + first * BYTES, scales_ptr + first * N_SCALES
 
 
 @triton.jit
@@ -84,16 +85,19 @@ def quant_moe_gate_up_kernel(
     n_slots,
     per_token,
     width,
-    n_blocks,
+    K,
     FORMAT: tl.constexpr,
-    INT8: tl.constexpr,
+    MODE: tl.constexpr,
+    SHORT: tl.constexpr,
     ACTIVATION: tl.constexpr,
     KEEP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    UNITS: tl.constexpr,
 ):
+    UNIT: tl.constexpr = unit_columns(FORMAT, MODE)
+    n_units = tl.cdiv(K, UNIT)
     tiles_n = tl.cdiv(width, BLOCK_N)
     expert, first, end = tile_of_plan(tiles_ptr, n_tiles, tl.program_id(0) // tiles_n)
     if expert < 0:
@@ -101,21 +105,29 @@ def quant_moe_gate_up_kernel(
     rows_n = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
     rows_m = first + tl.arange(0, BLOCK_M)
     token, live = token_of_row(slots_ptr, rows_m, rows_m < end, n_slots, per_token)
-    x_rows, blocks_m = x_ptr + token * stride_xm, token * n_blocks
-    data, scales = expert_pointers(data_ptr, scales_ptr, expert, 2 * width * n_blocks, FORMAT)
-    blocks_gate = rows_n.to(tl.int64) * n_blocks
-    blocks_up = (width + rows_n).to(tl.int64) * n_blocks
+    x_rows, places = x_ptr + token * stride_xm, token * n_units
+    inside = rows_n < width
+    rows_gate = expert.to(tl.int64) * 2 * width + rows_n
+    gate_data, gate_scales = weight_rows(data_ptr, scales_ptr, rows_gate, K // 32, FORMAT)
+    up_data, up_scales = weight_rows(data_ptr, scales_ptr, rows_gate + width, K // 32, FORMAT)
+    gate_row = row_scales(gate_scales, inside, FORMAT)
+    up_row = row_scales(up_scales, inside, FORMAT)
     gate = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     up = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    for b0 in range(0, n_blocks, BLOCKS):
-        for i in tl.static_range(BLOCKS):
-            b = b0 + i
-            mask_n, mask_m = (rows_n < width) & (b < n_blocks), live & (b < n_blocks)
-            x = activation_block(
-                x_rows + b * 32, x_scales_ptr, x_sums_ptr, blocks_m + b, mask_m, FORMAT, INT8
+    for begin in range(0, n_units, UNITS):
+        for i in tl.static_range(UNITS):
+            u = begin + i
+            mask_n, mask_m, left = inside, live, K - u * UNIT
+            if UNITS > 1:
+                mask_n, mask_m = inside & (u < n_units), live & (u < n_units)
+            x = activation_unit(
+                x_rows + u * UNIT, x_scales_ptr, x_sums_ptr, places + u, mask_m, left,
+                FORMAT, MODE, SHORT,
+            )  # fmt: skip
+            gate = add_unit(
+                gate, x, gate_data, gate_scales, gate_row, u, mask_n, left, FORMAT, MODE, SHORT
             )
-            gate = add_block(gate, x, data, scales, blocks_gate + b, mask_n, FORMAT, INT8)
-            up = add_block(up, x, data, scales, blocks_up + b, mask_n, FORMAT, INT8)
+            up = add_unit(up, x, up_data, up_scales, up_row, u, mask_n, left, FORMAT, MODE, SHORT)
     store_activation(
         a_ptr, pre_ptr, gate, up, bias_ptr, expert, rows_m, end, rows_n, width,
         ACTIVATION, KEEP, HAS_BIAS,
@@ -135,14 +147,17 @@ def quant_grouped_matmul_kernel(
     stride_xm,
     n_tiles,
     N,
-    n_blocks,
+    K,
     FORMAT: tl.constexpr,
-    INT8: tl.constexpr,
+    MODE: tl.constexpr,
+    SHORT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    UNITS: tl.constexpr,
 ):
+    UNIT: tl.constexpr = unit_columns(FORMAT, MODE)
+    n_units = tl.cdiv(K, UNIT)
     tiles_n = tl.cdiv(N, BLOCK_N)
     expert, first, end = tile_of_plan(tiles_ptr, n_tiles, tl.program_id(0) // tiles_n)
     if expert < 0:
@@ -150,34 +165,31 @@ def quant_grouped_matmul_kernel(
     rows_n = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
     rows_m = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
     live = rows_m < end
-    x_rows, blocks_m = x_ptr + rows_m * stride_xm, rows_m * n_blocks
-    data, scales = expert_pointers(data_ptr, scales_ptr, expert, N * n_blocks, FORMAT)
-    blocks_n = rows_n.to(tl.int64) * n_blocks
+    x_rows, places, inside = x_ptr + rows_m * stride_xm, rows_m * n_units, rows_n < N
+    data_rows, scale_rows = weight_rows(
+        data_ptr, scales_ptr, expert.to(tl.int64) * N + rows_n, K // 32, FORMAT
+    )
+    row_scale = row_scales(scale_rows, inside, FORMAT)
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    for b0 in range(0, n_blocks, BLOCKS):
-        for i in tl.static_range(BLOCKS):
-            b = b0 + i
-            mask_n, mask_m = (rows_n < N) & (b < n_blocks), live & (b < n_blocks)
-            x = activation_block(
-                x_rows + b * 32, x_scales_ptr, x_sums_ptr, blocks_m + b, mask_m, FORMAT, INT8
+    for begin in range(0, n_units, UNITS):
+        for i in tl.static_range(UNITS):
+            u = begin + i
+            mask_n, mask_m, left = inside, live, K - u * UNIT
+            if UNITS > 1:
+                mask_n, mask_m = inside & (u < n_units), live & (u < n_units)
+            x = activation_unit(
+                x_rows + u * UNIT, x_scales_ptr, x_sums_ptr, places + u, mask_m, left,
+                FORMAT, MODE, SHORT,
+            )  # fmt: skip
+            acc = add_unit(
+                acc, x, data_rows, scale_rows, row_scale, u, mask_n, left, FORMAT, MODE, SHORT
             )
-            acc = add_block(acc, x, data, scales, blocks_n + b, mask_n, FORMAT, INT8)
     if HAS_BIAS:
         bias = bias_ptr + expert.to(tl.int64) * N + rows_n
         acc += tl.load(bias, mask=rows_n < N, other=0.0).to(tl.float32)[:, None]
     y = tl.trans(cast(acc, y_ptr.dtype.element_ty))
     out = y_ptr + rows_m[:, None] * N + rows_n[None, :]
     tl.store(out, y, mask=live[:, None] & (rows_n < N)[None, :])
-
-
-def prepared_rows(x: Tensor, format: str, mode: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(values, scales, sums) of x[M, K] as `activation_block` reads them."""
-    if mode == "int8":
-        return quantize_activation(x, paired=format != "q8_0")
-    sums = x.new_empty(0, dtype=torch.float32)
-    if format == "q4_1":
-        sums = quantize_activation(x, paired=False, int8=False)[2]
-    return x, sums, sums
 
 
 def quant_gate_up(
@@ -196,7 +208,9 @@ def quant_gate_up(
     pre = torch.empty((n_slots if keep else 0, 2 * width), dtype=x.dtype, device=x.device)
     if a.numel() == 0 or rows.n_tiles == 0:
         return a, pre
-    values, x_scales, x_sums = prepared_rows(x, weight.format, mode)
+    mode = weight.mode(mode)
+    unit = int(unit_columns(weight.format, mode))
+    values, x_scales, x_sums = prepared(x, weight.format, mode)
     quant_moe_gate_up_kernel[(rows.n_tiles * triton.cdiv(width, tile.n),)](
         a,
         pre if keep else a,
@@ -213,15 +227,16 @@ def quant_gate_up(
         n_slots,
         n_slots // x.shape[0],
         width,
-        weight.n_blocks,
-        FORMAT=weight.format,
-        INT8=mode == "int8",
+        weight.k,
+        FORMAT=kernel_format(weight.format),
+        MODE=mode,
+        SHORT=weight.k % unit != 0,
         ACTIVATION=activation,
         KEEP=keep,
         HAS_BIAS=bias is not None,
         BLOCK_N=tile.n,
         BLOCK_M=tile.m,
-        BLOCKS=tile.k // 32,
+        UNITS=max(1, tile.k // unit),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
@@ -240,7 +255,9 @@ def quant_grouped_product(
     y = torch.empty((x.shape[0], weight.n), dtype=torch.float32, device=x.device)
     if y.numel() == 0 or rows.n_tiles == 0:
         return y
-    values, x_scales, x_sums = prepared_rows(x, weight.format, mode)
+    mode = weight.mode(mode)
+    unit = int(unit_columns(weight.format, mode))
+    values, x_scales, x_sums = prepared(x, weight.format, mode)
     quant_grouped_matmul_kernel[(rows.n_tiles * triton.cdiv(weight.n, tile.n),)](
         y,
         values,
@@ -253,13 +270,14 @@ def quant_grouped_product(
         values.stride(0),
         rows.n_tiles,
         weight.n,
-        weight.n_blocks,
-        FORMAT=weight.format,
-        INT8=mode == "int8",
+        weight.k,
+        FORMAT=kernel_format(weight.format),
+        MODE=mode,
+        SHORT=weight.k % unit != 0,
         HAS_BIAS=bias is not None,
         BLOCK_N=tile.n,
         BLOCK_M=tile.m,
-        BLOCKS=tile.k // 32,
+        UNITS=max(1, tile.k // unit),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
@@ -288,9 +306,9 @@ def quant_moe(
 ) -> tuple[Tensor, Tensor]:
     """(y [T, H], pre [T * k, 2 inner] or [0, 2 inner]): `moe` of packed experts.
 
-    x[T, H]: f32 or bf16; data and scales: [E, ...] packed for the GPU (R = 1); mode: "int8", "bf16"
-    (x bf16) or "fp32" (x f32), ignored by the dense formats; the rest as in `moe`. Raises
-    ValueError for a format or layout not served.
+    x[T, H]: f32 or bf16; data and scales: [E, ...] packed for the GPU (R = 1); mode: "int8" or
+    "fp8" (each weight takes the one it has), "bf16" (x bf16) or "fp32" (x f32), ignored by the
+    dense formats; the rest as in `moe`. Raises ValueError for a format or layout not served.
     """
     hidden, n_slots = x.shape[1], slots.shape[0]
     first = ExpertWeights(gate_up_data, gate_up_scales, gate_up_format, 2 * inner, hidden)
@@ -301,7 +319,7 @@ def quant_moe(
     bias1, bias2, base = contiguous(gate_up_bias, down_bias, base)
     mean = moe_tuning.mean_rows(n_slots, gate_up_data.shape[0])
     if first.quantized:
-        tile = moe_tuning.quant_gate_up_tile(mean, mode)
+        tile = moe_tuning.quant_gate_up_tile(mean, first.format, first.mode(mode))
         rows = plan(offsets, slots, n_slots, tile.m, tail=False)
         a, pre = quant_gate_up(x, first, bias1, rows, tile, activation, mode, keep)
     else:
@@ -309,7 +327,7 @@ def quant_moe(
         rows = plan(offsets, slots, n_slots, tile.m, tail=False)
         a, pre = gate_up(x, first.dense(), bias1, rows, tile, activation, keep)
     if second.quantized:
-        tile = moe_tuning.quant_product_tile(mean, mode)
+        tile = moe_tuning.quant_product_tile(mean, second.format, second.mode(mode))
         planned = replanned(rows, offsets, tile.m)
         o = quant_grouped_product(a, second, bias2, mode, planned, tile)
     else:

@@ -17,8 +17,9 @@ from .grouped_matmul import dense_rows, grouped_product
 from .moe import combine
 from .moe_backward import down_gradient, router_gradient, store_activation_gradients
 from .moe_plan import Plan, plan, replanned, tile_of_plan, token_of_row
-from .quant_matmul_input_grad import block_values
-from .quant_moe import ExpertWeights, expert_pointers
+from .quant_format import kernel_format
+from .quant_matmul_input_grad import weight_tile
+from .quant_moe import ExpertWeights
 from .triton_compat import cast, dot
 from .tuning import ProductTile
 
@@ -29,26 +30,27 @@ def input_gradient_tile(
     live,
     data_ptr,
     scales_ptr,
-    cols,
+    expert,
+    tile_k,
     N,
     K,
-    n_blocks,
     FORMAT: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """fp32 [BLOCK_M, BLOCK_K]: rows of dy times an expert's weight [N, K], at columns `cols`."""
+    """fp32 [BLOCK_M, BLOCK_K]: rows of dy times columns of an expert's weight [N, K]."""
     acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
+    before = expert.to(tl.int64) * N
     for n in range(0, N, BLOCK_N):
         rows = n + tl.arange(0, BLOCK_N)
-        there = rows < N
-        dy = tl.load(
-            dy_rows[:, None] + rows[None, :], mask=live[:, None] & there[None, :], other=0.0
-        )
-        mask = there[:, None] & (cols < K)[None, :]
-        w = block_values(data_ptr, scales_ptr, rows, cols, mask, n_blocks, FORMAT)
-        acc = dot(dy, cast(w, dy.dtype), acc)
+        mask = live[:, None] & (rows < N)[None, :]
+        dy = tl.load(dy_rows[:, None] + rows[None, :], mask=mask, other=0.0)
+        w = weight_tile(
+            data_ptr, scales_ptr, before + rows, tile_k * (BLOCK_K // 32), before + N, K // 32,
+            FORMAT, BLOCK_K, dy.dtype,
+        )  # fmt: skip
+        acc = dot(dy, w, acc)
     return acc
 
 
@@ -69,7 +71,6 @@ def quant_moe_down_grad_kernel(
     per_token,
     N,
     width,
-    n_blocks,
     FORMAT: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -84,9 +85,8 @@ def quant_moe_down_grad_kernel(
     cols = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
     rows_m = first + tl.arange(0, BLOCK_M)
     token, live = token_of_row(slots_ptr, rows_m, rows_m < end, n_slots, per_token)
-    data, scales = expert_pointers(data_ptr, scales_ptr, expert, N * n_blocks, FORMAT)
     da = input_gradient_tile(
-        dy_ptr + token * stride_dy, live, data, scales, cols, N, width, n_blocks,
+        dy_ptr + token * stride_dy, live, data_ptr, scales_ptr, expert, tile_k, N, width,
         FORMAT, BLOCK_K, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     partial = partial_ptr + tile_k.to(tl.int64) * n_slots
@@ -107,7 +107,6 @@ def quant_grouped_input_grad_kernel(
     n_tiles,
     N,
     K,
-    n_blocks,
     FORMAT: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -117,12 +116,12 @@ def quant_grouped_input_grad_kernel(
     expert, first, end = tile_of_plan(tiles_ptr, n_tiles, tl.program_id(0) // tiles_k)
     if expert < 0:
         return
-    cols = tl.program_id(0) % tiles_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    tile_k = tl.program_id(0) % tiles_k
+    cols = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
     rows_m = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
     live = rows_m < end
-    data, scales = expert_pointers(data_ptr, scales_ptr, expert, N * n_blocks, FORMAT)
     dx = input_gradient_tile(
-        dy_ptr + rows_m * stride_dy, live, data, scales, cols, N, K, n_blocks,
+        dy_ptr + rows_m * stride_dy, live, data_ptr, scales_ptr, expert, tile_k, N, K,
         FORMAT, BLOCK_K, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     out = dx_ptr + rows_m[:, None] * K + cols[None, :]
@@ -159,8 +158,7 @@ def quant_down_gradient(
         n_slots // dy.shape[0],
         down.n,
         down.k,
-        down.n_blocks,
-        FORMAT=down.format,
+        FORMAT=kernel_format(down.format),
         ACTIVATION=activation,
         BLOCK_K=tile.n,
         BLOCK_M=tile.m,
@@ -187,8 +185,7 @@ def quant_input_gradient(
         rows.n_tiles,
         weight.n,
         weight.k,
-        weight.n_blocks,
-        FORMAT=weight.format,
+        FORMAT=kernel_format(weight.format),
         BLOCK_K=tile.n,
         BLOCK_M=tile.m,
         BLOCK_N=tile.k,

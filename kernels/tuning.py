@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from .triton_compat import INTERPRET
+
 
 @dataclass(frozen=True, slots=True)
 class ProductTile:
@@ -83,6 +85,11 @@ def architecture(device: torch.device) -> int:
     return 80 if (major, minor) in ((8, 0), (8, 7)) else 89
 
 
+def multiplies_e4m3(device: torch.device) -> bool:
+    """Whether the device's matrix instructions take e4m3: Hopper's and Blackwell's do."""
+    return not INTERPRET and architecture(device) == 90
+
+
 def row_tile(n: int) -> RowTile:
     """At least 1,024 elements a program (a 64-wide head norm takes 16 rows), 16 a thread.
 
@@ -129,8 +136,11 @@ _QUANT_FP32 = {
     16: ProductTile(64, 16, 32, 4, 2),
     64: ProductTile(64, 64, 32, 8, 2),
 }
-
-
+_QUANT_GATED = {
+    16: ProductTile(64, 16, 64, 4, 3),
+    32: ProductTile(64, 32, 32, 4, 3),
+    128: ProductTile(64, 64, 32, 8, 3),
+}
 # Input gradient of a packed weight: n columns of dx, m rows, k rows of W a step. Codes and scales
 # become an operand through registers, so the step is short; one tile for any number of tokens.
 INPUT_GRAD_BF16 = ProductTile(128, 128, 32, 8, 3)
@@ -146,9 +156,11 @@ def linear_tile(m: int, dtype: torch.dtype) -> ProductTile:
     return _for_tokens(_LINEAR_FP32 if dtype == torch.float32 else _LINEAR_BF16, m)
 
 
-def quant_tile(m: int, activation: str) -> ProductTile:
-    """Tile of a packed product of m tokens in an activation mode."""
-    return _for_tokens(_QUANT_FP32 if activation == "fp32" else _QUANT, m)
+def quant_tile(m: int, format: str, mode: str, gated: bool, device: torch.device) -> ProductTile:
+    """Tile of a packed product of m tokens; of n rows of gate and n of up if gated."""
+    if mode == "fp32":
+        return _for_tokens(_QUANT_FP32, m)
+    return _for_tokens(_QUANT_GATED if gated else _QUANT, m)
 
 
 def _for_tokens(table: dict[int, ProductTile], m: int) -> ProductTile:

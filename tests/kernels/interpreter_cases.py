@@ -213,143 +213,7 @@ def sum_of_squares_case(shape: tuple[int, ...], dtype: torch.dtype) -> float:
     return excess(sum_of_squares(x), x.double().square().sum(), F32)
 
 
-# --- packed weights -----------------------------------------------------------------------------
-
-
-def pack(format: str, n: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(data, scales, dequantized float64) of a random packed weight, one row per group."""
-    generator = torch.Generator().manual_seed(n + k)
-    blocks = k // 32
-    scales = torch.rand((n, blocks, 2 if format == "q4_1" else 1, 1), generator=generator)
-    scales = (scales * 0.2 - 0.1).half()
-    if format == "q8_0":
-        codes = torch.randint(-128, 128, (n, blocks, 32), generator=generator)
-        data = codes.to(torch.int8).view(torch.uint8)
-    else:
-        codes = torch.randint(0, 16, (n, blocks, 32), generator=generator)
-        data = (codes[..., :16] | codes[..., 16:] << 4).to(torch.uint8)
-    value = (codes - 8 if format == "q4_0" else codes).double() * scales[:, :, 0].double()
-    if format == "q4_1":
-        value += scales[:, :, 1].double()
-    return data.view(n, blocks, -1, 1, 4), scales, value.reshape(n, k)
-
-
-def pack_dense(dtype: torch.dtype, n: int, k: int) -> tuple[Tensor, Tensor]:
-    """(data, weight[n, k]) of a dense packed weight; bf16 pads columns to an even number."""
-    weight = randn(n, k, dtype=dtype)
-    if dtype == F32:
-        return weight.view(n, k, 1), weight
-    padded = torch.nn.functional.pad(weight, (0, k % 2))
-    return padded.view(n, -1, 1, 2), weight
-
-
-def quant_embedding_case(format: str, out: torch.dtype) -> float:
-    from fastllm.kernels.embedding import quant_embedding
-
-    data, scales, value = pack(format, 9, 96)
-    ids = torch.tensor([8, 0, 5, 9, -1])
-    ref = torch.cat((value[ids[:3]], torch.zeros(2, 96, dtype=torch.float64)))
-    return excess(quant_embedding(ids, data, scales, format, 9, out), ref, out)
-
-
-def quant_embedding_dense(dtype: torch.dtype) -> float:
-    from fastllm.kernels.embedding import quant_embedding
-
-    data, weight = pack_dense(dtype, 9, 40)
-    ids = torch.tensor([8, 0, 5], dtype=torch.int32)
-    y = quant_embedding(ids, data, torch.empty(0), NAMES[dtype], 9, dtype)
-    return same(y, weight[ids])
-
-
-def divide_127(amax: Tensor) -> Tensor:
-    """127 / amax rounded once; torch computes `127 / t` as 127 * (1 / t)."""
-    return torch.full_like(amax, 127) / amax
-
-
-def quantized_activation(x: Tensor) -> Tensor:
-    """x as its int8 blocks represent it, in float64."""
-    blocks = x.float().view(x.shape[0], -1, 32)
-    amax = blocks.abs().amax(-1, keepdim=True)
-    inverse = torch.where(amax > 0, divide_127(amax), 0)
-    return ((blocks * inverse).round().double() * (amax / 127).double()).view(x.shape)
-
-
-def quant_matmul_case(
-    format: str,
-    activation: str,
-    m: int,
-    n: int = 70,
-    k: int = 160,
-    bias: bool = False,
-    **mode: bool,
-) -> float:
-    from fastllm.kernels.quant_matmul import quant_matmul
-
-    dtype = F32 if activation == "fp32" else BF16
-    data, scales, value = pack(format, n, k)
-    x = randn(m, k, dtype=dtype)
-    x[0, :32] = 0
-    b = randn(n, seed=4) if bias else None
-    seen = quantized_activation(x) if activation == "int8" else x.double()
-    ref = seen @ value.T + (b.double() if bias else 0)
-    y = quant_matmul(x, data, scales, format, n, b, activation, F32, **mode)
-    return excess(y, ref, F32)
-
-
-def input_grad_case(format: str, dtype: torch.dtype, sizes: tuple[int, int, int]) -> float:
-    from fastllm.kernels.quant_matmul_input_grad import quant_matmul_input_grad
-
-    m, n, k = sizes
-    data, scales, value = pack(format, n, k)
-    dy = randn(m, n, dtype=dtype)
-    ref = dy.double() @ value.float().to(dtype).double()
-    return excess(quant_matmul_input_grad(dy, data, scales, format, F32), ref, F32)
-
-
-def quant_matmul_dense(dtype: torch.dtype, k: int) -> float:
-    from fastllm.kernels.quant_matmul import quant_matmul
-
-    data, weight = pack_dense(dtype, 20, k)
-    x = randn(3, k, dtype=dtype, seed=5)
-    mode = "bf16" if dtype == BF16 else "fp32"
-    y = quant_matmul(x, data, torch.empty(0), NAMES[dtype], 18, None, mode)
-    return excess(y, x.double() @ weight[:18].double().T, dtype)
-
-
-def quantize_activation_exact() -> float:
-    """Codes, scales and sums equal the definition bit for bit, ties and zero blocks included."""
-    from fastllm.kernels.quant_matmul import quantize_activation
-
-    x = randn(5, 96)
-    x[0, :32] = 0
-    x[1, :32] = torch.arange(32) + 0.5  # 127 / amax scales these; ties come from the next row
-    x[2, :3] = torch.tensor([127.0, 2.5, 3.5])
-    x[2, 3:32] = 0
-    blocks = x.view(5, 3, 32)
-    amax = blocks.abs().amax(-1)
-    inverse = torch.where(amax > 0, divide_127(amax), 0)
-    codes = (blocks * inverse[..., None]).round()
-    scale = amax / 127
-    q, dx, sums = quantize_activation(x, paired=False)
-    paired, _, _ = quantize_activation(x, paired=True)
-    halves = torch.stack((codes[..., :16], codes[..., 16:]), -1).reshape(5, 96)
-    return max(
-        same(q, codes.reshape(5, 96).to(torch.int8)),
-        same(paired, halves.to(torch.int8)),
-        same(dx, scale),
-        same(sums, scale * codes.sum(-1)),
-    )
-
-
-def int8_rows_are_independent() -> float:
-    """A row alone and among 20 others: the same bits, through different tiles."""
-    from fastllm.kernels.quant_matmul import quant_matmul
-
-    data, scales, _ = pack("q4_1", 40, 96)
-    x = randn(21, 96, dtype=BF16)
-    all_rows = quant_matmul(x, data, scales, "q4_1", 40, None, "int8")
-    one = quant_matmul(x[13:14], data, scales, "q4_1", 40, None, "int8")
-    return same(all_rows[13:14], one)
+# --- products ---------------------------------------------------------------------------------
 
 
 def linear_case(
@@ -611,14 +475,12 @@ def quick_cases() -> dict[str, Case]:
         add(f"rope {d} whole", rope_case, dtype, 5, 64, 32)
         for shape in ((3, 100), (2, 2, 1030), (0, 4)):
             add(f"swiglu {d} {shape}", swiglu_case, shape, dtype)
-        add(f"quant_embedding {d}", quant_embedding_dense, dtype)
         for m in (0, 1, 17, 40):
             add(f"linear {d} m={m}", linear_case, dtype, m)
         for sizes in ((3, 70, 8), (66, 33, 40)):
             add(f"lora_add {d} {sizes}", lora_add_case, dtype, sizes)
         add(f"linear {d} bias", linear_case, dtype, 5, bias=True, out=F32)
         add(f"linear {d} split K", linear_case, dtype, 3, k=1030, bias=True, batch_invariant=False)
-        add(f"quant_matmul {d} odd K", quant_matmul_dense, dtype, 37)
         for shape in ((3, 100), (300, 24)):
             add(f"rms_norm_backward {d} {shape}", rms_norm_backward_case, shape, dtype, False)
         add(f"rms_norm_backward {d} strided", rms_norm_backward_case, (5, 3, 64), dtype, True)
@@ -638,19 +500,6 @@ def quick_cases() -> dict[str, Case]:
     add("rms_norm strided", rms_norm_strided)
     add("embedding bf16", embedding_case, BF16, F32, torch.int64)
     add("embedding f16", embedding_case, torch.float16, BF16, torch.int32)
-    for format in ("q4_0", "q4_1", "q8_0"):
-        add(f"quant_embedding {format}", quant_embedding_case, format, BF16)
-        for mode, m in (("int8", 1), ("int8", 19), ("bf16", 1), ("bf16", 19), ("fp32", 3)):
-            add(f"quant_matmul {format} {mode} m={m}", quant_matmul_case, format, mode, m)
-        add(f"quant_matmul_input_grad {format}", input_grad_case, format, BF16, (9, 70, 160))
-    add("quant_matmul_input_grad f32", input_grad_case, "q4_1", F32, (3, 20, 96))
-    add("quant_matmul_input_grad empty", input_grad_case, "q4_0", F32, (0, 20, 96))
-    add("quant_matmul q4_1 bias", quant_matmul_case, "q4_1", "bf16", 2, bias=True)
-    for mode in ("int8", "bf16"):
-        fast = {"k": 1056, "bias": True, "batch_invariant": False}
-        add(f"quant_matmul q4_1 {mode} split K", quant_matmul_case, "q4_1", mode, 2, **fast)
-    add("quantize_activation", quantize_activation_exact)
-    add("quant_matmul int8 rows", int8_rows_are_independent)
     add("sampling greedy", sampling_case, 1000)
     add(
         "sampling penalties",
@@ -684,11 +533,6 @@ def full_cases() -> dict[str, Case]:
     cases: dict[str, Case] = {}
     for dtype, m, n, k in product((F32, BF16), (33, 65, 129), (3, 130), (31, 64, 200)):
         cases[f"linear {NAMES[dtype]} {m}x{n}x{k}"] = lambda a=(dtype, m, n, k): linear_case(*a)
-    for format, mode, m in product(
-        ("q4_0", "q4_1", "q8_0"), ("int8", "bf16", "fp32"), (33, 65, 129)
-    ):
-        name = f"quant_matmul {format} {mode} m={m}"
-        cases[name] = lambda a=(format, mode, m): quant_matmul_case(*a, n=130, k=96, bias=True)
     for vocab, top_k, top_p, min_p in product((7, 4100), (0, 1, 50), (0.2, 0.99, 1.0), (0.0, 0.1)):
         values = {"temperature": 0.7, "top_k": top_k, "top_p": top_p, "min_p": min_p}
         name = f"sampling V={vocab} " + " ".join(f"{k}={v}" for k, v in values.items())

@@ -13,31 +13,56 @@ from itertools import product
 from typing import Any
 
 import torch
-from interpreter_cases import BF16, F32, NAMES, Case, main, pack, quantized_activation, randn, same
+from interpreter_cases import BF16, F32, NAMES, Case, main, randn, same
 from moe_cases import dispatched, judged, run
+from quant_cases import FORMATS, pack
 from torch import Tensor
 
+from fastllm.ops.quant_format import QUANT_FORMATS
+from fastllm.ops.quant_products import (
+    operands_ref,
+    quantize_activation_fp8_ref,
+    quantize_activation_ref,
+)
 from fastllm.testing.moe_problem import ACTIVATIONS, Layer, MoeProblem, expert_loop
 
 
-def pack_experts(format: str, experts: int, n: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(data, scales, values float64) of random packed experts."""
+def pack_experts(
+    format: str, experts: int, n: int, k: int, mode: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(data, scales, what a product of that mode multiplies, float64) of random packed experts."""
     if format in ("bf16", "f32"):
         values = randn(experts, n, k, dtype=BF16 if format == "bf16" else F32, seed=7) * k**-0.5
         shape = (experts, n, k // 2, 1, 2) if format == "bf16" else (experts, n, k, 1)
         return values.view(shape), torch.empty(experts, 0), values.double()
-    parts = [pack(format, n, k + 64 * e) for e in range(experts)]
-    blocks = k // 32
-    stacked = [torch.stack([p[i][:, :blocks] for p in parts]).contiguous() for i in (0, 1)]
-    values = torch.stack([p[2][:, :k] for p in parts])
-    return stacked[0], (stacked[1] * 0.25).contiguous(), values * 0.25
+    kind = QUANT_FORMATS[format]
+    top = {"unsigned": 1 << kind.bits, "int8": 128, "nf4": 1, "e4m3": 448}[kind.codes]
+    size = 4 * k**-0.5 / (top * (64 if kind.mixed else 1))  # values as a model's, k^-0.5
+    parts = [pack(format, n, k, seed=e + 1, size=size) for e in range(experts)]
+    values = [mode_values(*part, format, n, k, own_mode(format, mode)) for part in parts]
+    data, scales = (torch.stack(tensors) for tensors in zip(*parts, strict=True))
+    return data, scales, torch.stack(values)
 
 
-def quant_layer(problem: MoeProblem, formats: tuple[str, str]) -> tuple[Layer, list[Any]]:
+def own_mode(format: str, mode: str) -> str:
+    return QUANT_FORMATS[format].mode(mode)
+
+
+def mode_values(data: Tensor, scales: Tensor, format: str, n: int, k: int, mode: str) -> Tensor:
+    """float64 [n, k]: codes times scales plus minima, as a mode has them (nf4 in int8 differs)."""
+    codes, d, minimum = operands_ref(data, scales, format, n, k, mode)
+    chunk = QUANT_FORMATS[format].chunk(mode, k)
+    values = codes.double() * d.double().repeat_interleave(chunk, 1)[:, :k]
+    return values if minimum is None else values + minimum.double().repeat_interleave(chunk, 1)
+
+
+def quant_layer(
+    problem: MoeProblem, formats: tuple[str, str], mode: str
+) -> tuple[Layer, list[Any]]:
     """(layer whose weights are the packed ones' values in float64, packed arguments)."""
     held = problem.held[1] if problem.held else problem.experts
-    first = pack_experts(formats[0], held, 2 * problem.inner, problem.hidden)
-    second = pack_experts(formats[1], held, problem.hidden, problem.inner)
+    first = pack_experts(formats[0], held, 2 * problem.inner, problem.hidden, mode)
+    second = pack_experts(formats[1], held, problem.hidden, problem.inner, mode)
     layer = replace(problem.layer(), gate_up=first[2], down=second[2])
     if problem.activation == "swiglu_oai":  # at its limits one rounding decides on a gradient
         layer = replace(layer, x=layer.x * 0.125)
@@ -57,20 +82,32 @@ def run_quant(layer: Layer, packed: list[Any], mode: str) -> tuple[Tensor, Tenso
 
 def as_int8(rows: Tensor) -> Tensor:
     """Rows as their int8 blocks represent them, in their dtype."""
-    return quantized_activation(rows.float()).to(rows.dtype) if len(rows) else rows
+    if not len(rows):
+        return rows
+    q, dx = quantize_activation_ref(rows)
+    return (q.double() * dx.double()[..., None]).flatten(1).to(rows.dtype)
+
+
+def as_e4m3(rows: Tensor) -> Tensor:
+    """Rows as their e4m3 blocks represent them, in their dtype."""
+    if not len(rows):
+        return rows
+    q, dx = quantize_activation_fp8_ref(rows)
+    scale = dx.double().repeat_interleave(128, 1)[:, : rows.shape[1]]
+    return (q.double() * scale).to(rows.dtype)
 
 
 def quant_case(problem: MoeProblem, formats: tuple[str, str], mode: str) -> float:
     """y, and the gradients of x and of the routing weights (the weights rounded to x's dtype)."""
     from fastllm.kernels.quant_moe_backward import quant_moe_backward
 
-    layer, packed = quant_layer(problem, formats)
+    layer, packed = quant_layer(problem, formats, mode)
     y, pre = run_quant(layer, packed, mode)
     maps: dict[str, Callable[[Tensor], Tensor]] = {}
     if mode == "int8":
-        quantized = [f in ("q4_0", "q4_1", "q8_0") for f in formats]
-        names = [n for n, q in zip(("into_up", "into_down"), quantized, strict=True) if q]
-        maps = dict.fromkeys(names, as_int8)
+        for name, format in zip(("into_up", "into_down"), formats, strict=True):
+            if format in FORMATS:
+                maps[name] = as_e4m3 if own_mode(format, mode) == "fp8" else as_int8
     exact = expert_loop(layer.double(), exact=True, **maps)
     worst = judged(y, exact, expert_loop(layer, exact=False, **maps))
     if mode == "int8":
@@ -96,10 +133,8 @@ def quant_case(problem: MoeProblem, formats: tuple[str, str], mode: str) -> floa
 
 def quant_rows(format: str, mode: str, tokens: int) -> float:
     """Packed experts: a few tokens and many give the same bits."""
-    problem = MoeProblem(
-        tokens=tokens, hidden=64, inner=32, experts=2, k=2, dtype=F32 if mode == "fp32" else BF16
-    )
-    layer, packed = quant_layer(problem, (format, format))
+    p = problem(format, format, tokens=tokens, experts=2, dtype=F32 if mode == "fp32" else BF16)
+    layer, packed = quant_layer(p, (format, format), mode)
     whole, _ = run_quant(layer, packed, mode)
     return max(
         same(run_quant(layer.tokens(rows), packed, mode)[0], whole[rows])
@@ -109,24 +144,35 @@ def quant_rows(format: str, mode: str, tokens: int) -> float:
 
 def dense_packs(dtype: torch.dtype) -> float:
     """Packed bf16 and f32 experts give the bits of plain ones."""
-    problem = MoeProblem(tokens=9, hidden=64, inner=32, experts=3, k=2, dtype=dtype)
-    layer, packed = quant_layer(problem, (NAMES[dtype],) * 2)
-    plain = replace(layer, gate_up=layer.gate_up.to(dtype), down=layer.down.to(dtype))
+    p = problem("q8_0", "q8_0", dtype=dtype)
     mode = "bf16" if dtype == BF16 else "fp32"
+    layer, packed = quant_layer(p, (NAMES[dtype],) * 2, mode)
+    plain = replace(layer, gate_up=layer.gate_up.to(dtype), down=layer.down.to(dtype))
     return max(map(same, run_quant(layer, packed, mode), run(plain)))
 
 
+def problem(first: str, second: str, **options: Any) -> MoeProblem:
+    """A layer whose sizes the formats divide."""
+    hidden, inner = (QUANT_FORMATS[format].multiple for format in (first, second))
+    sizes = {"hidden": max(64, hidden), "inner": max(32, inner), "tokens": 9, "experts": 3, "k": 2}
+    return MoeProblem(**(sizes | {"dtype": BF16} | options))
+
+
 def quick_cases() -> dict[str, Case]:
-    """Cases of the normal run."""
+    """Every kind of codes and of scales once, each mode."""
     cases: dict[str, Case] = {}
-    packed = MoeProblem(tokens=9, hidden=64, inner=32, experts=3, k=2, dtype=BF16)
     for formats, mode in (
         (("q4_1", "q8_0"), "int8"),
-        (("q4_0", "q4_1"), "bf16"),
-        (("q8_0", "bf16"), "bf16"),
-        (("q4_1", "q4_0"), "fp32"),
+        (("q5_0", "q4_k"), "bf16"),
+        (("int8", "bf16"), "bf16"),
+        (("q6_k", "q4_1"), "int8"),
+        (("fp8_block", "nf4_dq"), "int8"),
+        (("int4_asym_g64", "fp8"), "fp32"),
     ):
-        p = replace(packed, dtype=F32, biases="both", base="float32") if mode == "fp32" else packed
+        options: dict[str, Any] = {"activation": "gelu"}
+        if mode == "fp32":
+            options = {"dtype": F32, "biases": "both", "base": "float32"}
+        p = problem(*formats, **options)
         cases[f"quant_moe {'+'.join(formats)} {mode}"] = lambda a=(p, formats, mode): quant_case(*a)
     cases["quant_moe q4_1 int8 same bits"] = lambda: quant_rows("q4_1", "int8", 20)
     cases["quant_moe dense"] = lambda: dense_packs(BF16)
@@ -134,19 +180,17 @@ def quick_cases() -> dict[str, Case]:
 
 
 def full_cases() -> dict[str, Case]:
-    """Every pair of formats, every activation."""
+    """Every format in every mode beside another, every activation."""
     cases: dict[str, Case] = {}
-    formats = ("q4_0", "q4_1", "q8_0")
-    pairs = product(formats, (*formats, "bf16"), ("int8", "bf16"))
-    for i, (first, second, mode) in enumerate(pairs):
-        activation = ACTIVATIONS[i // 2 % len(ACTIVATIONS)]
-        p = MoeProblem(
-            tokens=20, hidden=96, inner=64, experts=3, k=2, dtype=BF16, activation=activation,
-            load="zipf",
+    for i, (format, mode) in enumerate(product(FORMATS, ("int8", "bf16", "fp32"))):
+        formats = (format, (*FORMATS, "f32" if mode == "fp32" else "bf16")[(7 * i + 3) % 20])
+        activation = ACTIVATIONS[i % len(ACTIVATIONS)]
+        p = problem(
+            *formats, tokens=20, activation=activation, load="zipf",
+            dtype=F32 if mode == "fp32" else BF16,
         )  # fmt: skip
-        name = f"quant_moe {first}+{second} {mode} {activation}"
-        cases[name] = lambda a=(p, (first, second), mode): quant_case(*a)
-    for format, mode in product(formats, ("int8", "bf16", "fp32")):
+        name = f"quant_moe {'+'.join(formats)} {mode} {activation}"
+        cases[name] = lambda a=(p, formats, mode): quant_case(*a)
         cases[f"quant_moe {format} {mode} same bits"] = lambda a=(format, mode, 70): quant_rows(*a)
     cases["quant_moe dense f32"] = lambda: dense_packs(F32)
     return cases

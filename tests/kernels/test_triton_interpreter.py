@@ -16,13 +16,14 @@ from types import ModuleType
 
 import pytest
 
-# the others import from the first, quant_moe_cases from moe_cases too
+# the others import from the first, quant_moe_cases from moe_cases and quant_cases too
 FILES = (
     "interpreter_cases",
     "attention_cases",
     "attention_backward_cases",
     "mla_attention_cases",
     "lm_head_cases",
+    "quant_cases",
     "moe_cases",
     "quant_moe_cases",
     "moe_gate_cases",
