@@ -76,10 +76,15 @@ def _read(path: Path) -> tuple[dict[str, Any], list[Entry], ModelConfig | None, 
     from ..models.config import ModelConfig
     from ..models.fields import read_json_object
     from ..models.gguf import GGUFFile
+    from ..models.quantized_files import QuantizedFiles, open_directory
     from ..models.safetensors_files import SafetensorsFiles
 
     if path.is_dir():
-        files = SafetensorsFiles.open(path)
+        problem = ""
+        try:
+            files: SafetensorsFiles | QuantizedFiles = open_directory(path)
+        except ModelFileError as error:  # shown as it is stored
+            files, problem = SafetensorsFiles.open(path), str(error)
         entries = [Entry(n, e.shape, e.dtype.lower(), e.nbytes) for n, e in files.entries.items()]
         metadata = read_json_object(path / "config.json")
     else:
@@ -89,7 +94,7 @@ def _read(path: Path) -> tuple[dict[str, Any], list[Entry], ModelConfig | None, 
         metadata = {"gguf version": gguf.version, **gguf.metadata}
     try:
         if path.is_dir():
-            return metadata, entries, ModelConfig.from_directory(path), ""
+            return metadata, entries, ModelConfig.from_directory(path), problem
         config = ModelConfig.from_gguf(gguf.metadata, gguf.tensors, path)
     except ModelFileError as error:
         return metadata, entries, None, str(error)

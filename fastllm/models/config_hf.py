@@ -87,12 +87,6 @@ def config_from_hf(
     """See ModelConfig.from_hf."""
     fields = Fields(values, path)
     model_type = _model_type(fields)
-    if fields.has("quantization_config"):
-        raise fields.fail(
-            "quantization_config",
-            "checkpoints quantized by another library are not supported",
-            "Use the unquantized checkpoint or a GGUF file",
-        )
     try:
         return ModelConfig(
             model_type=model_type,

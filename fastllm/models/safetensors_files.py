@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -30,6 +30,9 @@ INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 16 << 20  # the format allows 100 MB; 50,000 tensors in one file take 8 MiB
 MAX_DIMS = 8
 DEFAULT_SHARD_BYTES = 5 << 30
+QUANTIZED_DTYPES = (
+    torch.uint8, torch.int8, torch.int32, torch.int64, torch.float8_e4m3fn,
+)  # fmt: skip
 
 # bits per value of every dtype that a file may hold; only the first three can be loaded
 _DTYPE_BITS = {"F32": 32, "F16": 16, "BF16": 16, "F64": 64, "I64": 64, "I32": 32, "I16": 16,
@@ -80,15 +83,24 @@ class SafetensorsFiles:
                 entry.file,
                 name,
                 f"has dtype {entry.dtype}, which is not supported",
-                "Supported: F32, F16, BF16",
+                "Supported: F32, F16, BF16; and quantized weights of which config.json tells the "
+                "method in quantization_config",
             )
+        data = self.tensor(name)
+        if data.dtype != DENSE_DTYPES[format]:
+            raise ModelFileError(entry.file, name, "changed while it was being read")
+        return StoredTensor(format, entry.shape, data)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor of any dtype, a view of the mapped file. KeyError for an unknown name."""
+        entry = self.entries[name]
         try:
             data = self._handle(entry.file).get_tensor(name)
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             raise ModelFileError(entry.file, name, f"cannot be read: {error}") from error
-        if data.dtype != DENSE_DTYPES[format] or tuple(data.shape) != entry.shape:
+        if tuple(data.shape) != entry.shape:
             raise ModelFileError(entry.file, name, "changed while it was being read")
-        return StoredTensor(format, entry.shape, data)
+        return data
 
     def release(self) -> None:
         """Let go of the maps; pages go when the last view does. `get` opens files again."""
@@ -213,10 +225,12 @@ def save_directory(
     files: Mapping[str, bytes] | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
+    quantized: bool = False,
 ) -> None:
     """Write a Hugging Face model directory that transformers loads.
 
-    tensors: float32, float16 or bfloat16, by Hugging Face name. config: the object for config.json.
+    tensors: float32, float16 or bfloat16, by Hugging Face name; with `quantized` integers and
+    float8 too. config: the object for config.json.
     files: further files by name, for example {"tokenizer.json": bytes}.
     The directory is written aside, flushed to disk and renamed: it is there whole or not at all.
     Raises FileExistsError if `path` exists and `overwrite` is false, ValueError or TypeError for
@@ -230,7 +244,8 @@ def save_directory(
     for name in files or {}:
         if Path(name).name != name or name in ("config.json", INDEX_FILE):
             raise ValueError(f"files: {name!r} is not a plain file name that is free")
-    shards = _plan_shards(tensors, max_shard_bytes)
+    allowed = {*DENSE_DTYPES.values(), *(QUANTIZED_DTYPES if quantized else ())}
+    shards = _plan_shards(tensors, max_shard_bytes, allowed)
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
     try:
@@ -263,11 +278,12 @@ def _swap(aside: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _plan_shards(tensors: Mapping[str, torch.Tensor], limit: int) -> list[list[str]]:
+def _plan_shards(
+    tensors: Mapping[str, torch.Tensor], limit: int, allowed: Container[torch.dtype]
+) -> list[list[str]]:
     """Names in order, cut where the next tensor would pass the limit."""
     if limit < 1:
         raise ValueError(f"max_shard_bytes must be positive, got {limit}")
-    allowed = set(DENSE_DTYPES.values())
     shards: list[list[str]] = [[]]
     size, owners = 0, dict[int, str]()
     for name, tensor in tensors.items():

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -32,8 +31,9 @@ from fastllm.models.expert_files import (
 )
 from fastllm.models.gguf import GGUFFile, GGUFTensor
 from fastllm.models.mla_config import half_split_index
+from fastllm.models.quantized_files import QuantizedFiles, open_directory
 from fastllm.models.safetensors_files import SafetensorsFiles
-from fastllm.models.stored_tensor import StoredTensor
+from fastllm.models.stored_tensor import StoredTensor, joined, stacked
 from fastllm.quantize.gguf_blocks import DENSE_DTYPES, SUPPORTED_FORMATS, row_bytes
 
 GGUF_MODEL_NAMES = {
@@ -69,6 +69,9 @@ class WeightSource(Protocol):
     path: Path
     names: tuple[str, ...]
 
+    def format(self, name: str) -> str:
+        """The format of a weight, or of what it is put together from, without reading it."""
+
     def get(self, name: str) -> StoredTensor:
         """One weight as it is stored. KeyError for a name that is not in `names`.
 
@@ -103,9 +106,12 @@ class SafetensorsWeights:
 
     def __init__(self, directory: Path) -> None:
         self.path = directory
-        self.files = SafetensorsFiles.open(directory)
+        self.files = open_directory(directory)
         self.config = ModelConfig.from_directory(directory)
         self._shapes = self.config.weight_shapes()
+        if isinstance(self.files, QuantizedFiles):
+            own = {file_name(name, self.config) for name in self._shapes}
+            self.files.drop_empty_biases(own)
         self.names = tuple(self._shapes)
         self._stored = _usual_names(directory, self.files, self.config)
         expected = stored_shapes(self.config, self._stored)
@@ -114,20 +120,25 @@ class SafetensorsWeights:
             directory, expected, found, self._stored, partial(file_name, config=self.config)
         )
 
+    def format(self, name: str) -> str:
+        if name not in self._stored and name in self._shapes:
+            name = members(name, 0)[0]
+        return self.files.entries[self._stored[name]].dtype.lower()
+
     def get(self, name: str) -> StoredTensor:
         if name not in self._stored and name in self._shapes:  # experts, matrix by matrix
             count = self._shapes[name][0]
-            return _stacked([self.get_expert(name, i) for i in range(count)])
+            return stacked([self.get_expert(name, i) for i in range(count)])
         stored, mla = self.files.get(self._stored[name]), self.config.mla
         index = None
         if mla is not None:
             index = half_split_index(mla, self.config.num_attention_heads, name)
-        return stored if index is None else replace(stored, data=stored.data[index])
+        return stored if index is None else stored[index]
 
     def get_expert(self, name: str, expert: int) -> StoredTensor:
         if name in self._stored:
-            return _one_of(self.files.get(self._stored[name]), expert)
-        return _joined([self.files.get(self._stored[part]) for part in members(name, expert)], 0)
+            return self.files.get(self._stored[name])[expert]
+        return joined([self.files.get(self._stored[part]) for part in members(name, expert)])
 
     def release(self, name: str | None = None) -> None:
         # The library maps whole files, so one tensor's pages cannot be named: all go after what is
@@ -136,7 +147,9 @@ class SafetensorsWeights:
             self.files.release()
 
 
-def _usual_names(directory: Path, files: SafetensorsFiles, config: ModelConfig) -> dict[str, str]:
+def _usual_names(
+    directory: Path, files: SafetensorsFiles | QuantizedFiles, config: ModelConfig
+) -> dict[str, str]:
     """The names in the files of the tensors that belong to the model, by their usual names."""
     stored: dict[str, str] = {}
     for own in files.entries:
@@ -147,32 +160,6 @@ def _usual_names(directory: Path, files: SafetensorsFiles, config: ModelConfig) 
             raise ModelFileError(directory, own, f"is the same weight as {stored[name]}")
         stored[name] = own
     return stored
-
-
-def _one_of(experts: StoredTensor, expert: int) -> StoredTensor:
-    return StoredTensor(experts.format, experts.shape[1:], experts.data[expert])
-
-
-def _joined(parts: list[StoredTensor], dim: int) -> StoredTensor:
-    """Tensors one after another along `dim`, not the last; of different formats in float32."""
-    if len(parts) == 1:
-        return parts[0]
-    format, data = _alike(parts)
-    shape = list(parts[0].shape)
-    shape[dim] = sum(part.shape[dim] for part in parts)
-    return StoredTensor(format, tuple(shape), torch.cat(data, dim))
-
-
-def _stacked(parts: list[StoredTensor]) -> StoredTensor:
-    format, data = _alike(parts)
-    return StoredTensor(format, (len(parts), *parts[0].shape), torch.stack(data))
-
-
-def _alike(parts: list[StoredTensor]) -> tuple[str, list[torch.Tensor]]:
-    """The one format of all parts, and their data in it."""
-    if len({part.format for part in parts}) == 1:
-        return parts[0].format, [part.data for part in parts]
-    return "f32", [part.to_float32() for part in parts]
 
 
 def _is_derived(name: str, config: ModelConfig) -> bool:
@@ -234,9 +221,13 @@ class GGUFWeights:
             "Use a model whose layers are those of Llama, Mixtral, Qwen2, Qwen3 or OLMoE",
         )
 
+    def format(self, name: str) -> str:
+        part = stacks(name)[0] if holds_experts(name) else name
+        return self._tensors[part].type_name.lower()
+
     def get(self, name: str) -> StoredTensor:
         if holds_experts(name):
-            return _joined([_stored(self._tensors[part]) for part in stacks(name)], 1)
+            return joined([_stored(self._tensors[part]) for part in stacks(name)], 1)
         stored = _stored(self._tensors[name])
         if self.config.model_type not in ("llama", "mixtral"):  # architecture llama
             return stored
@@ -247,13 +238,13 @@ class GGUFWeights:
         return stored
 
     def get_expert(self, name: str, expert: int) -> StoredTensor:
-        return _joined([_one_of(_stored(self._tensors[p]), expert) for p in stacks(name)], 0)
+        return joined([_stored(self._tensors[part])[expert] for part in stacks(name)])
 
     def _in_half_split_order(self, stored: StoredTensor, heads: int) -> StoredTensor:
         if heads not in self._half_split:
             config = self.config
             self._half_split[heads] = half_split_rows(heads, config.head_dim, config.rotary_dim)
-        return replace(stored, data=stored.data.index_select(0, self._half_split[heads]))
+        return stored[self._half_split[heads]]
 
     def release(self, name: str | None = None) -> None:
         if name is None:

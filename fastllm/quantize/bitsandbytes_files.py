@@ -65,8 +65,11 @@ def read_state(tensor: Tensor) -> dict[str, Any]:
             "unquantized checkpoint to nf4 here, or with blocks of 64 there"
         )
     shape = state.get("shape")
-    sizes = isinstance(shape, list) and len(shape) == 2
-    if not sizes or not all(isinstance(v, int) and 0 < v < 1 << 31 for v in shape):
+    if (
+        not isinstance(shape, list)
+        or len(shape) != 2
+        or not all(isinstance(v, int) and 0 < v < 1 << 31 for v in shape)
+    ):
         raise ValueError(f"shape is {shape!r:.40}; two sizes are expected")
     if shape[1] % BLOCK:
         raise ValueError(

@@ -208,7 +208,6 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"eos_token_id": [1.5]}, "eos_token_id"),
     ({"bos_token_id": 999}, "bos_token_id 999"),
     ({"dtype": "int8"}, "dtype"),
-    ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
 ]  # fmt: skip
 
 
