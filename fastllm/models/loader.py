@@ -13,22 +13,31 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from fastllm.errors import ModelFileError
 from fastllm.models.config import ModelConfig
 from fastllm.models.decoder import Decoder
 from fastllm.models.expert_files import to_files
 from fastllm.models.mla_config import half_split_index
 from fastllm.models.names import resolve
 from fastllm.models.safetensors_files import save_directory
-from fastllm.models.stored_tensor import StoredTensor
+from fastllm.models.stored_tensor import StoredTensor, joined
 from fastllm.models.tokenizer import Tokenizer
 from fastllm.models.weights import GGUFWeights, WeightSource, open_weights
 from fastllm.nn.linear import DenseLinear, Linear, ParallelLinear
 from fastllm.nn.moe import Experts, Router
+from fastllm.ops import packed_layout as layout
 from fastllm.ops.pages import Arena
-from fastllm.quantize.gguf_blocks import QUANTIZED_FORMATS
-from fastllm.quantize.packed import PackedWeight, pack, unpack
-from fastllm.quantize.packed_experts import PackedExperts, empty_experts, pack_expert_
+from fastllm.quantize.gguf_blocks import DENSE_DTYPES
+from fastllm.quantize.packed import PackedWeight, concat, from_canonical, pack, unpack
+from fastllm.quantize.packed_experts import (
+    PackedExperts,
+    empty_experts,
+    pack_expert_,
+    set_expert_,
+)
 from fastllm.quantize.packed_experts import unpack as unpack_experts
+from fastllm.quantize.quantizer import Quantizer
+from fastllm.quantize.rule import QuantReport, QuantRule
 
 DTYPES = {
     "float32": torch.float32,
@@ -38,6 +47,7 @@ DTYPES = {
     "bf16": torch.bfloat16,
 }
 ACTIVATIONS = ("int8", "bf16", "fp32")
+_EMBEDDING = "model.embed_tokens.weight"
 
 
 def load_model(
@@ -46,6 +56,7 @@ def load_model(
     device: torch.device | str | None = None,
     activation: str | None = None,
     max_positions: int | None = None,
+    quantization: str | QuantRule | None = None,
 ) -> Decoder:
     """A model for inference: packed weights alone, none of them trainable.
 
@@ -57,14 +68,19 @@ def load_model(
         activation: how inputs meet quantized weights: "int8", "bf16", "fp32". Default: "int8" on
             the CPU, `dtype` on a GPU. Dense weights know only their dtype.
         max_positions: the longest sequence; default that of the configuration.
+        quantization: round the matrices of layers and experts to this format as they are read, one
+            at a time: a name of `fastllm.ops.quant_format`, or a rule of one's own. Values that are
+            quantized already are rounded once more. `model.quantization` tells what was done, and
+            a UserWarning where rows do not fit the format.
 
     Raises:
         ModelNotFoundError, ModelFileError: naming file, tensor and remedy.
-        ValueError: on a dtype, device or activation that does not exist or does not fit.
+        ValueError: on a dtype, device, activation or format that does not exist or does not fit.
     """
     source = open_weights(resolve(path)) if isinstance(path, str | os.PathLike) else path
     where = check_device(device)
-    compute, mode = choose_compute(source, dtype, where, activation)
+    rule = QuantRule(quantization) if isinstance(quantization, str) else quantization
+    compute, mode = choose_compute(source, dtype, where, activation, rule is not None)
     model = Decoder(
         source.config,
         dtype=compute,
@@ -72,7 +88,7 @@ def load_model(
         max_positions=max_positions or source.config.max_position_embeddings,
         device=where,
     )
-    _Loader(source, compute, where).fill(model)
+    _Loader(source, compute, where, rule).fill(model)
     return model.eval()
 
 
@@ -91,10 +107,13 @@ def check_device(device: torch.device | str | None) -> torch.device:
 
 def choose_compute(
     source: WeightSource, dtype: torch.dtype | str | None, device: torch.device,
-    activation: str | None,
+    activation: str | None, quantizes: bool = False,
 ) -> tuple[torch.dtype, str]:  # fmt: skip
-    """Compute dtype and activation mode of a load; see `load_model`."""
-    quantized = is_quantized(source)
+    """Compute dtype and activation mode of a load; see `load_model`.
+
+    quantizes: weights are quantized as they are loaded.
+    """
+    quantized = quantizes or is_quantized(source)
     chosen = DTYPES.get(str(dtype).removeprefix("torch.")) if dtype is not None else None
     if dtype is not None and chosen is None:
         raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {dtype!r}")
@@ -119,25 +138,28 @@ def choose_compute(
 
 def is_quantized(source: WeightSource) -> bool:
     """Whether matrices of a model are stored in a quantized format."""
-    # q and k are left out: looking at them can mean reordering their rows
     kinds = ("o_proj.weight", "v_proj.weight", "up_proj.weight", "down_proj.weight")
     names = [n for n in source.names if n.endswith(kinds) or n == "model.embed_tokens.weight"]
-    return any(source.get(name).format in QUANTIZED_FORMATS for name in names)
+    return any(source.format(name) not in DENSE_DTYPES for name in names)
 
 
 class _Loader:
     """Fills a decoder's modules, in the order of the forward pass, from one source."""
 
-    def __init__(self, source: WeightSource, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, source: WeightSource, dtype: torch.dtype, device: torch.device,
+        rule: QuantRule | None = None,
+    ) -> None:  # fmt: skip
         self.source = source
         self.dtype = dtype
         self.dense = "bf16" if dtype == torch.bfloat16 else "f32"
         self.device = device
         self.arena = Arena()
+        self.quantizer = None if rule is None else Quantizer(rule)
 
     def fill(self, model: Decoder) -> None:
         body = model.model
-        body.embed_tokens.packed = self._pack(["model.embed_tokens.weight"])[0]
+        body.embed_tokens.packed = self._pack([_EMBEDDING])[0]
         body.embed_tokens.weight = None
         for name, group in model.parallel_linears():
             self._fill_group(group, [f"{name}.{member}" for member in group.names])
@@ -150,6 +172,18 @@ class _Loader:
                 self._fill_experts(module, name)
         self._fill_vectors(model)
         self.source.release()
+        if self.quantizer is not None:
+            model.quantization = self._report(model, self.quantizer.report)
+
+    def _report(self, model: Decoder, report: QuantReport) -> QuantReport:
+        """With sizes; warns of formats that did not fit."""
+        if not report.layers:
+            raise ValueError(f"no layer of {self.source.path} is quantized to {report.format}")
+        shapes = self.source.config.weight_shapes().values()
+        report.bytes_before = sum(torch.Size(s).numel() for s in shapes) * self.dtype.itemsize
+        report.bytes_after = model.nbytes
+        report.warn()
+        return report
 
     def _fill_group(self, group: ParallelLinear, names: Sequence[str]) -> None:
         for member, name in zip(group.members, names, strict=True):
@@ -176,11 +210,33 @@ class _Loader:
     def _pack_experts(self, name: str, count: int) -> PackedExperts:
         first = self.source.get_expert(name, 0)
         format, (n, k) = self._format(first), first.shape
+        if self.quantizer is not None:
+            packed = self.quantizer.pack_experts(
+                name, (count, n, k), lambda e: _values(self.source.get_expert(name, e)),
+                self.device, self.dense, self.arena,
+            )  # fmt: skip
+            self.source.release(name)
+            return packed
         packed = empty_experts(format, count, n, k, self.device, self.arena)
         for expert in range(count):
-            pack_expert_(packed, expert, self.source.get_expert(name, expert).data)
+            self._pack_expert(packed, expert, self.source.get_expert(name, expert), name)
         self.source.release(name)
         return packed
+
+    def _pack_expert(
+        self, packed: PackedExperts, expert: int, stored: StoredTensor, name: str
+    ) -> None:
+        if self._format(stored) != packed.format:
+            raise ModelFileError(
+                self.source.path,
+                name,
+                f"expert {expert} is stored as {stored.format}, expert 0 as {packed.format}",
+                "Use a checkpoint whose experts have one format",
+            )
+        if stored.scales is None:
+            pack_expert_(packed, expert, stored.data)
+        else:
+            set_expert_(packed, expert, self._as_stored(stored.format, stored))
 
     def _fill_bias(self, linear: Linear, name: str) -> None:
         if linear.bias is not None:
@@ -211,23 +267,53 @@ class _Loader:
     def _pack(self, names: Sequence[str]) -> list[PackedWeight]:
         """One packed weight of all the rows if the formats are equal, else one of each."""
         stored = [self.source.get(name) for name in names]
-        formats = [self._format(s) for s in stored]
-        if len({(f, s.data.dtype) for f, s in zip(formats, stored, strict=True)}) == 1:
-            rows = stored[0].data if len(stored) == 1 else torch.cat([s.data for s in stored])
-            count = sum(s.shape[0] for s in stored)
-            packs = [pack(formats[0], rows, count, stored[0].shape[1], self.device, self.arena)]
-        else:
-            packs = [
-                pack(f, s.data, s.shape[0], s.shape[1], self.device, self.arena)
-                for f, s in zip(formats, stored, strict=True)
-            ]
+        packs = self._quantized(names, stored) or self._joined(stored)
         del stored
         for name in names:
             self.source.release(name)
         return packs
 
+    def _joined(self, stored: Sequence[StoredTensor]) -> list[PackedWeight]:
+        """As `_pack`, of weights that keep their formats."""
+        formats = [self._format(s) for s in stored]
+        if len({(f, s.data.dtype) for f, s in zip(formats, stored, strict=True)}) == 1:
+            return [self._as_stored(formats[0], joined(stored))]
+        return [self._as_stored(f, s) for f, s in zip(formats, stored, strict=True)]
+
+    def _as_stored(self, format: str, stored: StoredTensor) -> PackedWeight:
+        n, k = stored.shape
+        if stored.scales is not None:
+            parts = stored.data, stored.scales
+            return from_canonical(format, *parts, n, k, self.device, self.arena)
+        return pack(format, stored.data, n, k, self.device, self.arena)
+
+    def _quantized(
+        self, names: Sequence[str], stored: Sequence[StoredTensor]
+    ) -> list[PackedWeight]:
+        """As `_pack`, of weights some of which are to be quantized; empty: none is."""
+        if self.quantizer is None or names[0] == _EMBEDDING:
+            return []
+        layers = [name.removesuffix(".weight") for name in names]
+        chosen = [
+            self.quantizer.format_for(layer, s.shape)
+            for layer, s in zip(layers, stored, strict=True)
+        ]
+        if not any(chosen):
+            return []
+        packs = [
+            self._as_stored(self._format(s), s) if format is None
+            else self.quantizer.pack(layer, _values(s), format, self.device)
+            for layer, s, format in zip(layers, stored, chosen, strict=True)
+        ]  # fmt: skip
+        return [concat(packs, self.arena)] if len({p.format for p in packs}) == 1 else packs
+
     def _format(self, stored: StoredTensor) -> str:
-        return stored.format if stored.format in QUANTIZED_FORMATS else self.dense
+        return self.dense if stored.dense else stored.format
+
+
+def _values(stored: StoredTensor) -> Tensor:
+    """A weight as numbers."""
+    return stored.data if stored.dense else stored.to_float32()
 
 
 def read_tokenizer(source: WeightSource) -> Tokenizer:
@@ -299,13 +385,13 @@ def _names(config: ModelConfig) -> Iterable[str]:
 
 
 def _dense(packed: PackedWeight, names: Sequence[str]) -> Tensor:
-    if packed.format in QUANTIZED_FORMATS:
+    if packed.format in layout.QUANTIZED:
         raise _is_quantized(names[0], packed.format)
     return unpack(packed).to(packed.data.dtype)
 
 
 def _dense_experts(packed: PackedExperts, name: str) -> Tensor:
-    if packed.format in QUANTIZED_FORMATS:
+    if packed.format in layout.QUANTIZED:
         raise _is_quantized(name, packed.format)
     return unpack_experts(packed).to(packed.data.dtype)
 

@@ -21,6 +21,7 @@ from fastllm.models.expert_files import holds_experts
 from fastllm.models.loader import DTYPES, check_device, choose_compute, is_quantized, load_model
 from fastllm.models.names import resolve
 from fastllm.models.weights import WeightSource, open_weights
+from fastllm.quantize.rule import QuantRule
 
 _RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight", "experts.down_proj")
 
@@ -70,12 +71,14 @@ def load_trainable(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     max_positions: int | None = None,
+    quantization: str | QuantRule | None = None,
 ) -> Decoder:
     """A model from files, to be trained: see `load_model` for what `path` may be.
 
-    Dense weights become parameters that require gradients. A quantized GGUF file stays packed and
-    frozen, with inputs in the compute dtype ("bf16" or "fp32" activation, never int8: generation
-    then has training's bits); add adapters to train it.
+    Dense weights become parameters that require gradients. A quantized file, and all matrices of a
+    model that is quantized as it is loaded, stay packed and frozen, with inputs in the compute
+    dtype ("bf16" or "fp32" activation, never int8: generation then has training's bits); add
+    adapters to train it.
 
     Args:
         path: a GGUF file, a Hugging Face directory, a name, or opened weights.
@@ -83,17 +86,19 @@ def load_trainable(
             (float16 becomes bfloat16).
         device: "cpu" (default) or "cuda".
         max_positions: the longest document; default that of the configuration.
+        quantization: a format for the layers' matrices, see `load_model`.
 
     Raises:
         ModelNotFoundError, ModelFileError: naming file, tensor and remedy.
-        ValueError: on a dtype or device that does not exist.
+        ValueError: on a dtype, device or format that does not exist.
     """
     source = open_weights(resolve(path)) if isinstance(path, str | os.PathLike) else path
     where = check_device(device)
-    compute, _ = choose_compute(source, dtype, where, None)
-    if is_quantized(source):
+    compute, _ = choose_compute(source, dtype, where, None, quantization is not None)
+    if quantization is not None or is_quantized(source):
         activation = "bf16" if compute == torch.bfloat16 else "fp32"
-        return load_model(source, compute, where, activation, max_positions).train()
+        model = load_model(source, compute, where, activation, max_positions, quantization)
+        return model.train()
     model = _empty(source.config, compute, where, max_positions)
     for name, shape in source.config.weight_shapes().items():
         if holds_experts(name):
