@@ -241,8 +241,8 @@ def test_a_format_without_kernels_is_named_with_the_remedy(tmp_path: Path) -> No
             writer.add_float32(key, value)
     for tensor in file.tensors.values():
         if tensor.name == "output.weight":
-            packed = np.zeros((96, 22 * 2), np.uint8)  # 64 columns in blocks of 32
-            writer.add_tensor(tensor.name, packed, raw_dtype=gguf.GGMLQuantizationType.Q5_0)
+            packed = np.zeros((96, 18 * 2), np.uint8)  # 64 columns in blocks of 32
+            writer.add_tensor(tensor.name, packed, raw_dtype=gguf.GGMLQuantizationType.IQ4_NL)
         else:
             array = tensor.data.view(torch.float32).reshape(tensor.shape).numpy()
             writer.add_tensor(tensor.name, array)
@@ -251,7 +251,7 @@ def test_a_format_without_kernels_is_named_with_the_remedy(tmp_path: Path) -> No
     writer.write_tensors_to_file()
     writer.close()
     with pytest.raises(
-        ModelFileError, match=r"k\.gguf: output\.weight: is stored as Q5_0.*Use a file with"
+        ModelFileError, match=r"k\.gguf: output\.weight: is stored as IQ4_NL.*Use a file with"
     ):
         open_weights(tmp_path / "k.gguf")
 
