@@ -34,7 +34,10 @@ def load(options: Namespace) -> LLM:
         max_model_len=options.max_model_len,
         kv_cache_dtype=options.kv_cache_dtype,
         adapter=options.adapter,
+        quantization=options.quant,
     )
+    if llm.model.quantization is not None:
+        note(llm.model.quantization.summary())
     note(f"{options.model} loaded in {time.perf_counter() - start:.2f} s")
     return llm
 

@@ -66,6 +66,12 @@ def add_model_options(parser: Parser) -> None:
         help="what quantized weights are multiplied with (default: int8)",
     )
     group.add_argument(
+        "--quant",
+        default=None,
+        metavar="FORMAT",
+        help="quantize the layers as they are loaded: int4, nf4, q4_k, q8_0, int8, fp8, ...",
+    )
+    group.add_argument(
         "--kv-cache-dtype",
         choices=["auto", "bf16", "fp16", "fp32", "int8"],
         default="auto",

@@ -18,8 +18,10 @@ USAGE = "fastllm sft MODEL DATA [DATA...] [--config FILE] [--KEY VALUE...]"
 
 DESCRIPTION = """
 Learns the assistant's answers of conversations. MODEL is a Hugging Face directory, a GGUF file
-(its quantized weights stay packed, an adapter learns), or a name. DATA are .jsonl, .json or
-.parquet files, or folders of them, in one of four forms:
+(its quantized weights stay packed, an adapter learns), or a name. --quant FORMAT (nf4, int4, q4_k,
+int8, fp8, ...) rounds the weights of layers and experts as they are loaded, one at a time; the same
+--quant then goes with the adapter. DATA are .jsonl, .json or .parquet files, or folders of them, in
+one of four forms:
 
   {"messages": [{"role": "user", "content": "..."}, ...], "tools": [...]}
   {"prompt": "...", "completion": "..."}
@@ -37,6 +39,8 @@ EXAMPLES = """
 fastllm sft smollm2 chats.jsonl
 fastllm sft smollm2 chats.jsonl --epochs 2 --rank 8 --out runs/polite
 fastllm sft ./SmolLM2-135M-Instruct chats.jsonl --method full --lr 1e-4
+fastllm sft ./SmolLM2-135M-Instruct chats.jsonl --quant nf4 --out runs/small
+fastllm chat ./SmolLM2-135M-Instruct --quant nf4 --adapter runs/small/adapter
 fastllm sft --config runs/polite/config.yaml --resume auto
 fastllm chat smollm2 --adapter runs/polite/adapter
 """

@@ -46,7 +46,8 @@ class LLM:
         model: a GGUF file, a Hugging Face directory, a short name ("smollm2") or a Hugging Face id.
         dtype: "bfloat16" or "float32", what the model computes in; default see `load_model`.
         device: "cpu" (default) or "cuda".
-        activation: "int8", "bf16" or "fp32": how inputs meet quantized weights.
+        activation: "int8", "bf16" or "fp32": how inputs meet quantized weights. Default: see
+            `load_model`; with an adapter that of training, the compute dtype.
         max_model_len: longest prompt and answer together; default the model's, or what fits in
             memory.
         kv_cache_dtype: "auto": the compute dtype; "int8": codes with a scale per token and head, in
@@ -57,6 +58,9 @@ class LLM:
         max_num_batched_tokens: prompt tokens in one forward pass.
         enforce_eager: run decode steps op by op, without captured graphs (same bits, slower).
         adapter: directory of a LoRA adapter in PEFT's format: put on the model, not merged.
+        quantization: round the layers' matrices to this format as they are loaded ("int4", "nf4",
+            "q4_k", "fp8", ...: `fastllm.ops.quant_format`). An adapter that was trained with
+            `fastllm sft --quant` wants the same one. `llm.model.quantization` is the report.
 
     Raises ModelNotFoundError, ModelFileError or ValueError naming the culprit and the remedy.
     """
@@ -74,6 +78,7 @@ class LLM:
         max_num_batched_tokens: int | None = None,
         enforce_eager: bool = False,
         adapter: str | os.PathLike[str] | None = None,
+        quantization: str | None = None,
     ) -> None:
         where = check_device(device)
         batched = batched_tokens(max_num_batched_tokens, where)
@@ -81,11 +86,13 @@ class LLM:
         source = open_weights(resolve(model))
         if where.type == "cpu" and not enforce_eager:
             check_head_dims(source.config, source.path)
-        compute, mode = choose_compute(source, dtype, where, activation)
+        compute, mode = choose_compute(source, dtype, where, activation, quantization is not None)
+        if adapter is not None and activation is None:
+            mode = "bf16" if compute == torch.bfloat16 else "fp32"
         stored = cache_dtype(kv_cache_dtype, compute, source.config)
         budget = cache_budget(where, source.path)
         longest = context_length(source.config, max_model_len, stored, budget)
-        model_of_file = load_model(source, compute, where, mode, longest)
+        model_of_file = load_model(source, compute, where, mode, longest, quantization)
         if adapter is not None:
             load_adapter(model_of_file, adapter)
             model_of_file.requires_grad_(False)

@@ -229,8 +229,7 @@ class Decoder(nn.Module):
     @property
     def nbytes(self) -> int:
         """Bytes of all weights in whatever form, shared ones once."""
-        tensors = [*self.served_tensors(), *self.buffers()]
-        return sum({t.data_ptr(): t.nbytes for t in tensors if not t.is_meta}.values())
+        return sum({t.data_ptr(): t.nbytes for t in self.served_tensors()}.values())
 
     def _parameter_states(self) -> list[tuple[int, int]]:
         return [(p.data_ptr(), p._version) for p in self._packed_parameters()]

@@ -200,8 +200,8 @@ def _pack_experts(experts: Experts, name: str, quantizer: Quantizer) -> None:
 
 def _bytes(model: nn.Module) -> int:
     """Of all weights and buffers, shared ones once."""
+    own = getattr(model, "nbytes", None)  # a decoder's packed weights are no parameters
+    if isinstance(own, int):
+        return own
     tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
-    served = getattr(model, "served_tensors", None)
-    if served is not None:
-        tensors += served()
     return sum({t.data_ptr(): t.nbytes for t in tensors}.values())

@@ -34,7 +34,8 @@ def wide_config(case: str, **sizes: Any) -> ModelConfig:
         )  # fmt: skip
     if config.experts is not None:
         dense = (0,) if config.experts.dense_layers else ()
-        wider["experts"] = replace(config.experts, moe_intermediate_size=HIDDEN, dense_layers=dense)
+        inner = INNER if config.model_type == "mixtral" else HIDDEN
+        wider["experts"] = replace(config.experts, moe_intermediate_size=inner, dense_layers=dense)
     return replace(config, **{**wider, **sizes})
 
 

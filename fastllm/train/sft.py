@@ -4,8 +4,8 @@
     loss = cross entropy of the assistant's tokens, summed; the loop divides by their number
 
 A low-rank adapter is trained unless `method` is "full": on a Hugging Face directory, or on a GGUF
-file, whose quantized weights stay packed and frozen (QLoRA). What is left open is chosen from the
-data, see `choose`, and printed.
+file, whose quantized weights stay packed and frozen (QLoRA). With `quant` the weights of either are
+quantized as they are loaded. What is left open is chosen from the data, see `choose`, and printed.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from fastllm.models.names import resolve
 from fastllm.models.tokenizer import Tokenizer
 from fastllm.models.weights import GGUFWeights, WeightSource, open_weights
 from fastllm.nn.lora import LoraConfig
+from fastllm.ops.quant_format import format_of
 from fastllm.train import distributed
 from fastllm.train.config import load_config, to_dict
 from fastllm.train.data.conversations import Conversation, read_conversations
@@ -93,6 +94,7 @@ class SftConfig:
     chat_template: str = "model"  # the model's own; chatml, plain, or a Jinja file
     loss: Literal["assistant", "all"] = "assistant"
     method: Literal["lora", "full"] = "lora"
+    quant: str | None = None  # of the frozen weights, as they are loaded: nf4, int4, q4_k, ...
     lora: AdapterConfig = field(default_factory=AdapterConfig)
     seq_len: int | None = None  # the longest conversation, in tokens
     overlong: Literal["truncate", "drop"] = "truncate"
@@ -118,6 +120,10 @@ class SftConfig:
             raise ValueError(f"seq_len must be at least 2, got {self.seq_len}")
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"warmup must be a share from 0 to 1, got {self.warmup}")
+        if self.quant is not None:
+            format_of(self.quant)
+            if self.method == "full":
+                raise ValueError("quant freezes the weights, which method full trains: use lora")
         if self.samples < 0:
             raise ValueError(f"samples must be at least 0, got {self.samples}")
 
@@ -206,6 +212,7 @@ def _main(config: SftConfig, device: torch.device, say: Say) -> SftResult:
         seed=config.loop.seed,
         checkpointing=config.checkpointing,
         base_name=config.model,
+        quant=config.quant,
     )
     task.set_data(
         ExampleBatches(

@@ -18,11 +18,11 @@ from fastllm.engine.llm import LLM
 from fastllm.engine.request import SamplingParams
 from fastllm.models.adapters import adapter_tensors, save_adapter
 from fastllm.models.expert_files import to_files
-from fastllm.models.loader import in_file_order, in_model_order
+from fastllm.models.loader import in_file_order, in_model_order, is_quantized
 from fastllm.models.safetensors_files import save_directory
 from fastllm.models.tokenizer import Tokenizer
 from fastllm.models.trainable import load_trainable
-from fastllm.models.weights import GGUFWeights, WeightSource
+from fastllm.models.weights import WeightSource
 from fastllm.nn.lora import LoraConfig, add_lora
 from fastllm.train import distributed
 from fastllm.train.data.batch import MicroBatch
@@ -37,7 +37,7 @@ MAX_ANSWER = 128  # tokens of a sample
 
 
 class SftTask(Task):
-    """A model with its data. lora: None trains all of its weights.
+    """A model with its data. lora: None trains all of its weights. quant: see `load_model`.
 
     Raises ValueError if a quantized model is to be trained in full, and what loading raises.
     """
@@ -57,8 +57,13 @@ class SftTask(Task):
         seed: int = 0,
         checkpointing: bool = False,
         base_name: str,
+        quant: str | None = None,
     ) -> None:
-        self.decoder = load_trainable(source, dtype, device)
+        if quant is not None and lora is None:
+            raise ValueError(
+                f"quant {quant!r} freezes the weights: train an adapter on them (method lora)"
+            )
+        self.decoder = load_trainable(source, dtype, device, quantization=quant)
         if lora is None and not any(p.requires_grad for p in self.decoder.parameters()):
             raise ValueError(
                 f"{source.path} holds quantized weights, which stay as they are: train an adapter "
@@ -73,7 +78,8 @@ class SftTask(Task):
         self.tokenizer: Tokenizer = encoder.tokenizer
         self.checkpointing = checkpointing
         self.base_name = base_name
-        self._quantized = isinstance(source, GGUFWeights)
+        self._quantized = quant is not None or is_quantized(source)
+        self._requantized = quant is not None and is_quantized(source)
         self._held_out: Sequence[Example] = ()
         self._micro_tokens = 0
         self.asked: Sequence[Conversation] = ()
@@ -99,7 +105,15 @@ class SftTask(Task):
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         what = "all weights" if self.lora is None else f"an adapter of rank {self.lora.r}"
         base = " on packed quantized weights" if self._quantized and self.lora else ""
-        return [*self._lines, f"training {what}{base}: {trained:,} parameters"]
+        last = f"training {what}{base}: {trained:,} parameters"
+        return [*self._lines, *self._quantization_lines(), last]
+
+    def _quantization_lines(self) -> list[str]:
+        report = self.decoder.quantization
+        if report is None:
+            return []
+        again = ["the file's weights were quantized already: errors of both roundings add up"]
+        return [report.summary(), *report.fallbacks(), *(again if self._requantized else [])]
 
     # what the loop calls
 
@@ -133,7 +147,8 @@ class SftTask(Task):
                 "targets": targets if isinstance(targets, str) else list(targets),
             }
         shapes = self.decoder.config.weight_shapes()
-        return {
+        report = self.decoder.quantization
+        return ({} if report is None else {"quant": report.format}) | {
             "weights": len(shapes),
             "values": sum(torch.Size(shape).numel() for shape in shapes.values()),
             "tokenizer": self.tokenizer.fingerprint,
