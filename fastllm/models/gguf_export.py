@@ -161,15 +161,8 @@ def export_gguf(
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} exists; remove it, or give overwrite (--overwrite)")
     config = weights.config
-    metadata: dict[str, object] = {"general.name": name or target.stem}
-    metadata = config_metadata(config) | metadata
-    metadata["general.file_type"] = GGUF_TYPES[type]
-    if type in QUANTIZED_FORMATS:
-        metadata["general.quantization_version"] = 2
-    if tokenizer is not None:
-        metadata |= tokenizer_metadata(tokenizer, config.vocab_size, config.eos_token_ids)
-    elif config.bos_token_id is not None:
-        metadata["tokenizer.ggml.bos_token_id"] = config.bos_token_id
+    quantized = type in QUANTIZED_FORMATS
+    metadata = gguf_metadata(config, name or target.stem, GGUF_TYPES[type], tokenizer, quantized)
     tensors: dict[str, StoredTensor | LazyTensor] = {}
     tensors |= rope_tensors(config)
     for hf_name, shape in config.weight_shapes().items():
@@ -183,6 +176,31 @@ def export_gguf(
             tensors[gguf_name(part)] = _lazy(weights, hf_name, size, type, own)
     target.parent.mkdir(parents=True, exist_ok=True)
     write_gguf(target, metadata, tensors)
+
+
+def gguf_metadata(
+    config: ModelConfig, name: str, file_type: int, tokenizer: Tokenizer | None, quantized: bool
+) -> dict[str, object]:
+    """The metadata of a model's GGUF file.
+
+    Args:
+        name: what the file says the model is called.
+        file_type: llama.cpp's number of the kind of file.
+        tokenizer: a byte-level BPE; None: the file has token ids only.
+        quantized: it holds quantized tensors.
+
+    Raises:
+        ValueError: for a model or tokenizer that the format cannot express.
+    """
+    metadata: dict[str, object] = config_metadata(config) | {"general.name": name}
+    metadata["general.file_type"] = file_type
+    if quantized:
+        metadata["general.quantization_version"] = 2
+    if tokenizer is not None:
+        metadata |= tokenizer_metadata(tokenizer, config.vocab_size, config.eos_token_ids)
+    elif config.bos_token_id is not None:
+        metadata["tokenizer.ggml.bos_token_id"] = config.bos_token_id
+    return metadata
 
 
 def gguf_name(name: str) -> str:
@@ -205,7 +223,7 @@ def _lazy(
             f"{name} has rows of {shape[-1]} values, and {type} takes multiples of 32: export "
             "as f16 or bf16"
         )
-    order = _row_order(weights.config, name)
+    order = row_order(weights.config, name)
 
     def make() -> StoredTensor:
         stored = weights.get(name)
@@ -233,7 +251,7 @@ def _converted(values: Tensor, format: str, name: str) -> StoredTensor:
     return StoredTensor(format, tuple(values.shape), data)
 
 
-def _row_order(config: ModelConfig, name: str) -> Tensor | None:
+def row_order(config: ModelConfig, name: str) -> Tensor | None:
     """How architecture llama orders the rows of q and k: neighbours are rotated, not halves."""
     part = name.split(".", 3)[-1].rpartition(".")[0]
     if part not in _ROTATED or gguf_architecture(config) != "llama":
