@@ -17,20 +17,18 @@ from torch import Tensor
 
 from .. import _C
 from . import packed_layout as layout
+from .gated_activation import gated_activation, gated_gradients
 from .linear import as_rows, check_output, linear_ref, prepared_rows
-from .quant_format import (
-    NATIVE_FORMATS,
-    NF4_INT8,
-    QUANT_FORMATS,
-    SUPER_BLOCK,
-    TRITON_FORMATS,
-    WIDEST_CHUNK,
-)
+from .quant_format import NATIVE_FORMATS, QUANT_FORMATS, TRITON_FORMATS
 from .quant_matmul_input_grad import packed_input_grad
+from .quant_products import products_ref
 from .registry import Op, batch_invariant
+from .swiglu_backward import swiglu_backward
 
 ACTIVATIONS = ("int8", "bf16", "fp32", "fp8")  # in the order of the codes of csrc's enum
-E4M3_MAX = 448.0
+GATED = ("silu", "gelu_tanh")
+NATIVE_OPTIONS: tuple[str, ...] = ("",)  # of "", "residual" and GATED, what a backend's row serves
+TRITON_OPTIONS: tuple[str, ...] = ("",)
 
 
 def variants(formats: Sequence[str]) -> tuple[str, ...]:
@@ -49,40 +47,6 @@ def variants(formats: Sequence[str]) -> tuple[str, ...]:
 VARIANTS = variants(layout.FORMATS)
 
 
-def quantize_activation_ref(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x `[M, K]` -> integers as float32 `[M, K/32, 32]` and their scale dx `[M, K/32]`.
-
-    dx = amax / 127 and q = round-to-nearest-even(x * (127 / amax)) over every 32 columns. A block
-    of zeros (or of values below 4e-37) gives 0; NaN or infinity makes its dx NaN or infinite.
-    """
-    blocks = x.float().unflatten(-1, (-1, layout.BLOCK))
-    amax = blocks.abs().amax(-1)
-    inverse = torch.full_like(amax, 127.0) / amax  # a number / tensor is rounded twice by torch
-    inverse = torch.where(torch.isinf(inverse), 0.0, inverse)  # zeros, or too small a block
-    return torch.round(blocks * inverse.unsqueeze(-1)), amax / 127.0
-
-
-def quantize_activation_fp8_ref(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x `[M, K]` -> e4m3 values as float32 `[M, K]` and their scale dx `[M, ceil(K/128)]`.
-
-    dx = amax / 448 and q = e4m3(x * (448 / amax)) over every 128 columns; zeros, NaN and infinity
-    are as in `quantize_activation_ref`.
-    """
-    k = x.shape[1]
-    padded = torch.nn.functional.pad(x.float(), (0, -k % WIDEST_CHUNK))
-    blocks = padded.unflatten(-1, (-1, WIDEST_CHUNK))
-    amax = blocks.abs().amax(-1)
-    inverse = torch.full_like(amax, E4M3_MAX) / amax
-    inverse = torch.where(torch.isinf(inverse), 0.0, inverse)
-    q = (blocks * inverse.unsqueeze(-1)).to(torch.float8_e4m3fn).float()
-    return q.flatten(1)[:, :k], amax / E4M3_MAX
-
-
-def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    # The product of two floats is exact in float64, so this is an fp32 FMA (up to double rounding).
-    return (a.double() * b.double() + c.double()).float()
-
-
 def quant_matmul_ref(
     x: Tensor,
     data: Tensor,
@@ -92,65 +56,34 @@ def quant_matmul_ref(
     bias: Tensor | None,
     activation: str,
     out_dtype: torch.dtype | None = None,
+    residual: Tensor | None = None,
+    gated: str = "",
 ) -> Tensor:
     """Plain PyTorch definition of `quant_matmul`."""
     if format in layout.DENSE:
         weight = layout.dense_rows(data, format, n, x.shape[-1])
-        return linear_ref(x, weight, bias, out_dtype)
-    x2 = as_rows(x)
-    m, k = x2.shape
-    codes, d, minimum = operands_ref(data, scales, format, n, k, activation)
-    q, dx = x2.float(), None
-    if activation == "int8":
-        q, dx = quantize_activation_ref(x2)
-        q = q.flatten(1)
-    elif activation == "fp8":
-        q, dx = quantize_activation_fp8_ref(x2)
-    acc = torch.zeros(m, n, dtype=torch.float32, device=x.device)
-    chunk = QUANT_FORMATS[format].chunk(activation, k)
-    for c, start in enumerate(range(0, k, chunk)):
-        part = q[:, start : start + chunk]
-        dot = part @ codes[:, start : start + chunk].T  # exact for int8: below 2^24
-        acc = _fma(dot, d[:, c] if dx is None else d[:, c] * dx[:, c, None], acc)
-        if minimum is not None:
-            total = _column_sums(part)
-            acc = _fma(minimum[:, c], (total if dx is None else total * dx[:, c])[:, None], acc)
-    if bias is not None:
-        acc = acc + bias.float()
-    return acc.to(out_dtype or x.dtype).reshape(*x.shape[:-1], n)
-
-
-def operands_ref(
-    data: Tensor, scales: Tensor, format: str, n: int, k: int, activation: str
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What a mode's products are made of: codes float32 [n, k], and d and m [n, chunks].
-
-    In mode "int8" a q6_k code is multiplied by its sub-block's integer scale, so that one sum
-    serves 32 columns, and nf4 has integer codes, 127 to its 1.
-    """
-    kind = QUANT_FORMATS[format]
-    stored = layout.stored_codes(data, format, n)
-    codes, group = layout.code_values(stored, format), kind.columns_per_scale(k)
-    minimum: Tensor | None = None
-    if activation == "int8" and kind.scales == "super":
-        wide, sub = (part.float() for part in layout.split_scales(scales, format, n, k))
-        codes = codes * layout.spread(sub.flatten(1), format, k)
-        d, group = wide[:, :, 0], SUPER_BLOCK
+        sums = linear_ref(x, weight, bias, torch.float32)
     else:
-        d, minimum = layout.block_scales(scales, format, n, k)
-    if activation == "int8" and kind.codes == "nf4":
-        codes = torch.tensor(NF4_INT8, dtype=torch.float32, device=data.device)[stored.int()]
-        d = d * torch.tensor(1 / 127, dtype=torch.float32, device=data.device)
-    starts = torch.arange(0, k, kind.chunk(activation, k), device=data.device) // group
-    return codes, d[:, starts], None if minimum is None else minimum[:, starts]
+        sums = products_ref(as_rows(x), data, scales, format, n, activation)
+        sums = sums.reshape(*x.shape[:-1], n)
+        sums = sums if bias is None else sums + bias.float()
+    return finished_ref(sums, x.dtype, out_dtype, residual, gated)
 
 
-def _column_sums(part: Tensor) -> Tensor:
-    """[M, C] -> [M]: sums of every 32 columns, added in ascending order."""
-    total = part[:, : layout.BLOCK].sum(-1)
-    for start in range(layout.BLOCK, part.shape[1], layout.BLOCK):
-        total = total + part[:, start : start + layout.BLOCK].sum(-1)
-    return total
+def finished_ref(
+    sums: Tensor,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype | None,
+    residual: Tensor | None,
+    gated: str,
+) -> Tensor:
+    """What follows the sums of a product of rows in `dtype`; sums are float32 or float64."""
+    if residual is not None:
+        return residual + sums.to(dtype).to(sums.dtype)
+    if gated:
+        gate, up = sums.to(dtype).to(sums.dtype).chunk(2, dim=-1)
+        return gated_activation(gate, up, gated).to(dtype)
+    return sums.to(out_dtype or dtype)
 
 
 def _quant_matmul_fake(
@@ -162,26 +95,47 @@ def _quant_matmul_fake(
     bias: Tensor | None,
     activation: str,
     out_dtype: torch.dtype | None = None,
+    residual: Tensor | None = None,
+    gated: str = "",
 ) -> Tensor:
-    return x.new_empty((*x.shape[:-1], n), dtype=out_dtype or x.dtype)
+    dtype = torch.float32 if residual is not None else out_dtype or x.dtype
+    return x.new_empty((*x.shape[:-1], n // 2 if gated else n), dtype=dtype)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, data, scales, ctx.format, ctx.n, bias, _, _ = inputs
-    ctx.save_for_backward(data, scales)
+    x, data, scales, ctx.format, ctx.n, bias, ctx.activation, _, _, ctx.gated = inputs
+    ctx.save_for_backward(data, scales, *((x, bias) if ctx.gated else ()))
     ctx.x_dtype, ctx.k = x.dtype, x.shape[-1]
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    # The weight is frozen; rounding of int8 activations is passed straight through.
-    data, scales = ctx.saved_tensors
+    # The weight is frozen; rounding of quantized activations is passed straight through.
+    data, scales, *rest = ctx.saved_tensors
     dx = dbias = None
+    dresidual = dy if ctx.needs_input_grad[8] else None
+    wants_bias = ctx.bias_dtype is not None and ctx.needs_input_grad[5]
+    if ctx.gated and (ctx.needs_input_grad[0] or wants_bias):
+        x, bias = rest
+        with torch.no_grad():
+            pre = _quant_matmul(
+                x, data, scales, ctx.format, ctx.n, bias, ctx.activation, None, None, ""
+            )
+        dy = _gated_backward(dy, pre, ctx.gated)
     if ctx.needs_input_grad[0]:
         dx = packed_input_grad(dy.to(ctx.x_dtype), data, scales, ctx.format, ctx.n, ctx.k)
-    if ctx.bias_dtype is not None and ctx.needs_input_grad[5]:
+    if wants_bias:
         dbias = as_rows(dy.float()).sum(0).to(ctx.bias_dtype)
-    return dx, None, None, None, None, dbias, None, None
+    return dx, None, None, None, None, dbias, None, None, dresidual, None
+
+
+def _gated_backward(dy: Tensor, pre: Tensor, gated: str) -> Tensor:
+    """The gradient of pre `[..., N]` in its dtype from that of the gated output."""
+    gate, up = pre.chunk(2, dim=-1)
+    if gated == "silu":
+        return swiglu_backward(dy.contiguous(), gate, up)
+    by_gate, by_up = gated_gradients(gate.float(), up.float(), gated)
+    return torch.cat((dy.float() * by_gate, dy.float() * by_up), dim=-1).to(pre.dtype)
 
 
 def _variant(
@@ -199,7 +153,7 @@ def _variant(
 
 _quant_matmul = Op(
     "quant_matmul(Tensor x, Tensor data, Tensor scales, str format, int n, Tensor? bias, "
-    "str activation, ScalarType? out_dtype=None) -> Tensor",
+    "str activation, ScalarType? out_dtype=None, Tensor? residual=None, str gated='') -> Tensor",
     quant_matmul_ref,
     fake=_quant_matmul_fake,
     backward=_backward,
@@ -208,8 +162,16 @@ _quant_matmul = Op(
 )
 
 
-def _native_layout(x: Tensor, data: Tensor, scales: Tensor, format: str, *_: Any) -> bool:
-    return layout.rows_of(data, format) == layout.ROWS_PER_GROUP["cpu"] and x.stride(-1) == 1
+def _native_layout(x: Tensor, data: Tensor, scales: Tensor, format: str, *rest: Any) -> bool:
+    fits = layout.rows_of(data, format) == layout.ROWS_PER_GROUP["cpu"] and x.stride(-1) == 1
+    return fits and _option(*rest) in NATIVE_OPTIONS
+
+
+def _option(
+    n: int, bias: Any, activation: str, out_dtype: Any = None, residual: Any = None, gated: str = ""
+) -> str:
+    """What follows the product: nothing, "residual" or the name of a gated activation."""
+    return gated if residual is None else "residual"
 
 
 @_quant_matmul.impl(
@@ -224,6 +186,8 @@ def _quant_matmul_cpu(
     bias: Tensor | None,
     activation: str,
     out_dtype: torch.dtype | None = None,
+    residual: Tensor | None = None,
+    gated: str = "",
 ) -> Tensor:
     x2 = as_rows(x)
     y = torch.empty((x2.shape[0], n), dtype=out_dtype or x.dtype)
@@ -241,8 +205,8 @@ def _quant_matmul_cpu(
     return y.view(*x.shape[:-1], n)
 
 
-def _one_row_per_group(x: Tensor, data: Tensor, scales: Tensor, format: str, *_: Any) -> bool:
-    return layout.rows_of(data, format) == 1
+def _one_row_per_group(x: Tensor, data: Tensor, scales: Tensor, format: str, *rest: Any) -> bool:
+    return layout.rows_of(data, format) == 1 and _option(*rest) in TRITON_OPTIONS
 
 
 @_quant_matmul.impl(
@@ -257,6 +221,8 @@ def _quant_matmul_cuda(
     bias: Tensor | None,
     activation: str,
     out_dtype: torch.dtype | None = None,
+    residual: Tensor | None = None,
+    gated: str = "",
 ) -> Tensor:
     from ..kernels import quant_matmul as kernel
 
@@ -274,8 +240,10 @@ def quant_matmul(
     bias: Tensor | None = None,
     activation: str = "int8",
     out_dtype: torch.dtype | None = None,
+    residual: Tensor | None = None,
+    gated: str = "",
 ) -> Tensor:
-    """`x @ W.T + bias` with a packed weight; differentiable in `x` and `bias`.
+    """`x @ W.T + bias` with a packed weight; differentiable in `x`, `bias` and `residual`.
 
     Args:
         x: `[..., K]`, float32 or bfloat16.
@@ -288,15 +256,20 @@ def quant_matmul(
             e4m3 per 128 columns; of fp8 formats alone), "bf16" (x must be bfloat16) or "fp32" (x
             must be float32). Dense formats need x in their own dtype instead.
         out_dtype: float32 or bfloat16; default that of `x`.
+        residual: float32 `[..., N]`, or None; the product is rounded to the dtype of x and added.
+        gated: "silu" or "gelu_tanh": rows of W are those of gate, then those of up, and the result
+            is act(gate) * up, of products rounded to the dtype of x. "": no activation.
 
     Returns:
-        Contiguous `[..., N]`.
+        Contiguous `[..., N]`; float32 with a residual; `[..., N / 2]` in the dtype of x if gated.
 
     Raises:
         ValueError: on mismatched shapes, dtypes or names, naming the argument.
     """
     _check(x, data, scales, format, n, bias, activation, out_dtype)
-    return _quant_matmul(x, data, scales, format, n, bias, activation, out_dtype)
+    if residual is not None or gated:
+        _check_options(x, n, out_dtype, residual, gated)
+    return _quant_matmul(x, data, scales, format, n, bias, activation, out_dtype, residual, gated)
 
 
 def _check(
@@ -319,6 +292,30 @@ def _check(
     layout.check_packed(data, scales, format, n, x.shape[-1])
     check_mode(format, activation, x.dtype)
     check_output(bias, out_dtype, n)
+
+
+def _check_options(
+    x: Tensor, n: int, out_dtype: torch.dtype | None, residual: Tensor | None, gated: str
+) -> None:
+    if residual is not None and gated:
+        raise ValueError("residual and gated exclude each other: their sizes differ")
+    if gated and gated not in GATED:
+        raise ValueError(f"gated {gated!r} is not one of {', '.join(GATED)}")
+    if gated and n % 2:
+        raise ValueError(f"gated needs rows of gate and as many of up, n is {n}")
+    made = torch.float32 if residual is not None else x.dtype
+    if out_dtype not in (None, made):
+        raise ValueError(f"out_dtype is {out_dtype}; with residual or gated the result is {made}")
+    if residual is None:
+        return
+    shape = (*x.shape[:-1], n)
+    if residual.dtype != torch.float32 or tuple(residual.shape) != shape:
+        raise ValueError(
+            f"residual must be float32 of shape {shape}, "
+            f"got {residual.dtype} of {tuple(residual.shape)}"
+        )
+    if residual.device != x.device:
+        raise ValueError(f"residual is on {residual.device} and x on {x.device}")
 
 
 def check_mode(

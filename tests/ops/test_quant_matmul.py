@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from fastllm import _C
 from fastllm.ops import packed_layout as layout
-from fastllm.ops import quant_matmul
-from fastllm.ops.quant_format import NATIVE_FORMATS
+from fastllm.ops import quant_matmul, swiglu
+from fastllm.ops.gated_activation import gated_activation
+from fastllm.ops.quant_format import NATIVE_FORMATS, QUANT_FORMATS
 from fastllm.ops.quant_matmul import quant_matmul_ref
 from fastllm.testing.infos.quant_matmul import VARIANTS, random_packed
 from fastllm.testing.opinfo import generator
@@ -81,6 +84,49 @@ def test_nan_and_infinity_stay_in_their_row() -> None:
         assert not y[2].isfinite().any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("format", ["q4_1", "q6_k", "fp8", "bf16", "f32"])
+def test_what_follows_a_product_rounds_where_separate_ops_would(
+    format: str, dtype: torch.dtype
+) -> None:
+    dtype = layout.DENSE.get(format, dtype)
+    mode, g = QUANT_FORMATS[format].modes[0], generator(2)
+    x, residual = torch.randn(2, 5, 256, generator=g).to(dtype), torch.randn(2, 5, 70, generator=g)
+    data, scales = random_packed(g, format, 70, 256, 16)
+    bias = torch.randn(70, generator=g)
+    plain = quant_matmul(x, data, scales, format, 70, bias, mode)
+    added = quant_matmul(x, data, scales, format, 70, bias, mode, residual=residual)
+    near = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 1e-4}  # of one backend or of two
+    torch.testing.assert_close(added, residual + plain.float(), **near)
+    gate, up = plain.chunk(2, dim=-1)
+    silu = quant_matmul(x, data, scales, format, 70, bias, mode, gated="silu")
+    torch.testing.assert_close(silu, swiglu(gate, up), **near)
+    gelu = quant_matmul(x, data, scales, format, 70, bias, mode, gated="gelu_tanh")
+    want = gated_activation(gate.float(), up.float(), "gelu_tanh").to(dtype)
+    torch.testing.assert_close(gelu, want, **near)
+
+
+def test_compiled_and_eager_calls_agree_with_options() -> None:
+    g = generator(3)
+    data, scales = random_packed(g, "q4_0", 32, 64, 16)
+    residual = torch.randn(3, 32, generator=g)
+
+    def loss(x: Tensor, residual: Tensor) -> Tensor:
+        a = quant_matmul(x, data, scales, "q4_0", 32, gated="silu")
+        b = quant_matmul(x, data, scales, "q4_0", 32, residual=residual)
+        return a.square().sum() + b.square().sum()
+
+    def gradients(fn: Any) -> list[Tensor]:
+        leaves = torch.randn(3, 64, generator=generator(4)), residual.clone()
+        for leaf in leaves:
+            leaf.requires_grad_()
+        return list(torch.autograd.grad(fn(*leaves), leaves))
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    for a, b in zip(gradients(loss), gradients(compiled), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_bad_arguments_are_named() -> None:
     data, scales = random_packed(generator(), "q4_1", 20, 64, 16)
     x = torch.zeros(2, 64)
@@ -97,7 +143,21 @@ def test_bad_arguments_are_named() -> None:
         ({"scales": scales[:1]}, "scales"),
         ({"bias": torch.zeros(19)}, "bias"),
         ({"out_dtype": torch.float16}, "out_dtype"),
+        ({"activation": "fp8"}, "activation"),
+        ({"format": "q4"}, "format"),
+        ({"gated": "gelu"}, "gated"),
+        ({"gated": "silu", "out_dtype": torch.bfloat16}, "out_dtype"),
+        ({"gated": "silu", "residual": torch.zeros(2, 20)}, "residual"),
+        ({"residual": torch.zeros(2, 19)}, "residual"),
+        ({"residual": torch.zeros(2, 20).bfloat16()}, "residual"),
+        ({"residual": torch.zeros(2, 20), "out_dtype": torch.bfloat16}, "out_dtype"),
     ]:
         arguments = {"x": x, "data": data, "scales": scales, "format": "q4_1", "n": 20} | change
         with pytest.raises(ValueError, match=rf"\b{name}\b"):
             quant_matmul(**arguments)
+    odd = random_packed(generator(), "q4_1", 19, 64, 16)
+    with pytest.raises(ValueError, match=r"\bn is 19"):
+        quant_matmul(x, *odd, "q4_1", 19, gated="silu")
+    fp8 = random_packed(generator(), "fp8", 20, 64, 16)
+    with pytest.raises(ValueError, match=r"activation 'int8'.*use fp8, bf16, fp32"):
+        quant_matmul(x, *fp8, "fp8", 20)

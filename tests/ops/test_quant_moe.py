@@ -19,7 +19,7 @@ from fastllm import _C
 from fastllm.ops import moe, quant_moe
 from fastllm.ops import packed_layout as layout
 from fastllm.ops.quant_format import NATIVE_FORMATS
-from fastllm.ops.quant_matmul import quantize_activation_ref
+from fastllm.ops.quant_products import quantize_activation_ref
 from fastllm.ops.registry import OPS
 from fastllm.quantize.gguf_blocks import quantize
 from fastllm.quantize.packed_experts import PackedExperts, pack_experts

@@ -11,8 +11,8 @@ from torch import Tensor
 from ...ops import packed_layout as layout
 from ...ops.moe import moe_ref
 from ...ops.quant_format import NATIVE_FORMATS
-from ...ops.quant_matmul import quantize_activation_ref
 from ...ops.quant_moe import quant_moe_ref, variant_name, variants
+from ...ops.quant_products import quantize_activation_ref
 from ..moe_problem import MoeProblem
 from ..opinfo import Args, Case, OpInfo
 from .moe import active, arguments, exact
