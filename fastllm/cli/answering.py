@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,21 +24,25 @@ if TYPE_CHECKING:
 def load(options: Namespace) -> LLM:
     """The model that the options name, with a line on stderr that says how long loading took."""
     from ..engine.llm import LLM
+    from ..quantize.rule import FallbackWarning
 
     use_threads(options.threads)
     start = time.perf_counter()
-    llm = LLM(
-        options.model,
-        dtype=options.dtype,
-        device=options.device,
-        activation=options.activation,
-        max_model_len=options.max_model_len,
-        kv_cache_dtype=options.kv_cache_dtype,
-        adapter=options.adapter,
-        quantization=options.quant,
-    )
-    if llm.model.quantization is not None:
-        note(llm.model.quantization.summary())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FallbackWarning)  # said below
+        llm = LLM(
+            options.model,
+            dtype=options.dtype,
+            device=options.device,
+            activation=options.activation,
+            max_model_len=options.max_model_len,
+            kv_cache_dtype=options.kv_cache_dtype,
+            adapter=options.adapter,
+            quantization=options.quant,
+        )
+    report = llm.model.quantization
+    for line in [] if report is None else [report.summary(), *report.fallbacks()]:
+        note(line)
     note(f"{options.model} loaded in {time.perf_counter() - start:.2f} s")
     return llm
 

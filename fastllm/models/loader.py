@@ -71,7 +71,7 @@ def load_model(
         quantization: round the matrices of layers and experts to this format as they are read, one
             at a time: a name of `fastllm.ops.quant_format`, or a rule of one's own. Values that are
             quantized already are rounded once more. `model.quantization` tells what was done, and
-            a UserWarning where rows do not fit the format.
+            a FallbackWarning where rows do not fit the format.
 
     Raises:
         ModelNotFoundError, ModelFileError: naming file, tensor and remedy.

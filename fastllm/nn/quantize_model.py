@@ -46,7 +46,7 @@ def quantize_model(
 
     Returns:
         What each layer became, what it cost, and what was left; `print` shows a table. A
-        UserWarning says so where rows did not fit the format and got another one.
+        FallbackWarning says so where rows did not fit the format and got another one.
 
     Raises:
         ValueError: on an unknown format or activation, if no layer is chosen, if the model has

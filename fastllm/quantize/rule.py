@@ -24,6 +24,10 @@ DEFAULT_SKIP = (
 )  # fmt: skip
 
 
+class FallbackWarning(UserWarning):
+    """Weights did not get the format that was asked for."""
+
+
 @dataclass(frozen=True, slots=True)
 class QuantRule:
     """One format for the layers that are chosen.
@@ -133,9 +137,9 @@ class QuantReport:
         ]
 
     def warn(self) -> None:
-        """A UserWarning if layers did not get the wanted format."""
+        """A FallbackWarning if layers did not get the wanted format."""
         if found := self.fallbacks():
-            warnings.warn("; ".join(found), stacklevel=3)
+            warnings.warn("; ".join(found), FallbackWarning, stacklevel=3)
 
     def summary(self) -> str:
         """One line."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -24,6 +25,7 @@ from fastllm.models.tokenizer import Tokenizer
 from fastllm.models.trainable import load_trainable
 from fastllm.models.weights import WeightSource
 from fastllm.nn.lora import LoraConfig, add_lora
+from fastllm.quantize.rule import FallbackWarning
 from fastllm.train import distributed
 from fastllm.train.data.batch import MicroBatch
 from fastllm.train.data.conversations import Conversation
@@ -63,7 +65,9 @@ class SftTask(Task):
             raise ValueError(
                 f"quant {quant!r} freezes the weights: train an adapter on them (method lora)"
             )
-        self.decoder = load_trainable(source, dtype, device, quantization=quant)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FallbackWarning)  # `describe` says it
+            self.decoder = load_trainable(source, dtype, device, quantization=quant)
         if lora is None and not any(p.requires_grad for p in self.decoder.parameters()):
             raise ValueError(
                 f"{source.path} holds quantized weights, which stay as they are: train an adapter "
