@@ -179,7 +179,8 @@ def split_scales(scales: Tensor, format: str, n: int, k: int) -> tuple[Tensor, .
     if not kind.mixed:
         return (scales.movedim(-1, 1).flatten(0, 1)[:n],)
     rows = scales.shape[-1] // max(kind.record_bytes(k), 1)
-    flat, found, start = scales.reshape(scales.shape[0], records, -1), [], 0
+    flat = scales.reshape(scales.shape[0], records, kind.record_bytes(k) * rows)
+    found, start = [], 0
     for dtype, count in fields:
         size = dtype.itemsize * count * rows
         part = as_type(flat[:, :, start : start + size], dtype)

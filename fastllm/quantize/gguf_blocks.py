@@ -6,13 +6,14 @@ A quantized row is a sequence of blocks of 32 values, K-quants' of 256; their la
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..ops import packed_layout as layout
+from ..ops.quantize import quantize as packed_quantize
 from .gguf_codes import GGUF_FORMATS, join_blocks, split_blocks
 
 
@@ -51,6 +52,8 @@ TYPE_IDS: dict[str, int] = {kind.format: number for number, kind in GGUF_TYPES.i
 DENSE_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 QUANTIZED_FORMATS = GGUF_FORMATS
 SUPPORTED_FORMATS = (*DENSE_DTYPES, *QUANTIZED_FORMATS)
+# Formats that `quantize` writes with the bytes of llama.cpp.
+QUANTIZERS = (*DENSE_DTYPES, "q4_0", "q4_1", "q5_0", "q5_1", "q8_0")
 
 
 def block_type(format: str) -> BlockType:
@@ -88,74 +91,22 @@ def dequantize(format: str, data: Tensor) -> Tensor:
 
 
 def quantize(format: str, x: Tensor) -> Tensor:
-    """float32 [..., columns] -> packed bytes uint8 [..., bytes_per_row], round to nearest.
+    """float32 [..., columns] -> packed bytes uint8 [..., bytes_per_row].
+
+    Formats of 32 columns have the bytes of llama.cpp's rule; K-quants' scales are searched (see
+    `fastllm.ops.quantize`).
 
     Raises ValueError on values that are not finite or too large for an fp16 scale.
     """
-    kind = block_type(format)
     if x.dtype != torch.float32 or x.dim() == 0:
         raise ValueError(f"x must be a float32 tensor of rows, got {x.dtype} {x.shape}")
     width = row_bytes(format, x.shape[-1])
     if not bool(torch.isfinite(x).all()):
         raise ValueError("x holds NaN or infinity and cannot be quantized")
     if format in DENSE_DTYPES:
-        packed = x.to(DENSE_DTYPES[format]).contiguous().view(torch.uint8)
-    elif format in _QUANTIZERS:
-        codes, scales = _QUANTIZERS[format](x.reshape(-1, kind.values))
-        blocks = join_blocks(format, codes, (scales.unsqueeze(1),))
-        packed = blocks.reshape(*x.shape[:-1], width)
-    else:
-        raise ValueError(f"no quantizer for format {format!r}: use {', '.join(_QUANTIZERS)}")
-    return packed
-
-
-def _reciprocal(scale: Tensor) -> Tensor:
-    """1 / scale, and 0 where scale is 0 or so small that the reciprocal overflows."""
-    inverse = 1 / scale
-    return torch.where(torch.isfinite(inverse), inverse, 0.0)
-
-
-def _half(x: Tensor) -> Tensor:
-    """float32 -> fp16. Raises ValueError where it overflows."""
-    half = x.to(torch.float16)
-    if not bool(torch.isfinite(half).all()):
-        raise ValueError("x holds values too large for the fp16 scale of a block")
-    return half
-
-
-def _around_zero(x: Tensor, zero: int) -> tuple[Tensor, Tensor]:
-    """Blocks [b, 32] -> codes 0 to 2 zero - 1 that mean d (u - zero), and d.
-
-    The value of largest magnitude, sign kept, becomes code 0: it is represented exactly.
-    """
-    d = x.gather(1, x.abs().argmax(dim=1, keepdim=True)) / -zero
-    codes = (x * _reciprocal(d) + (zero + 0.5)).trunc()
-    return codes.clamp(0, 2 * zero - 1).to(torch.uint8), _half(d)
-
-
-def _from_minimum(x: Tensor, top: int) -> tuple[Tensor, Tensor]:
-    """Blocks [b, 32] -> codes 0 to top that mean d u + m, and (d, m) [b, 2]."""
-    low, high = x.aminmax(dim=1, keepdim=True)
-    d = (high - low) / top
-    codes = ((x - low) * _reciprocal(d) + 0.5).trunc()
-    return codes.clamp(0, top).to(torch.uint8), _half(torch.cat([d, low], 1))
-
-
-def _signed_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Blocks [b, 32] -> int8 codes as bytes that mean d s, and d."""
-    d = x.abs().amax(dim=1, keepdim=True) / 127
-    scaled = x * _reciprocal(d)
-    magnitude = scaled.abs()
-    whole = magnitude.floor()
-    whole = whole + (magnitude - whole >= 0.5)  # halves go away from zero, as in the format
-    return torch.copysign(whole, scaled).to(torch.int8).view(torch.uint8), _half(d)
-
-
-_QUANTIZERS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
-    "q4_0": lambda x: _around_zero(x, 8),
-    "q4_1": lambda x: _from_minimum(x, 15),
-    "q5_0": lambda x: _around_zero(x, 16),
-    "q5_1": lambda x: _from_minimum(x, 31),
-    "q8_0": _signed_bytes,
-}
-QUANTIZERS = (*DENSE_DTYPES, *_QUANTIZERS)
+        return x.to(DENSE_DTYPES[format]).contiguous().view(torch.uint8)
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    data, scales = packed_quantize(rows, format)
+    codes = layout.stored_codes(data, format, rows.shape[0])
+    parts = layout.split_scales(scales, format, *rows.shape)
+    return join_blocks(format, codes, parts).reshape(*x.shape[:-1], width)

@@ -15,6 +15,7 @@ from .. import _C
 from ..ops import packed_layout as layout
 from ..ops.pages import Arena
 from ..ops.quant_format import NATIVE_FORMATS, QUANT_FORMATS, QuantFormat, format_of
+from ..ops.quantize import quantize
 from .gguf_blocks import block_type, row_bytes
 from .gguf_codes import GGUF_FORMATS, join_blocks, split_blocks
 
@@ -242,6 +243,33 @@ def _check_scales(name: str, scales: Tensor, shape: tuple[int, ...]) -> None:
             f"{name} must be a floating tensor of shape {shape}, "
             f"got {scales.dtype} of {tuple(scales.shape)}"
         )
+
+
+def quantize_weight(
+    w: Tensor,
+    format: str,
+    importance: Tensor | None = None,
+    device: torch.device | str = "cpu",
+) -> PackedWeight:
+    """A dense weight in a format, packed for `device`, by `fastllm.ops.quantize`.
+
+    Args:
+        w: `[n, k]`, float32, bfloat16 or float16. Quantized where it lies if that is `device`.
+        format: any format or alias, "bf16" and "f32" too; k must be one of its multiples.
+        importance: float32 `[k]` or `[n, k]`, weights of squared errors, or None.
+        device: where the packed weight goes.
+
+    Raises:
+        ValueError: as `fastllm.ops.quantize` and `pack` do.
+    """
+    name = format_of(format).name
+    w = w.detach().to(device)
+    if name in layout.DENSE:
+        return pack(name, w, w.shape[0], w.shape[-1], device)
+    if importance is not None:
+        importance = importance.detach().to(device)
+    data, scales = quantize(w, name, importance)
+    return PackedWeight(data, scales, name, w.shape[0], w.shape[1])
 
 
 def canonical(packed: PackedWeight) -> tuple[Tensor, Tensor]:

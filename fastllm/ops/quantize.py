@@ -1,0 +1,121 @@
+"""Codes and scales of a dense weight in every quantized format, packed for its device.
+
+What they are is defined in `quantize_rules` (one rule to a format) and `quantize_search` (scales
+that make the weighted squared error small). All arithmetic is elementwise over rows, so the native
+kernel's bits are the reference's at every instruction-set level.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import packed_layout as layout
+from .quant_format import QUANT_FORMATS
+from .quantize_rules import encode
+from .registry import FLOATS
+
+TOO_LARGE = 2.0**32  # no fp16 scale of any format reaches values like this
+
+
+def quantize_ref(
+    w: Tensor, format: str, importance: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Plain PyTorch definition of `quantize`: (data, scales, bad).
+
+    bad: int64 [2]: the first row that is not finite and the first with a scale too large for fp16;
+    n where there is none.
+    """
+    n, device = w.shape[0], w.device
+    x = w.float() + 0.0  # negative zeros become zeros
+    coded, parts = encode(x, format, importance)
+    peaks = x.abs().amax(1) if x.shape[1] else x.new_zeros(n)
+    finite = torch.isfinite(peaks)
+    too_large = torch.zeros_like(finite)
+    if QUANT_FORMATS[format].scale_fields(x.shape[1])[0][0] == torch.float16:
+        too_large = finite & (peaks >= TOO_LARGE)
+        for part in parts:
+            if part.is_floating_point():
+                too_large |= finite & ~torch.isfinite(part).flatten(1).all(1)
+    rows = torch.arange(n + 1, device=device)
+    bad = [torch.where(mask, rows[:n], n) for mask in (~finite, too_large)]
+    first = torch.stack([torch.cat([found, rows[n:]]).min() for found in bad])
+    data, scales = layout.pack_parts(coded, parts, format, layout.ROWS_PER_GROUP[device.type])
+    return data, scales, first
+
+
+def quantize(w: Tensor, format: str, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The codes and scales of a weight, in the packed layout of its device.
+
+    GGUF's formats of 32 columns have their own rule without importances (the bytes of llama.cpp's
+    files), and int8 (largest magnitude / 127), fp8 (/ 448) and nf4 (/ 1) always have theirs. The
+    others, and q4_0 to q8_0 with importances, search the scales that make
+    `sum importance (w - value)^2` small. Zeros stay zero.
+
+    Values that are already on a format's grid come back: bit for bit those of q4_0, q5_0, q8_0, of
+    int8, nf4 and fp8 that `quantize` made without importances; those of K-quants where every
+    sub-block holds its first code and one of the last four, and a 6-bit scale is 63.
+
+    Args:
+        w: `[n, k]`, float32, bfloat16 or float16, finite.
+        format: a quantized format of `fastllm.ops.quant_format`, whose multiple k must be.
+        importance: `[k]` or `[n, k]` weights of squared errors, not negative, of any scale; None:
+            all alike. A group of columns in which all are 0 counts every column alike. int8, nf4
+            and fp8 formats do not use it.
+
+    Returns:
+        (data, scales) as described in `fastllm.ops.packed_layout`.
+
+    Raises:
+        ValueError: on arguments of another shape, dtype or device; on a row that holds NaN or
+            infinity, or needs a scale too large for fp16, naming the row.
+    """
+    name = _check(w, format)
+    weights = None if importance is None else _normalized(importance, w)
+    data, scales, bad = quantize_ref(w, name, weights)
+    not_finite, too_large = bad.tolist()
+    if not_finite < w.shape[0]:
+        raise ValueError(f"row {not_finite} of w holds NaN or infinity and cannot be quantized")
+    if too_large < w.shape[0]:
+        raise ValueError(
+            f"row {too_large} of w holds values too large for the fp16 scales of {name}"
+        )
+    return data, scales
+
+
+def _check(w: Tensor, format: str) -> str:
+    layout.check_format(format)
+    if format in layout.DENSE:
+        raise ValueError(f"format {format!r} is dense: `fastllm.quantize.packed.pack` takes it")
+    if w.dim() != 2 or w.dtype not in FLOATS:
+        raise ValueError(
+            f"w must be float32, bfloat16 or float16 [n, k], got {w.dtype} of {tuple(w.shape)}"
+        )
+    if w.device.type not in layout.ROWS_PER_GROUP:
+        raise ValueError(f"w is on {w.device}: packed weights are on 'cpu' or 'cuda'")
+    multiple = QUANT_FORMATS[format].multiple
+    if w.shape[1] % multiple:
+        raise ValueError(
+            f"w has rows of {w.shape[1]} columns, {format} takes multiples of {multiple} "
+            "(`fastllm.ops.quant_format.fit` names what fits)"
+        )
+    return format
+
+
+def _normalized(importance: Tensor, w: Tensor) -> Tensor:
+    """Checked importances, the largest of which is 1: sums of them neither overflow nor vanish."""
+    if tuple(importance.shape) not in ((w.shape[1],), tuple(w.shape)):
+        raise ValueError(
+            f"importance must be [{w.shape[1]}] or {list(w.shape)}, got {list(importance.shape)}"
+        )
+    if importance.dtype != torch.float32 or importance.device != w.device:
+        raise ValueError(
+            f"importance must be float32 on {w.device}, "
+            f"got {importance.dtype} on {importance.device}"
+        )
+    if not importance.numel():
+        return importance
+    least, most = (float(bound) for bound in importance.aminmax())
+    if not 0.0 <= least <= most < float("inf"):
+        raise ValueError("importance must be finite and not negative")
+    return importance / most if most else importance
