@@ -22,6 +22,7 @@ COMMANDS = {
     "sft": "fine-tune a model on conversations",
     "generate": "answer prompts",
     "chat": "talk with a model",
+    "eval": "measure how well a model, or each of its formats, predicts text",
     "export": "write a model as GGUF or for Hugging Face, adapters merged",
     "models": "list the model names that resolve on this machine",
     "inspect": "show what a model file holds: metadata, tensors, formats, memory",

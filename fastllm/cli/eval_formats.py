@@ -1,0 +1,272 @@
+"""The table of `fastllm eval perplexity --formats`: what each format of a model costs and gives."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .console import human_bytes, note, table
+from .eval import measured, numbers, read_text
+from .parsing import use_threads
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..engine.llm import LLM
+    from ..engine.perplexity import Score
+    from ..models.tokenizer import Tokenizer
+    from ..models.weights import WeightSource
+
+DENSE = ("f32", "bf16")
+PROMPT, ANSWER = 512, 64  # tokens of the timed prompt and of the timed answer
+ROUNDS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A format: bits_per_weight and nbytes are of all weights, speeds in tokens a second."""
+
+    format: str
+    method: str
+    bits_per_weight: float
+    nbytes: int
+    perplexity: float
+    bits_per_byte: float
+    difference: float
+    error: float
+    decode: float | None
+    prefill: float | None
+    activation: str
+
+
+def compare(options: Any) -> int:
+    """Quantize to each format, measure, print."""
+    use_threads(options.threads)
+    if options.adapter is not None or options.quant is not None:
+        raise ValueError("--formats takes a model alone: merge an adapter with `fastllm export`")
+    from ..models.loader import is_quantized, read_tokenizer
+    from ..models.names import resolve
+    from ..models.weights import open_weights
+
+    formats = format_names(options.formats)
+    source = open_weights(resolve(options.model))
+    tokenizer = read_tokenizer(source)
+    documents, nbytes = read_text(options, tokenizer)
+    calibration = _calibration(options, formats, source, tokenizer)
+    rows: list[Row] = []
+    first: Score | None = None
+    for format in formats:
+        with _made(format, source, tokenizer, calibration, options) as path:
+            llm = _load(path, format, options)
+            score = measured(llm.model, documents, nbytes, options, format)
+            first = score if first is None else first
+            rows.append(_row(format, path, llm, score, first, options))
+            note(f"{format}: perplexity {score.perplexity:.4f}")
+            del llm
+    notes = _notes(options, source, is_quantized(source), len(documents), rows)
+    _show(options, rows, notes, first)
+    return 0
+
+
+def format_names(text: str) -> list[str]:
+    """The formats of a list with commas. Raises ValueError naming one that is none."""
+    from ..quantize.mixes import resolve_format
+
+    names = [name.strip().lower() for name in text.split(",") if name.strip()]
+    if not names:
+        raise ValueError("--formats is empty: give some, such as f32,q8_0,q4_k_m,int4")
+    return list(dict.fromkeys(n if n in DENSE else resolve_format(n) for n in names))
+
+
+def _calibration(
+    options: Any, formats: Sequence[str], source: WeightSource, tokenizer: Tokenizer
+) -> Tensor | None:
+    if options.method == "rtn" or set(formats) <= set(DENSE):
+        if options.calibration:
+            note("note: rtn reads no calibration text")
+        return None
+    if not options.calibration:
+        raise ValueError(f"--method {options.method} needs --calibration FILE")
+    from ..models.quantizing.calibration import calibration_rows
+    from ..train.data.sources import Reader, SourceOptions
+
+    fields = SourceOptions(text_fields=tuple(options.text_field or ("text",)))
+    texts = (document.text for document in Reader(options.calibration, fields, note))
+    length = min(512, source.config.max_position_embeddings)
+    return calibration_rows(texts, tokenizer, options.samples, length)
+
+
+@contextmanager
+def _made(
+    format: str, source: WeightSource, tokenizer: Tokenizer, calibration: Tensor | None,
+    options: Any,
+) -> Iterator[Path]:  # fmt: skip
+    """The model in that format, on disk for a while."""
+    from ..models.gguf_export import export_hf, weights_of
+    from ..models.quantizing.methods import Settings
+    from ..models.quantizing.run import quantize_files
+    from ..quantize.mixes import MIXES
+
+    with tempfile.TemporaryDirectory(prefix="fastllm-", dir=options.work) as folder:
+        path = Path(folder, f"model-{format}" + (".gguf" if format in MIXES else ""))
+        if format in DENSE:
+            export_hf(weights_of(source), path, format, tokenizer)
+        else:
+            settings = Settings(format=format, method=_method(format, options.method))
+            quantize_files(source, path, settings, tokenizer, calibration=calibration)
+        yield path
+
+
+def _method(format: str, method: str) -> str:
+    """The method for a format: imatrix and rtn know all, gptq and awq those of Hugging Face."""
+    from ..quantize.mixes import MIXES
+
+    if method in ("gptq", "awq") and format in MIXES:
+        return "rtn"
+    return method
+
+
+def _load(path: Path, format: str, options: Any) -> LLM:
+    from ..engine.llm import LLM
+
+    activation = None if format in DENSE else options.activation
+    dtype = options.dtype
+    if format in DENSE:
+        dtype = {"f32": "float32", "bf16": "bfloat16"}[format]
+    longest = options.max_model_len or max(options.length, PROMPT + ANSWER)
+    return LLM(
+        path, dtype=dtype, device=options.device, activation=activation,
+        max_model_len=longest, max_num_seqs=1, kv_cache_dtype=options.kv_cache_dtype,
+    )  # fmt: skip
+
+
+def _row(format: str, path: Path, llm: LLM, score: Score, first: Score, options: Any) -> Row:
+    nbytes, values = weight_bytes(path)
+    excess, error = score.excess(first)
+    decode, prefill = (None, None) if options.no_speed else speeds(llm)
+    return Row(
+        format=format,
+        method="" if format in DENSE else _method(format, options.method),
+        bits_per_weight=8 * nbytes / values,
+        nbytes=nbytes,
+        perplexity=score.perplexity,
+        bits_per_byte=score.bits_per_byte,
+        difference=score.perplexity - first.perplexity,
+        error=0.0 if excess == 0 else first.perplexity * error,
+        decode=decode,
+        prefill=prefill,
+        activation=llm.model.activation,
+    )
+
+
+def weight_bytes(path: Path) -> tuple[int, int]:
+    """(bytes, number) of the weights of a model's files."""
+    from ..models.weights import GGUFWeights, open_weights
+
+    source = open_weights(path)
+    tensors = source.file.tensors if isinstance(source, GGUFWeights) else source.files.entries
+    values = sum(math.prod(shape) for shape in source.config.weight_shapes().values())
+    return sum(tensor.nbytes for tensor in tensors.values()), values
+
+
+def speeds(llm: LLM) -> tuple[float, float]:
+    """(decode, prefill) in tokens a second: the best of a few alternating rounds."""
+    import torch
+
+    from ..engine.request import SamplingParams
+    from ..testing.timing import alternate
+
+    start, vocab = llm.config.bos_token_id or 0, llm.config.vocab_size
+    g = torch.Generator().manual_seed(0)
+    size = min(PROMPT, llm.max_model_len - 1)
+
+    def params(tokens: int) -> SamplingParams:
+        return SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True, detokenize=False)
+
+    def prompt() -> list[int]:  # another each time: no cache of prefixes answers it
+        return torch.randint(0, vocab, (size,), generator=g).tolist()
+
+    samples = alternate(
+        {
+            "decode": lambda: llm.generate([[start]], params(ANSWER)),
+            "prefill": lambda: llm.generate([prompt()], params(1)),
+        },
+        seconds=0.0,
+        min_rounds=ROUNDS,
+        device=llm.model.device.type,
+    )
+    return ANSWER / samples["decode"].best, size / samples["prefill"].best
+
+
+def _notes(
+    options: Any, source: WeightSource, quantized: bool, documents: int, rows: Sequence[Row]
+) -> list[str]:
+    kinds = {format for name in source.names if (format := source.format(name)).startswith("q")}
+    lines = []
+    if quantized:
+        own = ", ".join(sorted(kinds)) or "a quantized format"
+        lines.append(
+            f"{options.model} is itself quantized ({own}): f32 is its dequantized values, and "
+            "formats whose grid is near that one look better than they are"
+        )
+    lines.append(
+        f"windows of {options.length} tokens, stride {options.stride or options.length}, "
+        f"{documents} documents; activations "
+        + ", ".join(f"{row.format} {row.activation}" for row in rows)
+    )
+    if options.method in ("gptq", "awq") and any(r.method == "rtn" for r in rows):
+        lines.append(f"{options.method} does not make GGUF formats: their rows are rtn")
+    if not options.no_speed:
+        lines.append(
+            f"speeds: best of {ROUNDS} rounds, {ANSWER} tokens after one token, and a prompt of "
+            f"{PROMPT}"
+        )
+    return lines
+
+
+def _show(options: Any, rows: Sequence[Row], notes: Sequence[str], first: Score | None) -> None:
+    if options.json:
+        assert first is not None, "there is a format"
+        kept = {key: numbers(first)[key] for key in ("tokens", "bytes")}
+        print(json.dumps({
+            "model": options.model, **kept, "rows": [asdict(row) for row in rows],
+            "notes": list(notes),
+        }))  # fmt: skip
+        return
+    columns = ["format", "bits/weight", "size", "perplexity", "difference"]
+    if not options.no_speed:
+        columns += ["decode tok/s", f"prefill({PROMPT}) tok/s"]
+    cells = [_cells(row, first_row=number == 0)[: len(columns)] for number, row in enumerate(rows)]
+    if options.markdown:
+        for line in markdown(columns, cells):
+            print(line)
+        print()
+    else:
+        table(columns, cells, right=columns[1:])
+    for line in notes:
+        print(f"- {line}" if options.markdown else f"  {line}")
+
+
+def _cells(row: Row, *, first_row: bool) -> list[str]:
+    name = f"{row.format} ({row.method})" if row.method not in ("", "rtn") else row.format
+    return [
+        name,
+        f"{row.bits_per_weight:.2f}",
+        human_bytes(row.nbytes),
+        f"{row.perplexity:.3f}",
+        "" if first_row else f"{row.difference:+.3f} ± {row.error:.3f}",
+        "" if row.decode is None else f"{row.decode:.0f}",
+        "" if row.prefill is None else f"{row.prefill:.0f}",
+    ]
+
+
+def markdown(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table; the first column to the left, others to the right."""
+    rule = ["---", *("---:" for _ in columns[1:])]
+    return ["| " + " | ".join(line) + " |" for line in (columns, rule, *cells)]
