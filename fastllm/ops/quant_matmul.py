@@ -113,7 +113,8 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     # The weight is frozen; rounding of quantized activations is passed straight through.
     data, scales, *rest = ctx.saved_tensors
     dx = dbias = None
-    dresidual = dy if ctx.needs_input_grad[8] else None
+    # torch's dispatcher leaves trailing arguments out that have their defaults
+    dresidual = dy if any(ctx.needs_input_grad[8:9]) else None
     wants_bias = ctx.bias_dtype is not None and ctx.needs_input_grad[5]
     if ctx.gated and (ctx.needs_input_grad[0] or wants_bias):
         x, bias = rest
