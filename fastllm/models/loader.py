@@ -19,6 +19,7 @@ from fastllm.models.decoder import Decoder
 from fastllm.models.expert_files import to_files
 from fastllm.models.mla_config import half_split_index
 from fastllm.models.names import resolve
+from fastllm.models.quantization import quant_rule
 from fastllm.models.safetensors_files import save_directory
 from fastllm.models.stored_tensor import StoredTensor, joined
 from fastllm.models.tokenizer import Tokenizer
@@ -69,9 +70,9 @@ def load_model(
             the CPU, `dtype` on a GPU. Dense weights know only their dtype.
         max_positions: the longest sequence; default that of the configuration.
         quantization: round the matrices of layers and experts to this format as they are read, one
-            at a time: a name of `fastllm.ops.quant_format`, or a rule of one's own. Values that are
-            quantized already are rounded once more. `model.quantization` tells what was done, and
-            a FallbackWarning where rows do not fit the format.
+            at a time: a name of `fastllm.ops.quant_format`, a mix ("q4_k_m"), or a rule of one's
+            own. Values that are quantized already are rounded once more. `model.quantization`
+            tells what was done, and a FallbackWarning where rows do not fit the format.
 
     Raises:
         ModelNotFoundError, ModelFileError: naming file, tensor and remedy.
@@ -79,7 +80,9 @@ def load_model(
     """
     source = open_weights(resolve(path)) if isinstance(path, str | os.PathLike) else path
     where = check_device(device)
-    rule = QuantRule(quantization) if isinstance(quantization, str) else quantization
+    rule = quantization
+    if isinstance(rule, str):
+        rule = quant_rule(rule, source.config)
     compute, mode = choose_compute(source, dtype, where, activation, rule is not None)
     model = Decoder(
         source.config,

@@ -23,6 +23,7 @@ from fastllm.quantize.packed import (
     PackedWeight,
     canonical,
     from_canonical,
+    quantize_weight,
 )
 
 _COMPUTE = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -89,8 +90,6 @@ class QuantLinear(nn.Linear):
                 f"in_features {weight.shape[1]} is no multiple of {kind.multiple}, as "
                 f"{kind.name} needs; fit({kind.name!r}, {weight.shape[1]}) names a format that fits"
             )
-        from fastllm.quantize.packed import quantize_weight
-
         packed = quantize_weight(weight, kind.name, importance, weight.device)
         made = cls(packed, linear.bias, activation, weight.dtype)
         return made.train(linear.training)

@@ -25,7 +25,7 @@ class Quantizer:
     def __init__(self, rule: QuantRule, *, measure: bool = True) -> None:
         self.rule = rule
         self.measure = measure
-        self.report = QuantReport(rule.format)
+        self.report = QuantReport(rule.label)
 
     def format_for(self, name: str, shape: tuple[int, ...]) -> str | None:
         """The quantized format of a layer's weight [n, k]; None, and a note, if it stays dense."""
@@ -48,7 +48,8 @@ class Quantizer:
         with naming(name):
             packed = packing.quantize_weight(weight, format, None, device)
         error = squared_error(weight, unpack(packed).to(weight.device)) if self.measure else None
-        self.report.add(name, tuple(weight.shape), packed.format, packed.nbytes, error)
+        shape, wanted = tuple(weight.shape), self.rule.wanted(name)
+        self.report.add(name, shape, packed.format, wanted, packed.nbytes, error)
         return packed
 
     def pack_experts(
@@ -81,7 +82,7 @@ class Quantizer:
                 errors.append(squared_error(weight, unpack(one).to(weight.device)))
         if format != dense:
             mean = sum(errors) / len(errors) if errors else None
-            self.report.add(name, shape, format, packed.nbytes, mean)
+            self.report.add(name, shape, format, self.rule.wanted(name), packed.nbytes, mean)
         return packed
 
 

@@ -10,7 +10,7 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -30,16 +30,19 @@ class FallbackWarning(UserWarning):
 
 @dataclass(frozen=True, slots=True)
 class QuantRule:
-    """One format for the layers that are chosen.
+    """One format for the layers that are chosen, or a mix of formats.
 
     format: a name or alias of `fastllm.ops.quant_format`; kept under its full name.
     modules: a regular expression that is searched in the names of layers; None: all of them.
     skip: layers by their name or its last parts ("lm_head", "mlp.gate"), which stay as they are.
+    mix: the name of a mix ("q4_k_m"), in which `raised` are the layers of other formats.
     """
 
     format: str
     modules: str | re.Pattern[str] | None = None
     skip: Sequence[str] = DEFAULT_SKIP
+    mix: str | None = None
+    raised: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         found = format_of(self.format)
@@ -60,9 +63,18 @@ class QuantRule:
             return False
         return self.modules is None or re.search(self.modules, name) is not None
 
+    @property
+    def label(self) -> str:
+        """What people call it: the mix or the format."""
+        return self.mix or self.format
+
+    def wanted(self, name: str) -> str:
+        """The format of a chosen layer, if its rows fit it."""
+        return self.raised.get(name, self.format)
+
     def format_for(self, name: str, k: int) -> str | None:
         """The format that the layer gets, whose rows have k columns; None: it stays as it is."""
-        return fit(self.format, k) if self.chooses(name) else None
+        return fit(self.wanted(name), k) if self.chooses(name) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,11 +122,12 @@ class QuantReport:
         return _mean([(x.bits, math.prod(x.shape)) for x in self.layers])
 
     def add(
-        self, name: str, shape: tuple[int, ...], format: str, nbytes: int, error: float | None
-    ) -> None:
+        self, name: str, shape: tuple[int, ...], format: str, wanted: str, nbytes: int,
+        error: float | None,
+    ) -> None:  # fmt: skip
         """Note what became of one weight of that shape."""
         bits = 8 * nbytes / max(math.prod(shape), 1)
-        self.layers.append(QuantizedLayer(name, shape, format, bits, error, self.format))
+        self.layers.append(QuantizedLayer(name, shape, format, bits, error, wanted))
 
     def keep(self, name: str, reason: str) -> None:
         """Note a layer that stays as it is because nobody asked for it."""
@@ -127,13 +140,12 @@ class QuantReport:
 
     def fallbacks(self) -> list[str]:
         """A sentence for each kind of layer that did not get the wanted format."""
-        kinds = Counter((layer.format, layer.shape[-1]) for layer in self.layers if layer.fell)
-        dense = Counter(("as they were", k) for k in self.unfit)
+        kinds = Counter((x.format, x.wanted, x.shape[-1]) for x in self.layers if x.fell)
+        dense = Counter(("as they were", self.format, k) for k in self.unfit)
         count = len(self.layers) + len(self.unfit)
         return [
-            f"{some} of {count} weights are {format}, not {self.format}: rows of {k} columns do "
-            "not fit it"
-            for (format, k), some in (kinds + dense).items()
+            f"{some} of {count} weights are {format}, not {wanted}: rows of {k} columns do not fit"
+            for (format, wanted, k), some in (kinds + dense).items()
         ]
 
     def warn(self) -> None:

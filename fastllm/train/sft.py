@@ -21,10 +21,10 @@ import torch
 
 from fastllm.models.config import ModelConfig
 from fastllm.models.names import resolve
+from fastllm.models.quantization import check_quantization
 from fastllm.models.tokenizer import Tokenizer
 from fastllm.models.weights import GGUFWeights, WeightSource, open_weights
 from fastllm.nn.lora import LoraConfig
-from fastllm.ops.quant_format import format_of
 from fastllm.train import distributed
 from fastllm.train.config import load_config, to_dict
 from fastllm.train.data.conversations import Conversation, read_conversations
@@ -121,7 +121,7 @@ class SftConfig:
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"warmup must be a share from 0 to 1, got {self.warmup}")
         if self.quant is not None:
-            format_of(self.quant)
+            check_quantization(self.quant)
             if self.method == "full":
                 raise ValueError("quant freezes the weights, which method full trains: use lora")
         if self.samples < 0:
