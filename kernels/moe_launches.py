@@ -24,7 +24,7 @@ from . import (
 )
 from .moe_activation import ACTIVATIONS
 from .quant_format import modes
-from .quant_launches import KERNEL_FORMATS, packed
+from .quant_launches import COVERING, KERNEL_FORMATS, packed
 
 EXPERTS, PER_TOKEN, HIDDEN, WIDTH = 64, 8, 2048, 1024
 TOKENS = (8, 256, 512, 4096)
@@ -59,11 +59,13 @@ def moe_launches() -> dict[str, Callable[[], Any]]:
         add(f"grouped_matmul {name}", _grouped, dtype)
         add(f"grouped_weight_grad {name}", _grouped_grads, dtype)
     for format, tokens in product(KERNEL_FORMATS, TOKENS):
+        if tokens in (256, 512) and format not in COVERING:
+            continue
         for mode in modes(format):
-            if mode != "fp32" or tokens != 256:
+            if mode != "fp32" or format in COVERING:
                 add(f"quant_moe {format} {mode} m={tokens}", _quant_moe, tokens, format, mode)
-    for format, tokens in product(KERNEL_FORMATS, (512, 4096)):
-        add(f"quant_moe_backward {format} m={tokens}", _quant_backward, tokens, format)
+        if tokens > 256:
+            add(f"quant_moe_backward {format} m={tokens}", _quant_backward, tokens, format)
     add("quant_moe_backward q4_1 f32", _quant_backward, 512, "q4_1", torch.float32)
     add("quant_moe_backward q4_1 gelu", _quant_backward, 4096, "q4_1", activation="gelu_tanh")
     return calls

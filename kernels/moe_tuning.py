@@ -68,30 +68,9 @@ _DOWN_GRAD_BF16 = {
     64: ProductTile(128, 64, 64, 8, 4),
     128: ProductTile(128, 128, 64, 8, 4),
 }
-# Packed weights: the block's product beside the sums, of gate and up both (see `tuning`).
-_QUANT_PRODUCT = {
-    16: ProductTile(64, 16, 128, 4, 3),
-    32: ProductTile(64, 32, 32, 4, 3),
-    64: ProductTile(64, 64, 32, 4, 3),
-    128: ProductTile(256, 64, 32, 8, 3),
-}
-_QUANT_GATE_UP = {
-    16: ProductTile(64, 16, 64, 4, 3),
-    32: ProductTile(64, 32, 32, 4, 3),
-    128: ProductTile(64, 64, 32, 8, 3),
-}
-# int8 has a scale and a sum of each token beside each block: 64 tokens take all 255 registers.
-_QUANT_GATE_UP_INT8 = _QUANT_GATE_UP | {128: ProductTile(128, 32, 32, 8, 3)}
-_QUANT_FP32 = {
-    16: ProductTile(64, 16, 32, 4, 2),
-    64: ProductTile(64, 64, 32, 8, 2),
-}
-_QUANT_GATE_UP_FP32 = {
-    16: ProductTile(32, 16, 32, 4, 2),
-    64: ProductTile(32, 64, 32, 8, 2),
-}
-# Their input gradients: n columns of dx, m rows, k rows of the weight a step, which becomes an
-# operand through registers. 64 rows: one wgmma; the epilogue's three further tiles take registers.
+# Products with packed weights have the tiles of `tuning.quant_tile`. Their input gradients: n
+# columns of dx, m rows, k rows of the weight a step, which becomes an operand through registers.
+# 64 rows: one wgmma; the epilogue's three further tiles take registers.
 _QUANT_INPUT_GRAD = {64: ProductTile(128, 64, 32, 4, 3), 128: ProductTile(128, 128, 32, 8, 3)}
 _QUANT_DOWN_GRAD = {64: ProductTile(64, 64, 32, 4, 3)}
 _QUANT_INPUT_GRAD_FP32 = {64: ProductTile(64, 64, 16, 4, 2)}
@@ -163,18 +142,6 @@ def use_descriptors(weight: torch.Tensor) -> bool:
         and aligned
         and fits
     )
-
-
-def quant_product_tile(rows: int, format: str, mode: str) -> ProductTile:
-    """Tile of one product with packed weights."""
-    return _tile(_QUANT_FP32 if mode == "fp32" else _QUANT_PRODUCT, rows)
-
-
-def quant_gate_up_tile(rows: int, format: str, mode: str) -> ProductTile:
-    """Tile of the first product with packed weights: n rows of gate and n of up."""
-    if mode == "int8":
-        return _tile(_QUANT_GATE_UP_INT8, rows)
-    return _tile(_QUANT_GATE_UP_FP32 if mode == "fp32" else _QUANT_GATE_UP, rows)
 
 
 def quant_input_grad_tile(

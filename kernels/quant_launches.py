@@ -1,7 +1,8 @@
 """Calls that launch the kernels of packed weights: every format, mode and tile, on meta tensors.
 
 A product is of a Llama 8B layer, 4,096 x 4,096 or, gated, 14,336 wide; input gradients of its
-widest weight. 1, 32, 64 and 2,048 tokens take every tile of the tables.
+widest weight. 1, 32, 64 and 2,048 tokens take every tile of the tables; all formats meet the
+tiles of few and of many tokens, one of each kind of codes and scales those between.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from . import embedding, quant_activation, quant_matmul, quant_matmul_input_grad
 from .quant_format import FORMATS, kernel_format, modes
 
 KERNEL_FORMATS = tuple(dict.fromkeys(map(kernel_format, FORMATS)))
+COVERING = ("q4_1", "q6_k", "q8_0", "int4_asym_g128", "nf4_dq", "fp8_block")
 TOKENS = (1, 32, 64, 2048)
 
 
@@ -30,14 +32,15 @@ def quant_launches() -> dict[str, Callable[[], Any]]:
     for format in KERNEL_FORMATS:
         add(f"quant_embedding {format}", _embedding, format)
         add(f"quant_matmul_input_grad {format}", _input_grad, format)
-        add(f"quant_matmul_input_grad {format} f32", _input_grad, format, torch.float32)
         for mode, m in product(modes(format), TOKENS):
-            if mode == "fp32" and m == 32:
+            if m in (32, 64) and format not in COVERING:
                 continue
             add(f"quant_matmul {format} {mode} m={m}", _product, m, format, mode)
-            if m != 32:
+            if m != 32 and (mode != "fp32" or format in COVERING):
                 gated = {"gated": "silu"}
                 add(f"quant_matmul {format} {mode} m={m} gated", _product, m, format, mode, **gated)
+    for format in COVERING:
+        add(f"quant_matmul_input_grad {format} f32", _input_grad, format, torch.float32)
     for m, mode in product((1, 2048), ("int8", "bf16")):
         residual = torch.empty((m, 4096), device="meta")
         name = f"quant_matmul q4_1 {mode} m={m} residual"

@@ -23,13 +23,12 @@ from . import tuning
 from .linear import linear, tile_of_program
 from .moe_activation import ACTIVATIONS, activate
 from .quant_activation import prepared
-from .quant_blocks import activation_unit, add_unit
+from .quant_blocks import add_units, gate_up_units
 from .quant_format import (
     check_rows,
     dense_rows,
     kernel_format,
     modes,
-    row_scales,
     unit_columns,
     weight_rows,
 )
@@ -86,33 +85,23 @@ def quant_matmul_kernel(
     rows_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n_units = tl.cdiv(K, UNIT)
     data_rows, scale_rows = weight_rows(data_ptr, scales_ptr, rows_n, K // 32, FORMAT)
-    row_scale = row_scales(scale_rows, rows_n < N, FORMAT)
     x_rows = x_ptr + rows_m.to(tl.int64) * stride_xm
     places = rows_m.to(tl.int64) * n_units
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     up = acc
-    if GATED != "":
+    if GATED == "":
+        begin = split * units_per_split
+        end = tl.minimum(n_units, begin + units_per_split)
+        acc = add_units(
+            acc, x_rows, x_scales_ptr, sums_ptr, places, data_rows, scale_rows,
+            rows_n < N, rows_m < M, K, begin, end, FORMAT, MODE, SHORT, UNITS,
+        )  # fmt: skip
+    else:
         up_data, up_scales = weight_rows(data_ptr, scales_ptr, N + rows_n, K // 32, FORMAT)
-        up_scale = row_scales(up_scales, rows_n < N, FORMAT)
-
-    end = tl.minimum(n_units, (split + 1) * units_per_split)
-    for first in range(split * units_per_split, end, UNITS):
-        for i in tl.static_range(UNITS):
-            unit = first + i
-            mask_n, mask_m, left = rows_n < N, rows_m < M, K - unit * UNIT
-            if UNITS > 1:
-                mask_n, mask_m = mask_n & (unit < end), mask_m & (unit < end)
-            x = activation_unit(
-                x_rows + unit * UNIT, x_scales_ptr, sums_ptr, places + unit, mask_m, left,
-                FORMAT, MODE, SHORT,
-            )  # fmt: skip
-            acc = add_unit(
-                acc, x, data_rows, scale_rows, row_scale, unit, mask_n, left, FORMAT, MODE, SHORT
-            )
-            if GATED != "":
-                up = add_unit(
-                    up, x, up_data, up_scales, up_scale, unit, mask_n, left, FORMAT, MODE, SHORT
-                )
+        acc, up = gate_up_units(
+            acc, up, x_rows, x_scales_ptr, sums_ptr, places, data_rows, scale_rows, up_data,
+            up_scales, rows_n < N, rows_m < M, K, n_units, FORMAT, MODE, SHORT, UNITS,
+        )  # fmt: skip
     if HAS_BIAS:
         acc += tl.load(bias_ptr + rows_n, mask=rows_n < N, other=0.0).to(tl.float32)[:, None]
         if GATED != "":
@@ -262,12 +251,11 @@ def _launch(
     """`quant_matmul` of rows x[M, K] of at least one output, arguments checked."""
     (m, k), width = x.shape, y.shape[1]
     unit = int(unit_columns(format, mode))
-    fused = mode != "fp32"  # on FMA units two sums of a gated weight take too many registers
-    tile = tuning.quant_tile(m, format, mode, bool(gated) and fused, x.device)
+    tile = tuning.quant_tile(m, format, mode, bool(gated), x.device)
     n_tiles = triton.cdiv(width, tile.n) * triton.cdiv(m, tile.m)
     n_splits = 1 if batch_invariant else tuning.k_splits(n_tiles, m, k, tile.k)
-    whole = n_splits == 1 and (fused or not gated)
-    # Else the product is a plain one of all rows of the weight, and finished when it is summed.
+    whole = n_splits == 1
+    # Splits of a gated weight are plain products of all its rows, activated when they are summed.
     n = width if whole or not gated else 2 * width
     out = y if whole else y.new_empty((n_splits, m, n), dtype=torch.float32)
     values, x_scales, sums = prepared(x, format, mode)

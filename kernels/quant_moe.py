@@ -19,18 +19,17 @@ from .grouped_matmul import dense_rows, grouped_product
 from .moe import combine, contiguous, gate_up, store_activation
 from .moe_plan import Plan, plan, replanned, tile_of_plan, token_of_row
 from .quant_activation import prepared
-from .quant_blocks import activation_unit, add_unit
+from .quant_blocks import add_units, gate_up_units
 from .quant_format import (
     DENSE,
     FORMATS,
     kernel_format,
     modes,
-    row_scales,
     unit_columns,
     weight_rows,
 )
 from .triton_compat import cast
-from .tuning import ProductTile
+from .tuning import ProductTile, quant_tile
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,24 +109,11 @@ def quant_moe_gate_up_kernel(
     rows_gate = expert.to(tl.int64) * 2 * width + rows_n
     gate_data, gate_scales = weight_rows(data_ptr, scales_ptr, rows_gate, K // 32, FORMAT)
     up_data, up_scales = weight_rows(data_ptr, scales_ptr, rows_gate + width, K // 32, FORMAT)
-    gate_row = row_scales(gate_scales, inside, FORMAT)
-    up_row = row_scales(up_scales, inside, FORMAT)
     gate = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    up = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    for begin in range(0, n_units, UNITS):
-        for i in tl.static_range(UNITS):
-            u = begin + i
-            mask_n, mask_m, left = inside, live, K - u * UNIT
-            if UNITS > 1:
-                mask_n, mask_m = inside & (u < n_units), live & (u < n_units)
-            x = activation_unit(
-                x_rows + u * UNIT, x_scales_ptr, x_sums_ptr, places + u, mask_m, left,
-                FORMAT, MODE, SHORT,
-            )  # fmt: skip
-            gate = add_unit(
-                gate, x, gate_data, gate_scales, gate_row, u, mask_n, left, FORMAT, MODE, SHORT
-            )
-            up = add_unit(up, x, up_data, up_scales, up_row, u, mask_n, left, FORMAT, MODE, SHORT)
+    gate, up = gate_up_units(
+        gate, gate, x_rows, x_scales_ptr, x_sums_ptr, places, gate_data, gate_scales, up_data,
+        up_scales, inside, live, K, n_units, FORMAT, MODE, SHORT, UNITS,
+    )  # fmt: skip
     store_activation(
         a_ptr, pre_ptr, gate, up, bias_ptr, expert, rows_m, end, rows_n, width,
         ACTIVATION, KEEP, HAS_BIAS,
@@ -169,21 +155,10 @@ def quant_grouped_matmul_kernel(
     data_rows, scale_rows = weight_rows(
         data_ptr, scales_ptr, expert.to(tl.int64) * N + rows_n, K // 32, FORMAT
     )
-    row_scale = row_scales(scale_rows, inside, FORMAT)
-    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    for begin in range(0, n_units, UNITS):
-        for i in tl.static_range(UNITS):
-            u = begin + i
-            mask_n, mask_m, left = inside, live, K - u * UNIT
-            if UNITS > 1:
-                mask_n, mask_m = inside & (u < n_units), live & (u < n_units)
-            x = activation_unit(
-                x_rows + u * UNIT, x_scales_ptr, x_sums_ptr, places + u, mask_m, left,
-                FORMAT, MODE, SHORT,
-            )  # fmt: skip
-            acc = add_unit(
-                acc, x, data_rows, scale_rows, row_scale, u, mask_n, left, FORMAT, MODE, SHORT
-            )
+    acc = add_units(
+        tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32), x_rows, x_scales_ptr, x_sums_ptr, places,
+        data_rows, scale_rows, inside, live, K, 0, n_units, FORMAT, MODE, SHORT, UNITS,
+    )  # fmt: skip
     if HAS_BIAS:
         bias = bias_ptr + expert.to(tl.int64) * N + rows_n
         acc += tl.load(bias, mask=rows_n < N, other=0.0).to(tl.float32)[:, None]
@@ -319,7 +294,7 @@ def quant_moe(
     bias1, bias2, base = contiguous(gate_up_bias, down_bias, base)
     mean = moe_tuning.mean_rows(n_slots, gate_up_data.shape[0])
     if first.quantized:
-        tile = moe_tuning.quant_gate_up_tile(mean, first.format, first.mode(mode))
+        tile = quant_tile(mean, first.format, first.mode(mode), True, x.device)
         rows = plan(offsets, slots, n_slots, tile.m, tail=False)
         a, pre = quant_gate_up(x, first, bias1, rows, tile, activation, mode, keep)
     else:
@@ -327,7 +302,7 @@ def quant_moe(
         rows = plan(offsets, slots, n_slots, tile.m, tail=False)
         a, pre = gate_up(x, first.dense(), bias1, rows, tile, activation, keep)
     if second.quantized:
-        tile = moe_tuning.quant_product_tile(mean, second.format, second.mode(mode))
+        tile = quant_tile(mean, second.format, second.mode(mode), False, x.device)
         planned = replanned(rows, offsets, tile.m)
         o = quant_grouped_product(a, second, bias2, mode, planned, tile)
     else:

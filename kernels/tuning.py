@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from .quant_format import FORMATS, has_minimum, unit_columns
 from .triton_compat import INTERPRET
 
 
@@ -122,25 +123,42 @@ _LINEAR_FP32 = {
     16: ProductTile(64, 16, 32, 4, 3),
     64: ProductTile(64, 64, 16, 4, 3),
 }
-# Quantized: a step of k columns is k / 32 unrolled block products, each with its scales; codes
-# become operands in registers (the weights are wgmma's register operand). Large: product and sum
-# of 256 x 64 take 128 registers a thread at 8 warps, and a token's scales, which every row of the
-# tile needs, only 64 / 4; a 128 x 128 tile needs 128 / 4 twice and spills up to 2,316 bytes.
-_QUANT = {
-    16: ProductTile(64, 16, 128, 4, 3),
+# Packed weights: a step of k columns is that many units (`quant_format.unit_columns`, at least 1),
+# each product beside the sums: twice n * m / (32 * warps) registers. Codes become operands in
+# registers, n rows of them: 256 x 128 columns of bf16 take 64 a thread at 8 warps, 128 x 128 half.
+# Few tokens: bytes of weights. 64 rows x 64 bytes x 4 stages are 16 KB in flight a program, and
+# 3.35 TB/s x 0.7 us are 17 KB an SM; m of the instruction is 64, so a program takes no fewer rows.
+# Many tokens, registers by ptxas with Triton 3.7 (sm_90, then sm_80):
+# - bf16 without minimum, 128 x 128: 172 (q4_0) to 250; a code is decoded once for 128 tokens. mma
+#   takes x from registers too: sm_80 spills 2,296 bytes at units of 128 columns; 128 x 64 takes 142
+#   to 249. With a minimum each token's sum takes 128 / 4 registers more: 256 x 64 where a unit is
+#   32 columns (243, 251), 128 x 64 where it is more (219, 255).
+# - int8 has a scale of each token beside each 32 columns, and 4 FMA-unit instructions for 64
+#   operations of the product: the epilogue bounds any tile. 128 x 64; at 256 x 64 q6_k and experts
+#   spill up to 364 bytes.
+# - fp8, 128 x 64: 199; 128 x 128 spills 184 bytes.
+# fp32 runs on FMA units, 32 columns at a time.
+_QUANT_FEW = {
+    16: ProductTile(64, 16, 128, 4, 4),
     32: ProductTile(64, 32, 64, 4, 3),
     64: ProductTile(64, 64, 32, 4, 3),
-    128: ProductTile(256, 64, 32, 8, 3),
 }
 _QUANT_FP32 = {
-    16: ProductTile(64, 16, 32, 4, 2),
+    16: ProductTile(64, 16, 32, 8, 2),
     64: ProductTile(64, 64, 32, 8, 2),
 }
-_QUANT_GATED = {
-    16: ProductTile(64, 16, 64, 4, 3),
+# Gated: n rows of gate and n of up, sums of both beside a product. 128 x 64 takes up to 202
+# registers on sm_90, with minima, q6_k or wide units of bytes 236 and more: 64 x 64. On sm_80 wide
+# units take 64 x 32 (162 to 246; 64 x 64 spills up to 452 bytes).
+_QUANT_GATED_FEW = {
+    16: ProductTile(64, 16, 64, 4, 4),
     32: ProductTile(64, 32, 32, 4, 3),
-    128: ProductTile(64, 64, 32, 8, 3),
 }
+_QUANT_GATED_FP32 = {
+    16: ProductTile(32, 16, 32, 4, 2),
+    64: ProductTile(32, 32, 32, 4, 2),
+}
+
 # Input gradient of a packed weight: n columns of dx, m rows, k rows of W a step. Codes and scales
 # become an operand through registers, so the step is short; one tile for any number of tokens.
 INPUT_GRAD_BF16 = ProductTile(128, 128, 32, 8, 3)
@@ -159,8 +177,31 @@ def linear_tile(m: int, dtype: torch.dtype) -> ProductTile:
 def quant_tile(m: int, format: str, mode: str, gated: bool, device: torch.device) -> ProductTile:
     """Tile of a packed product of m tokens; of n rows of gate and n of up if gated."""
     if mode == "fp32":
-        return _for_tokens(_QUANT_FP32, m)
-    return _for_tokens(_QUANT_GATED if gated else _QUANT, m)
+        return _for_tokens(_QUANT_GATED_FP32 if gated else _QUANT_FP32, m)
+    few = _QUANT_GATED_FEW if gated else _QUANT_FEW
+    if m <= max(few):
+        return _for_tokens(few, m)
+    n, m = (_gated_size if gated else _product_size)(format, mode, architecture(device) == 90)
+    return ProductTile(n, m, 32, 8, 3)
+
+
+def _product_size(format: str, mode: str, hopper: bool) -> tuple[int, int]:
+    """(n, m) of the tile of a product of many tokens."""
+    wide, minimum = int(unit_columns(format, mode)) > 32, bool(has_minimum(format))
+    if mode == "int8":
+        return 128, 64
+    if mode == "bf16" and hopper and not minimum:
+        return 128, 128
+    return (128 if wide else 256), 64
+
+
+def _gated_size(format: str, mode: str, hopper: bool) -> tuple[int, int]:
+    """(n, m) of the tile of a gated product of many tokens."""
+    wide, minimum = int(unit_columns(format, mode)) > 32, bool(has_minimum(format))
+    heavy = minimum or FORMATS[format].bits == 6 or (wide and FORMATS[format].bits == 8)
+    if hopper:
+        return (128 if mode == "bf16" and not heavy else 64), 64
+    return 64, (32 if wide else 64)
 
 
 def _for_tokens(table: dict[int, ProductTile], m: int) -> ProductTile:

@@ -24,7 +24,7 @@ FORMATS = layout.QUANTIZED
 
 def columns(format: str) -> int:
     """A few of the format's smallest rows: 160 columns, 192, 384 or 512."""
-    return {32: 160, 64: 192, 128: 384, 256: 512}[QUANT_FORMATS[format].multiple]
+    return {64: 192, 128: 384, 256: 512}.get(QUANT_FORMATS[format].multiple, 160)
 
 
 def pack(format: str, n: int, k: int, seed: int = 0, size: float = 0.1) -> tuple[Tensor, Tensor]:
