@@ -15,6 +15,7 @@
 #ifdef FASTLLM_WITH_CUDA
 #include "cuda/moe_gate_params.h"
 #include "cuda/paged_attention_params.h"
+#include "cuda/quant_matmul_params.h"
 #endif
 
 namespace py = pybind11;
@@ -216,6 +217,7 @@ PYBIND11_MODULE(_C, m) {
 #ifdef FASTLLM_WITH_CUDA
   cuda_op(m, "moe_gate_cuda", cuda::moe_gate, cuda::moe_gate_call);
   cuda_op(m, "paged_attention_cuda", cuda::paged_attention, cuda::paged_attention_call);
+  cuda_op(m, "quant_matmul_cuda", cuda::quant_matmul, cuda::quant_matmul_call);
 #endif
 
   m.def("check_paging_values",

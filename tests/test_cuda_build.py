@@ -18,6 +18,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from fastllm.ops import quant_matmul_cuda as low_batch
 from fastllm.ops.paged_attention import _cuda_attention, cuda_shared_bytes
 
 ROOT = Path(__file__).parent.parent
@@ -203,6 +204,54 @@ def test_the_router_compiles_without_spills(arch: str, tmp_path: Path) -> None:
     assert len(kernels) == 5  # 1, 2, 4, 8 and 16 logits a lane
     bad = [k for k in kernels if k.spilled or k.stack or k.registers > REGISTERS // 512]
     assert not bad, "\n".join(map(str, bad))
+
+
+@pytest.fixture(scope="module")
+def emulated_product(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("cuda") / "test_quant_matmul", name="quant_matmul")
+
+
+def test_the_emulated_low_batch_product_is_within_its_rounding(emulated_product: Path) -> None:
+    cases = re.match(r"(\d+) cases", run(emulated_product, "quick"))
+    assert cases and int(cases[1]) >= 50
+
+
+@pytest.mark.full
+def test_the_emulated_low_batch_product_is_right_in_every_case(emulated_product: Path) -> None:
+    cases = re.match(r"(\d+) cases", run(emulated_product, "full"))
+    assert cases and int(cases[1]) >= 190
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    "arch",
+    [pytest.param("sm_90a", marks=pytest.mark.full), pytest.param("sm_80", marks=pytest.mark.full)],
+)
+def test_the_low_batch_product_compiles_without_spills(arch: str, tmp_path: Path) -> None:
+    kernels = compile_kernels(arch, tmp_path / "kernels.cubin", "quant_matmul")
+    for kernel in kernels:
+        print(f"{arch}: {kernel.name}: {kernel.registers} registers, {kernel.spilled} spilled")
+    assert len(kernels) == 31  # 5 kinds of codes x 8, 16 and 32 tokens x 16 and 32 rows, the sum
+    bad = [k for k in kernels if k.spilled or k.stack]
+    assert not bad, "\n".join(map(str, bad))
+
+
+def test_the_low_batch_row_knows_splits_and_formats() -> None:
+    """Sizes of scratch are counted in Python as the launcher counts them."""
+    text = (ROOT / "csrc" / "cuda" / "quant_matmul_params.h").read_text()
+    for name, value in {
+        "kProductWarps": low_batch.WARPS,
+        "kProductTokens": low_batch.MAX_TOKENS,
+        "kSegmentBytes": low_batch.SEGMENT_BYTES,
+        "kMostSplits": low_batch.MAX_SPLITS,
+        "kManyRows": low_batch.MANY_ROWS,
+        "kWantedBlocks": low_batch.WANTED_BLOCKS,
+    }.items():
+        assert re.search(rf"\b{name} = {value};", text), name
+    assert low_batch.splits_of("int4_g128", 4096, 4096) == 1
+    assert low_batch.splits_of("int4_g128", 1024, 8192) == 2
+    assert low_batch.splits_of("int8", 20, 12288) == 6
+    assert len(low_batch.CUDA_FORMATS) == 15
 
 
 @pytest.mark.full

@@ -130,6 +130,27 @@ __device__ __forceinline__ uint32_t subtract_pairs<Fp16>(uint32_t a, uint32_t b)
   asm("sub.f16x2 %0, %1, %2;\n" : "=r"(r) : "r"(a), "r"(b));
   return r;
 }
+// a * b of two pairs.
+template <class T>
+__device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b);
+template <>
+__device__ __forceinline__ uint32_t multiply_pairs<Bf16>(uint32_t a, uint32_t b) {
+  uint32_t r;  // sm_80 has no bf16 product: a * b + -0
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;\n" : "=r"(r) : "r"(a), "r"(b), "r"(0x80008000u));
+  return r;
+}
+template <class T>
+__device__ __forceinline__ float from_half(uint16_t bits);
+template <>
+__device__ __forceinline__ float from_half<Bf16>(uint16_t bits) {
+  return __uint_as_float(static_cast<uint32_t>(bits) << 16);
+}
+template <>
+__device__ __forceinline__ float from_half<Fp16>(uint16_t bits) {
+  float x;
+  asm("cvt.f32.f16 %0, %1;\n" : "=f"(x) : "h"(bits));
+  return x;
+}
 // Bytes of {b, a}, 4 bits of the selector for each.
 __device__ __forceinline__ uint32_t select_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   return __byte_perm(a, b, selector);

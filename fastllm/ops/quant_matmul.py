@@ -20,6 +20,7 @@ from . import packed_layout as layout
 from .gated_activation import gated_activation, gated_gradients
 from .linear import as_rows, check_output, linear_ref, prepared_rows
 from .quant_format import NATIVE_FORMATS, QUANT_FORMATS, TRITON_FORMATS
+from .quant_matmul_cuda import CUDA_FORMATS, fits_cuda, launch
 from .quant_matmul_input_grad import packed_input_grad
 from .quant_products import products_ref
 from .registry import Op, batch_invariant
@@ -204,6 +205,36 @@ def _quant_matmul_cpu(
         prepared_rows(x2),
     )
     return y.view(*x.shape[:-1], n)
+
+
+if hasattr(_C, "quant_matmul_cuda"):  # the extension was built with CUDA
+
+    def _few_rows(
+        x: Tensor, data: Tensor, scales: Tensor, format: str, n: int, bias: Any, *rest: Any
+    ) -> bool:
+        whole = bias is None or bias.is_contiguous()
+        return whole and _option(n, bias, *rest) == "" and fits_cuda(x, data, scales, format)
+
+    @_quant_matmul.impl(
+        "cuda",
+        "cuda",
+        variants=tuple(f"{format}/bf16" for format in CUDA_FORMATS),
+        when=_few_rows,
+        opt_in=True,
+    )
+    def _quant_matmul_few(
+        x: Tensor,
+        data: Tensor,
+        scales: Tensor,
+        format: str,
+        n: int,
+        bias: Tensor | None,
+        activation: str,
+        out_dtype: torch.dtype | None = None,
+        residual: Tensor | None = None,
+        gated: str = "",
+    ) -> Tensor:
+        return launch(x, data, scales, format, n, bias, out_dtype)
 
 
 def _one_row_per_group(x: Tensor, data: Tensor, scales: Tensor, format: str, *rest: Any) -> bool:

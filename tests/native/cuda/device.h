@@ -257,6 +257,9 @@ struct uint4 {
 struct int4 {
   int32_t x, y, z, w;
 };
+struct uint2 {
+  uint32_t x, y;
+};
 struct float2 {
   float x, y;
 };

@@ -159,6 +159,15 @@ uint32_t subtract_pairs(uint32_t a, uint32_t b) {
                   << i;
   return difference;
 }
+template <class T>
+uint32_t multiply_pairs(uint32_t a, uint32_t b) {
+  uint32_t product = 0;
+  for (int i = 0; i < 32; i += 16)
+    product |= static_cast<uint32_t>(to_half<T>(from_half<T>(static_cast<uint16_t>(a >> i)) *
+                                                from_half<T>(static_cast<uint16_t>(b >> i))))
+               << i;
+  return product;
+}
 inline uint32_t select_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t all = static_cast<uint64_t>(b) << 32 | a;
   uint32_t out = 0;
@@ -179,8 +188,13 @@ V exchange(V value, From from) {
   return bits_of<V>(out[0]);
 }
 template <class V>
-V from_lane(V value, int source) {
-  return exchange(value, [source](int) { return source; });
+V from_lane(V value, int source) {  // each lane names its own
+  static_assert(sizeof(V) == 4);
+  const uint32_t in[2] = {bits_of<uint32_t>(value), static_cast<uint32_t>(source)};
+  const uint32_t* out = emulated::with_warp(in, 2, [](emulated::Warp& warp) {
+    for (int lane = 0; lane < 32; ++lane) warp.out[lane][0] = warp.in[warp.in[lane][1] % 32][0];
+  });
+  return bits_of<V>(out[0]);
 }
 template <class V>
 V from_lane_xor(V value, int mask) {
