@@ -185,14 +185,17 @@ NATIVE_FORMATS: Mapping[str, tuple[str, ...]] = {
     "lm_head": _FIRST,
     "pack": _FIRST,
 }
-TRITON_FORMATS: Mapping[str, tuple[str, ...]] = {
-    "quant_matmul": _FIRST,
-    "quant_matmul_input_grad": _FIRST,
-    "quant_embedding": _FIRST,
-    "quant_moe": _FIRST,
-    "quant_moe_backward": _FIRST,
-    "lm_head": _FIRST,
-}
+TRITON_FORMATS: Mapping[str, tuple[str, ...]] = dict.fromkeys(
+    (
+        "quant_matmul",
+        "quant_matmul_input_grad",
+        "quant_embedding",
+        "quant_moe",
+        "quant_moe_backward",
+        "lm_head",
+    ),
+    tuple(QUANT_FORMATS),
+)
 
 
 def format_of(name: str) -> QuantFormat:

@@ -29,7 +29,7 @@ from .swiglu_backward import swiglu_backward
 ACTIVATIONS = ("int8", "bf16", "fp32", "fp8")  # in the order of the codes of csrc's enum
 GATED = ("silu", "gelu_tanh")
 NATIVE_OPTIONS: tuple[str, ...] = ("",)  # of "", "residual" and GATED, what a backend's row serves
-TRITON_OPTIONS: tuple[str, ...] = ("",)
+TRITON_OPTIONS: tuple[str, ...] = ("", "residual", *GATED)
 
 
 def variants(formats: Sequence[str]) -> tuple[str, ...]:
@@ -259,8 +259,9 @@ def _quant_matmul_cuda(
     from ..kernels import quant_matmul as kernel
 
     return kernel.quant_matmul(
-        x, data, scales, format, n, bias, activation, out_dtype, batch_invariant=batch_invariant()
-    )
+        x, data, scales, format, n, bias, activation, out_dtype, residual, gated,
+        batch_invariant=batch_invariant(),
+    )  # fmt: skip
 
 
 def quant_matmul(
