@@ -285,7 +285,7 @@ class FastllmLayout:
     """Our own: any format, the bytes of each row."""
 
     name = "fastllm"
-    parts = fastllm_files.PARTS
+    parts = (*fastllm_files.PARTS, *fastllm_files.OPTIONAL)
     keys = ("weight_codes",)
 
     def __init__(self, fields: Fields) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from fastllm.nn.linear import Linear, ParallelLinear
 from fastllm.nn.moe import Experts
 from fastllm.nn.quant_linear import QuantLinear
+from fastllm.quantize import fastllm_files
 from fastllm.quantize.packed import PackedWeight, concat
 from fastllm.quantize.quantizer import Quantizer
 from fastllm.quantize.rule import DEFAULT_SKIP, QuantReport, QuantRule
@@ -70,6 +72,8 @@ def quantize_model(
         )
     if own:
         model.weights_changed()  # type: ignore[operator]
+    else:
+        _note_formats(model)
     report.bytes_after = _bytes(model)
     if verbose:
         print(report)
@@ -95,7 +99,27 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> int:
         assert isinstance(layer, QuantLinear), "just seen"
         plain = layer.dequantize()
         _put(model, names, plain if dtype is None else plain.to(dtype))
+    _note_formats(model)
     return len(found)
+
+
+def _note_formats(model: nn.Module) -> None:
+    """Let a model of transformers save a config.json that tells the formats of its layers.
+
+    fastllm loads such a directory.
+    """
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "to_json_string"):
+        return
+    layers = {
+        name: module.format
+        for name, module in model.named_modules()
+        if isinstance(module, QuantLinear)
+    }
+    if layers:
+        config.quantization_config = fastllm_files.config(layers)
+    elif hasattr(config, "quantization_config"):
+        del config.quantization_config
 
 
 def _names_of(model: nn.Module, chosen: Callable[[nn.Module], bool]) -> list[list[str]]:

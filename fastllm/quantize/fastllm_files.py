@@ -6,6 +6,7 @@ holds, for a weight of n rows, the bytes of the layout of one row a group
 
     weight_codes   uint8 [n, bytes]
     weight_scales  uint8 [n, bytes]
+    weight_format  uint8, the format's name; only where a `QuantLinear` was saved
 
 and config.json says `quant_method: fastllm` and the format of each module.
 """
@@ -22,6 +23,7 @@ from ..ops import packed_layout as layout
 from ..ops.quant_format import BLOCK, format_of
 
 PARTS = ("weight_codes", "weight_scales")
+OPTIONAL = ("weight_format",)
 VERSION = 1
 
 

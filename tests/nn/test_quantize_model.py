@@ -189,6 +189,18 @@ def test_a_quantized_model_of_transformers_generates_and_is_restored(llama: Tran
     assert torch.equal(again, answer)
 
 
+def test_what_transformers_saves_of_it_is_loaded_here(llama: Transformers, tmp_path: Path) -> None:
+    model, ids = llama.model, llama.ids[:1]
+    fastllm.quantize_model(model, "q4_1", modules="mlp")
+    model.save_pretrained(tmp_path)
+    llm = fastllm.LLM(tmp_path, activation="bf16", max_model_len=64)
+    theirs = model(ids).logits[0].float()
+    assert (llm.logits(ids[0].tolist()) - theirs).abs().max() < 2e-2 * theirs.abs().max()
+    assert llm.model.model.layers[0].mlp.gate_up.packed.format == "q4_1"
+    fastllm.dequantize_model(model)
+    assert not hasattr(model.config, "quantization_config")
+
+
 def test_layers_of_fastllm_hold_codes_alone_and_groups_stay_one_product() -> None:
     from fastllm.testing.quantized_models import decoder
 
