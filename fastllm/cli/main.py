@@ -24,6 +24,7 @@ COMMANDS = {
     "chat": "talk with a model",
     "eval": "measure how well a model, or each of its formats, predicts text",
     "export": "write a model as GGUF or for Hugging Face, adapters merged",
+    "quantize": "write a model in fewer bits, calibrated on text",
     "models": "list the model names that resolve on this machine",
     "inspect": "show what a model file holds: metadata, tensors, formats, memory",
     "doctor": "show hardware, libraries and the backend table, and test every op",

@@ -15,12 +15,12 @@ _ROWS = 256  # whose candidates are made at once
 
 
 def gains_by_clipping(format: str) -> bool:
-    """Whether groups of the format have a scale of their own that outliers decide alone.
+    """Whether the largest magnitude of a group alone decides its scale, at few bits.
 
-    Codes of 8 bits lose nothing to outliers, and the quantizers of K-quants search by themselves.
+    Codes of 8 bits lose nothing to outliers, and the quantizers of other formats search by
+    themselves.
     """
-    kind = QUANT_FORMATS[format]
-    return kind.bits < 8 and kind.multiple != 256 and not kind.dense
+    return QUANT_FORMATS[format].codes == "nf4"
 
 
 def clipped(
