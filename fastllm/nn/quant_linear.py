@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastllm.nn.low_rank import FrozenBase, LowRank, trained_products
 from fastllm.nn.quantized_values import REMEDY, QuantizedValues
 from fastllm.ops import packed_layout as layout
-from fastllm.ops.quant_format import format_of
+from fastllm.ops.quant_format import QUANT_FORMATS, format_of
 from fastllm.ops.quant_matmul import ACTIVATIONS, quant_matmul
 from fastllm.ops.quant_matmul_input_grad import packed_input_grad
 from fastllm.quantize.packed import (
@@ -28,6 +28,7 @@ from fastllm.quantize.packed import (
 
 _COMPUTE = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _PARTS = ("weight_codes", "weight_scales")
+_Shape = tuple[tuple[int, ...], torch.dtype, tuple[int, ...]]
 
 
 class QuantLinear(nn.Linear):
@@ -57,6 +58,7 @@ class QuantLinear(nn.Linear):
             raise ValueError(f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
         self.in_features, self.out_features = packed.k, packed.n
         self.format, self.activation, self.dtype = packed.format, activation, dtype
+        self._shapes = _shapes(packed.format, packed.n, packed.k)
         self.weight_codes = _frozen(_as_bytes(packed.data))
         self.weight_scales = _frozen(_as_bytes(packed.scales))
         self.register_parameter("bias", None if bias is None else _as_parameter(bias))
@@ -138,19 +140,17 @@ class QuantLinear(nn.Linear):
         plain.bias = self.bias
         return plain.train(self.training)
 
-    def _packed(self, codes: Tensor, scales: Tensor, rows: int | None = None) -> PackedWeight:
+    def _packed(self, codes: Tensor, scales: Tensor) -> PackedWeight:
         n, k, format = self.out_features, self.in_features, self.format
-        rows = rows or _rows(codes, format, n, k)
-        data = codes.view(layout.data_shape(format, n, k, rows))
-        records = scales.view(layout.scales_dtype(format))
-        shape = layout.scales_shape(format, n, k, rows)
-        return PackedWeight(data, records.view(shape), format, n, k)
+        data, dtype, records = self._shapes[codes.shape[1]]
+        return PackedWeight(codes.view(data), scales.view(dtype).view(records), format, n, k)
 
     # the product
 
     def forward(self, input: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features] in the dtype of x."""
-        x = input.to(self._dtype_of(input.dtype))
+        dtype = self._dtype_of(input.dtype)
+        x = input if input.dtype == dtype else input.to(dtype)
         low_rank = self.low_rank
         if low_rank is None or not low_rank.enabled:
             y = self._product(x, None if x.dtype == input.dtype else torch.float32)
@@ -158,7 +158,7 @@ class QuantLinear(nn.Linear):
             y = trained_products(x, self._frozen_base(), [low_rank])[0]
         else:
             y = low_rank(x, self._product(x, torch.float32), x.dtype)
-        return y.to(input.dtype)
+        return y if y.dtype == input.dtype else y.to(input.dtype)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -176,7 +176,7 @@ class QuantLinear(nn.Linear):
         bias: Tensor | None = self.bias
         if bias is not None and bias.dtype not in (torch.bfloat16, torch.float32):
             bias = bias.float()
-        mode = format_of(self.format).mode(self.activation)
+        mode = QUANT_FORMATS[self.format].mode(self.activation)
         return quant_matmul(
             x, packed.data, packed.scales, self.format, packed.n, bias, mode, out_dtype
         )
@@ -198,7 +198,7 @@ class QuantLinear(nn.Linear):
         if _is_sharded(self.weight_codes):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
             return self
-        rows = _rows(self.weight_codes, self.format, self.out_features, self.in_features)
+        rows = _interleaved(self.format, self.in_features, self.weight_codes.shape[1])
         wanted = layout.ROWS_PER_GROUP.get(probe.device.type, rows)
         if wanted != rows:
             codes, scales = self._in_layout_of(probe.device, wanted)
@@ -323,7 +323,21 @@ def _as_bytes(part: Tensor) -> Tensor:
     return flat.view(part.shape[0], part.nbytes // max(part.shape[0], 1))
 
 
-def _rows(codes: Tensor, format: str, n: int, k: int) -> int:
-    """How many rows of an [n, k] weight the bytes of `codes` interleave."""
+def _interleaved(format: str, k: int, width: int) -> int:
+    """How many rows of k columns lie in `width` bytes of codes."""
     one = torch.Size(layout.data_shape(format, 1, k, 1)).numel()
-    return max(codes.shape[1] // max(one, 1), 1)
+    return max(width // max(one, 1), 1)
+
+
+def _shapes(format: str, n: int, k: int) -> dict[int, _Shape]:
+    """By the bytes of codes in a group of rows, for every device: shape of the data, dtype and
+    shape of the scales.
+    """
+    one = torch.Size(layout.data_shape(format, 1, k, 1)).numel()
+    dtype = layout.scales_dtype(format)
+    return {
+        rows * one: (
+            layout.data_shape(format, n, k, rows), dtype, layout.scales_shape(format, n, k, rows)
+        )
+        for rows in {1, *layout.ROWS_PER_GROUP.values()}
+    }  # fmt: skip
