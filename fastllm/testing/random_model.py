@@ -1,8 +1,9 @@
 """Models of random weights for measurements where no real file is at hand, made on the spot.
 
 `random-135m` and `random-1b` are Hugging Face directories in bfloat16 with the shapes of
-SmolLM2-135M and Llama-3.2-1B; `random-135m-q4_1` and so on are GGUF files of that format. They have
-no tokenizer. Speed depends on shapes and formats, not on what the weights say.
+SmolLM2-135M and Llama-3.2-1B; `random-135m-q4_1` and so on are GGUF files of that format, or of
+what rows get that are no whole blocks of it (`fastllm.ops.quant_format.fit`). They have no
+tokenizer. Speed depends on shapes and formats, not on what the weights say.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from ..models.names import resolve
 from ..models.rope_scaling import RopeConfig
 from ..models.safetensors_files import save_directory
 from ..models.stored_tensor import StoredTensor
+from ..ops.quant_format import fit
 from ..quantize.gguf_blocks import QUANTIZED_FORMATS, quantize
 from .opinfo import generator
 
@@ -112,7 +114,7 @@ def _write_gguf(path: Path, config: ModelConfig, format: str) -> None:
     }
     tensors = {}
     for name, weight in random_weights(config).items():
-        kind = format if weight.ndim == 2 else "f32"
+        kind = fit(format, weight.shape[1]) if weight.ndim == 2 else "f32"
         data = quantize(kind, weight.float()) if weight.ndim == 2 else weight.float()
         tensors[_gguf_name(name)] = StoredTensor(kind, tuple(weight.shape), data)
     write_gguf(path, metadata, tensors)

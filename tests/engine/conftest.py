@@ -15,6 +15,7 @@ from fastllm.models.config import ModelConfig
 from fastllm.models.gguf_writer import write_gguf
 from fastllm.models.safetensors_files import save_directory
 from fastllm.models.stored_tensor import StoredTensor
+from fastllm.ops.quant_format import fit
 from fastllm.quantize.gguf_blocks import DENSE_DTYPES, quantize
 
 HIDDEN, INNER, LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 128, 192, 2, 4, 2, 32, 400
@@ -88,7 +89,9 @@ def _write_gguf(path: Path, format: str) -> Path:
     }
     tensors = {}
     for name, weight in _random_weights(config).items():
-        kind = format if weight.ndim == 2 else "f32"
+        kind = "f32"
+        if weight.ndim == 2:
+            kind = format if format in DENSE_DTYPES else fit(format, weight.shape[1])
         dense = kind in DENSE_DTYPES
         data = weight.to(DENSE_DTYPES[kind]) if dense else quantize(kind, weight)
         tensors[_gguf_name(name)] = StoredTensor(kind, tuple(weight.shape), data)
