@@ -190,6 +190,9 @@ PYBIND11_MODULE(_C, m) {
   op(m, "sum_of_squares", &Kernels::sum_of_squares, sum_of_squares_args);
   m.def("sum_of_squares_scratch", sum_of_squares_scratch);
   op(m, "pack", &Kernels::pack, pack_args);
+  op(m, "pack_rows", &Kernels::pack, pack_rows_args);
+  op(m, "unpack_rows", &Kernels::unpack, unpack_rows_args);
+  op(m, "unpack_blocks", &Kernels::unpack, unpack_blocks_args);
   op(m, "log_probs", &Kernels::log_probs, log_probs_args);
   op(m, "top_log_probs", &Kernels::top_log_probs, top_log_probs_args);
   op(m, "sampling", &Kernels::sampling, sampling_args);

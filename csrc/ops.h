@@ -30,6 +30,7 @@ struct Kernels {
   Kernel<AdamwStepArgs>* adamw_step;
   Kernel<SumOfSquaresArgs>* sum_of_squares;
   Kernel<PackArgs>* pack;
+  Kernel<UnpackArgs>* unpack;
   Kernel<LogProbsArgs>* log_probs;
   Kernel<TopLogProbsArgs>* top_log_probs;
   Kernel<SamplingArgs>* sampling;

@@ -85,7 +85,7 @@ struct QuantMatmulInputGradArgs {
   MatmulOutput out;  // dx [m, k]
   const void* dy;    // [m, n], rows contiguous
   const void* data;
-  const uint16_t* scales;
+  const void* scales;
   void* scratch;  // as in QuantMatmulArgs, for rows of n
   DType type;     // of dy, and what values of W are rounded to
   Format format;
@@ -131,7 +131,7 @@ struct EmbeddingArgs {
   void* y;  // [count, k] contiguous
   const void* ids;
   const void* data;  // dense: [n, k], rows contiguous
-  const uint16_t* scales;
+  const void* scales;
   DType y_type, ids_type, data_type;
   bool packed;
   Format format;
@@ -182,14 +182,30 @@ int64_t sum_of_squares_scratch(int64_t count);  // floats of `partial`
 
 // Rows of a file (GGUF blocks) or of a dense tensor into panels of 16 interleaved rows.
 struct PackArgs {
-  void* data;
-  uint16_t* scales;
-  const void* rows;  // [n, bytes of a row] or [n, k]
+  void *data, *scales;
+  const void* rows;        // [n, bytes of a row] or [n, k]; by_rows: data with R = 1
+  const void* row_scales;  // by_rows: scales with R = 1
   DType rows_type;
   Format format;
+  bool by_rows;  // the rows are packed one by one
   int64_t n, k, row_stride;
 };
 PackArgs pack_args(Tensor data, Tensor scales, Tensor rows, int64_t format, int64_t n, int64_t k);
+PackArgs pack_rows_args(Tensor data, Tensor scales, Tensor row_data, Tensor row_scales,
+                        int64_t format, int64_t n, int64_t k);
+
+// The inverse: rows packed one by one (R = 1), or the blocks of a GGUF file.
+struct UnpackArgs {
+  void *rows, *row_scales;  // contiguous
+  const void *data, *scales;
+  Format format;
+  bool by_rows;
+  int64_t n, k;
+};
+UnpackArgs unpack_rows_args(Tensor row_data, Tensor row_scales, Tensor data, Tensor scales,
+                            int64_t format, int64_t n, int64_t k);
+UnpackArgs unpack_blocks_args(Tensor rows, Tensor data, Tensor scales, int64_t format, int64_t n,
+                              int64_t k);
 
 // y[tokens, heads, dim] = x with the first 2 * half dimensions of every head rotated (half-split
 // layout).

@@ -61,9 +61,8 @@ constexpr int64_t kDispatchChunk = 4096;                       // slots; one: no
 
 // The weights of all experts, in rows or in panels of 16 rows.
 struct ExpertWeights {
-  const char* data;
-  const uint16_t* scales;
-  int64_t expert_bytes, expert_scales;  // from one expert to the next
+  const char *data, *scales;
+  int64_t expert_bytes, expert_scales;  // bytes from one expert to the next
   int64_t row_bytes;                    // of rows: from one to the next
   Format format;                        // of panels
 };

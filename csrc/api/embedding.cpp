@@ -37,13 +37,13 @@ EmbeddingArgs embedding_args(Tensor y, Tensor ids, Tensor weight) {
 EmbeddingArgs quant_embedding_args(Tensor y, Tensor ids, Tensor data, Tensor scales,
                                    int64_t format_code, int64_t n) {
   const char* op = "quant_embedding";
-  const Format format = parse_basic_format(format_code, op);
+  const Format format = parse_format(format_code, op);
   check(data.ndim >= 3, op, "data must be packed");
   const int64_t k = data.shape[1] * (format == Format::f32 ? 1 : format == Format::bf16 ? 2 : 32);
   check_packed(data, scales, format, n, k, op);
   EmbeddingArgs a = common_args(y, ids, k, op);
   a.data = data.data;
-  a.scales = scales.as<uint16_t>();
+  a.scales = scales.data;
   a.data_type = data.dtype;
   a.packed = true;
   a.format = format;

@@ -25,7 +25,7 @@ inline void check_expert_rows(const Tensor& x, const Tensor& gate_up, const Tens
 // data and scales hold the packs of n rows of k columns of all experts.
 inline ExpertWeights packed_experts(const Tensor& data, const Tensor& scales, int64_t code,
                                     int64_t experts, int64_t n, int64_t k, const char* op) {
-  const Format format = parse_basic_format(code, op);
+  const Format format = parse_format(code, op);
   check(data.ndim >= 1 && scales.ndim >= 1 && data.shape[0] == experts &&
             scales.shape[0] == experts && data.contiguous() && scales.contiguous(),
         op, "data and scales must be contiguous, experts first");
@@ -36,10 +36,11 @@ inline ExpertWeights packed_experts(const Tensor& data, const Tensor& scales, in
   };
   if (experts) check_packed(one_expert(data), one_expert(scales), format, n, k, op);
   const int64_t size = data.dtype == DType::u8 ? 1 : float_bytes(data.dtype);
+  const int64_t scale_bytes = scales.dtype == DType::u8 ? 1 : scales.dtype == DType::f32 ? 4 : 2;
   return {.data = data.as<char>(),
-          .scales = scales.as<uint16_t>(),
+          .scales = scales.as<char>(),
           .expert_bytes = experts ? data.numel() / experts * size : 0,
-          .expert_scales = experts ? scales.numel() / experts : 0,
+          .expert_scales = experts ? scales.numel() / experts * scale_bytes : 0,
           .row_bytes = 0,
           .format = format};
 }

@@ -26,10 +26,9 @@ inline bool has_shape(const Tensor& t, std::initializer_list<int64_t> shape) {
   return true;
 }
 
-// data and scales hold n rows of k columns in panels of 16 rows.
+// data and scales hold n rows of k columns, `rows` of them interleaved.
 inline void check_packed(const Tensor& data, const Tensor& scales, Format format, int64_t n,
-                         int64_t k, const char* op) {
-  constexpr int64_t rows = 16;
+                         int64_t k, const char* op, int64_t rows = 16) {
   check(n >= 0 && k >= 0, op, "n and k must not be negative");
   check(data.contiguous() && scales.contiguous(), op, "data and scales must be contiguous");
   const int64_t panels = (n + rows - 1) / rows;

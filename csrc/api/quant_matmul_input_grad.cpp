@@ -8,7 +8,7 @@ QuantMatmulInputGradArgs quant_matmul_input_grad_args(Tensor dx, Tensor dy, Tens
                                                       Tensor scales, int64_t format_code,
                                                       Tensor scratch) {
   const char* op = "quant_matmul_input_grad";
-  const Format format = parse_basic_format(format_code, op);
+  const Format format = parse_format(format_code, op);
   check(!is_dense(format), op, "the format must be a quantized one");
   check(is_float(dy) && dy.ndim == 2 && rows_contiguous(dy), op,
         "dy must be f32 or bf16 [m, n], rows contiguous");
@@ -19,7 +19,7 @@ QuantMatmulInputGradArgs quant_matmul_input_grad_args(Tensor dx, Tensor dy, Tens
   return {.out = matmul_output(dx, Tensor{}, m, k, op),
           .dy = dy.data,
           .data = data.data,
-          .scales = scales.as<uint16_t>(),
+          .scales = scales.data,
           .scratch = scratch.given() ? scratch.data : nullptr,
           .type = dy.dtype,
           .format = format,

@@ -1,6 +1,7 @@
 // Rows of a dense or packed table, one rounding. Bound by memory; an id outside the table gives
 // zeros.
-#include "cpu/packed.h"
+#include "cpu/four_words.h"
+#include "cpu/quant_codes.h"
 #include "ops_core.h"
 
 namespace fastllm::FASTLLM_ISA {
@@ -31,25 +32,60 @@ void packed_dense_row(const EmbeddingArgs& a, int64_t row, Y* y) {
     store1(y + c, dense_value(a, first + c / pair * kPanelRows * pair + c % pair));
 }
 
+// The stored codes of 32 columns of one row, whose words lie a panel's rows apart.
+template <class C>
+FASTLLM_INLINE void stored_codes(const uint8_t* words, uint8_t* codes) {
+  uint8_t row[C::words * 4];
+  for (int i = 0; i < C::words; ++i) __builtin_memcpy(row + 4 * i, words + 4 * i * kPanelRows, 4);
+  if constexpr (C::words == 8) {
+    __builtin_memcpy(codes, row, 32);
+    return;
+  }
+  v4 low = load_words(row) & kLow, high = load_words(row) >> 4 & kLow;
+  if constexpr (C::words == 5) {
+    const v4 bits = load_word(row + 16) - v4{};
+    low |= (bits >> kIndex & 0x01010101) << 4;
+    high |= (bits >> (4 + kIndex) & 0x01010101) << 4;
+  } else if constexpr (C::words == 6) {
+    low |= ((load_word(row + 16) - v4{}) >> (2 * kIndex) & 0x03030303) << 4;
+    high |= ((load_word(row + 20) - v4{}) >> (2 * kIndex) & 0x03030303) << 4;
+  }
+  store_words(codes, low);
+  store_words(codes + 16, high);
+}
+// VL stored codes as they are worth without a scale.
+template <class C>
+FASTLLM_INLINE vf code_values(const uint8_t* codes) {
+  if constexpr (__is_same(C, NormalFloat)) {
+    vi bits;
+    for (int i = 0; i < VL; ++i) bits[i] = kNormalFloat[codes[i] & 15] << 16;
+    return vbits(bits);
+  } else if constexpr (__is_same(C, Float8)) {
+    return float8_value(vload_u8(codes));
+  } else if constexpr (C::is_signed) {
+    return __builtin_convertvector(vload_i8(codes), vf);
+  } else {
+    return __builtin_convertvector(vload_u8(codes) - C::offset, vf);
+  }
+}
+
 template <class F, class Y>
-void packed_row(const EmbeddingArgs& a, int64_t row, Y* y) {
-  const int64_t blocks = a.k / kBlock, first = row / kPanelRows * blocks, lane = row % kPanelRows;
-  for (int64_t b = 0; b < blocks; ++b) {
-    const uint8_t* data =
-        static_cast<const uint8_t*>(a.data) + (first + b) * block_bytes<F> + lane * 4;
-    const uint16_t* scales = a.scales + (first + b) * block_scales<F> + lane;
-    const float d = f16_to_f32(scales[0]);
-    const float minimum = F::scales == 2 ? f16_to_f32(scales[kPanelRows]) : 0.f;
-    for (int c = 0; c < kBlock; ++c) {
-      int code;
-      if constexpr (F::nibbles) {
-        const uint8_t byte = data[c % 16 / 4 * 4 * kPanelRows + c % 4];
-        code = (c < 16 ? byte & 15 : byte >> 4) - F::offset;
-      } else {
-        code = static_cast<int8_t>(data[c / 4 * 4 * kPanelRows + c % 4]);
-      }
-      const float value = static_cast<float>(code) * d;
-      store1(y + b * kBlock + c, F::scales == 2 ? value + minimum : value);
+void packed_row(const EmbeddingArgs& a, const F& format, int64_t row, Y* y) {
+  using C = typename F::Codes;
+  const int64_t panel = row / kPanelRows, lane = row % kPanelRows, v = lane / VL;
+  const auto* words =
+      static_cast<const uint8_t*>(a.data) + panel * (a.k / kBlock) * F::block_bytes + lane * 4;
+  const auto* scales =
+      static_cast<const uint8_t*>(a.scales) + panel * row_scale_bytes(a.format, a.k) * kPanelRows;
+  alignas(16) uint8_t codes[kBlock];
+  for (int64_t c = 0; c < a.k; c += 16) {
+    if (c % kBlock == 0) stored_codes<C>(words + c / kBlock * F::block_bytes, codes);
+    const float d = format.d(scales, a.k, c, v)[lane % VL];
+    const float minimum = format.minimum(scales, a.k, c, v)[lane % VL];
+    for (int i = 0; i < 16; i += VL) {
+      vf value = code_values<C>(codes + c % kBlock + i) * d;
+      if constexpr (F::Scales::has_minimum) value = value + minimum;
+      store(y + c + i, value);
     }
   }
 }
@@ -62,13 +98,10 @@ void one_row(const EmbeddingArgs& a, int64_t i) {
     for (int64_t c = 0; c < a.k; ++c) y[c] = Y{};
   } else if (!a.packed) {
     dense_row(a, row, y);
+  } else if (is_dense(a.format)) {
+    packed_dense_row(a, row, y);
   } else {
-    switch (a.format) {
-      case Format::q4_0: return packed_row<Q4_0>(a, row, y);
-      case Format::q4_1: return packed_row<Q4_1>(a, row, y);
-      case Format::q8_0: return packed_row<Q8_0>(a, row, y);
-      default: return packed_dense_row(a, row, y);
-    }
+    with_format(a.format, [&](auto format) { packed_row(a, format, row, y); });
   }
 }
 

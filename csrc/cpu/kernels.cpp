@@ -24,6 +24,7 @@ Kernel<EmbeddingBackwardArgs> embedding_backward;
 Kernel<AdamwStepArgs> adamw_step;
 Kernel<SumOfSquaresArgs> sum_of_squares;
 Kernel<PackArgs> pack;
+Kernel<UnpackArgs> unpack;
 Kernel<LogProbsArgs> log_probs;
 Kernel<TopLogProbsArgs> top_log_probs;
 Kernel<SamplingArgs> sampling;
@@ -63,6 +64,7 @@ const Kernels kernels = {
     .adamw_step = adamw_step,
     .sum_of_squares = sum_of_squares,
     .pack = pack,
+    .unpack = unpack,
     .log_probs = log_probs,
     .top_log_probs = top_log_probs,
     .sampling = sampling,

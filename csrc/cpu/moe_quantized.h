@@ -18,13 +18,13 @@ class QuantizedPanels {
   int64_t panels() const { return panels_; }
   void begin_expert(int64_t e, bool) {
     data_ = w_.data + e * w_.expert_bytes;
-    scales_ = w_.scales + e * w_.expert_scales;
+    scales_ = reinterpret_cast<const uint16_t*>(w_.scales + e * w_.expert_scales);
   }
   void prefetch(int64_t e, int64_t row, int64_t) const {
     const int64_t block = row / kPanelRows * blocks_;
     prefetch_range(w_.data + e * w_.expert_bytes + block * block_bytes<F>,
                    blocks_ * block_bytes<F>);
-    prefetch_range(w_.scales + e * w_.expert_scales + block * block_scales<F>,
+    prefetch_range(w_.scales + e * w_.expert_scales + block * block_scales<F> * 2,
                    blocks_ * block_scales<F> * 2);
   }
   void begin_strip(int, int64_t, int64_t, int64_t, bool) const {}

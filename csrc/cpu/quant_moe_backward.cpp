@@ -6,22 +6,14 @@
 namespace fastllm::FASTLLM_ISA {
 namespace {
 
-template <class D>
 struct PackedStrips {
   const QuantMoeBackwardArgs& a;
 
-  static void strip(const ExpertWeights& w, int64_t n, int64_t k, int64_t expert, int64_t panel,
-                    int count, uint32_t* to) {
+  void strip(const ExpertWeights& w, int64_t n, int64_t k, int64_t expert, int64_t panel, int count,
+             uint32_t* to) const {
     const auto* data = reinterpret_cast<const uint8_t*>(w.data) + expert * w.expert_bytes;
-    const PackedRows rows{data, w.scales + expert * w.expert_scales, n, k};
-    switch (w.format) {
-      case Format::q4_0: return unpack_strip<Q4_0, D>(rows, panel, count, to);
-      case Format::q4_1: return unpack_strip<Q4_1, D>(rows, panel, count, to);
-      case Format::q8_0: return unpack_strip<Q8_0, D>(rows, panel, count, to);
-      case Format::bf16: return unpack_strip<Bf16Rows, D>(rows, panel, count, to);
-      case Format::f32: return unpack_strip<F32Rows, D>(rows, panel, count, to);
-      default: return;
-    }
+    const auto* scales = reinterpret_cast<const uint8_t*>(w.scales) + expert * w.expert_scales;
+    unpack_strip(a.rows.type, {data, scales, w.format, n, k}, panel, count, to);
   }
   void down(int64_t expert, int64_t panel, int count, uint32_t* to) const {
     strip(a.down, a.rows.hidden, a.rows.inner, expert, panel, count, to);
@@ -33,8 +25,8 @@ struct PackedStrips {
 
 template <class D>
 void quant_moe_backward(const QuantMoeBackwardArgs& a, const Team& team) {
-  const PackedStrips<D> weights{a};
-  const RowsBackward<D, PackedStrips<D>> rows(a.rows, weights, team);
+  const PackedStrips weights{a};
+  const RowsBackward<D, PackedStrips> rows(a.rows, weights, team);
   rows.run();
   for (int64_t task; (task = next_task(team, 1)) < rows.token_tasks();) rows.sum_tokens(task);
 }

@@ -1,169 +1,21 @@
 // Columns of a packed weight as panels of a right operand: the panels of the weight interleave its
-// rows, over which the product sums. A strip of 32 columns (a block of every row) is dequantized and
-// transposed; 16 rows x 32 columns take about 250 instructions, the products of one block of 168
-// rows 2,700.
+// rows, over which the product sums.
 #pragma once
-#include <type_traits>
-
-#include "cpu/matmul_dense.h"
-#include "cpu/transpose.h"
+#include "common/formats.h"
+#include "cpu/simd.h"
 
 namespace fastllm::FASTLLM_ISA {
-namespace {
 
 // A weight of `n` rows and `k` columns, packed as fastllm/ops/packed_layout.py says.
-struct PackedRows {
-  const uint8_t* data;
-  const uint16_t* scales;
+struct PackedMatrix {
+  const uint8_t *data, *scales;
+  Format format;
   int64_t n, k;
 };
-struct Bf16Rows {};
-struct F32Rows {};
 
-// 16 columns (half `half` of a block) of 16 rows as they are worth: out[c] has a lane a row.
-template <class F>
-FASTLLM_INLINE void decode_columns(const uint8_t* data, const uint16_t* scales, int half,
-                                   vf (*out)[NV]) {
-#pragma GCC unroll 4
-  for (int v = 0; v < NV; ++v) {
-    const vf d = vload_f16(scales + v * VL);
-    vf minimum = vf{};
-    if constexpr (F::scales == 2) minimum = vload_f16(scales + kPanelRows + v * VL);
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      const int word = F::nibbles ? i : 4 * half + i;
-      vi codes[4];
-      decode_word<F, FloatDot>(vloadi(data + word * 4 * kPanelRows + v * VL * 4),
-                               F::nibbles ? half : 0, codes);
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
-        out[4 * i + j][v] = vbits(codes[j]) * d;
-        if constexpr (F::scales == 2) out[4 * i + j][v] = out[4 * i + j][v] + minimum;
-      }
-    }
-  }
-}
+// `count` panels of 16 columns (2 only at even ones) of all rows, dequantized and rounded to `type`,
+// f32 or bf16 in pairs of rows. Compiled in unpack_strip.cpp, once for all who read packed weights
+// so. `count` is at most kDenseStrip.
+void unpack_strip(DType type, const PackedMatrix& w, int64_t panel, int count, uint32_t* panels);
 
-// The 16 rows as words of `Words` panels of 16 columns: pairs of rows rounded to bf16, or floats.
-// Words from `live` on belong to rows that do not exist.
-struct PairWords {
-  static constexpr int count = kPanelRows / 2;
-
-#if defined(__AVX512F__)
-  FASTLLM_INLINE vi pairs(vf low, vf high) {  // columns of 8 words side by side
-#if defined(__AVX512BF16__)
-    return (vi)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
-#else
-    const __m256i a = _mm512_cvtepi32_epi16((__m512i)vround_bf16_bits(low));
-    const __m256i b = _mm512_cvtepi32_epi16((__m512i)vround_bf16_bits(high));
-    return (vi)_mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
-#endif
-  }
-  FASTLLM_INLINE void store(const vf (*first)[NV], const vf (*second)[NV], int64_t live,
-                            uint32_t* panel, uint32_t* next) {
-    vi r[16];
-#pragma GCC unroll 16
-    for (int c = 0; c < 16; ++c) r[c] = pairs(first[c][0], second[c][0]);
-    transpose_16x16(r);
-#pragma GCC unroll 8
-    for (int w = 0; w < count; ++w)
-      if (w < live) {
-        __builtin_memcpy(panel + w * kPanelRows, &r[w], 64);
-        if (next) __builtin_memcpy(next + w * kPanelRows, &r[count + w], 64);
-      }
-  }
-#else
-  FASTLLM_INLINE void store(const vf (*columns)[NV], int64_t live, uint32_t* panel) {
-    for (int c = 0; c < kPanelRows; ++c) {
-      uint16_t rows[kPanelRows];
-      for (int v = 0; v < NV; ++v) vstore_bf16(rows + v * VL, columns[c][v]);
-      for (int w = 0; w < count && w < live; ++w)
-        __builtin_memcpy(panel + w * kPanelRows + c, rows + 2 * w, 4);
-    }
-  }
-#endif
-};
-
-struct FloatWords {
-  static constexpr int count = kPanelRows;
-
-  FASTLLM_INLINE void store(const vf (*columns)[NV], int64_t live, uint32_t* panel) {
-#if defined(__AVX512F__)
-    vi r[16];
-#pragma GCC unroll 16
-    for (int c = 0; c < 16; ++c) r[c] = vbits(columns[c][0]);
-    transpose_16x16(r);
-#pragma GCC unroll 16
-    for (int w = 0; w < count; ++w)
-      if (w < live) __builtin_memcpy(panel + w * kPanelRows, &r[w], 64);
-#else
-    for (int c = 0; c < kPanelRows; ++c) {
-      float rows[kPanelRows];
-      for (int v = 0; v < NV; ++v) vstore(rows + v * VL, columns[c][v]);
-      for (int w = 0; w < count && w < live; ++w)
-        __builtin_memcpy(panel + w * kPanelRows + c, rows + w, 4);
-    }
-#endif
-  }
-#if defined(__AVX512F__)
-  FASTLLM_INLINE void store(const vf (*first)[NV], const vf (*second)[NV], int64_t live,
-                            uint32_t* panel, uint32_t* next) {
-    store(first, live, panel);
-    if (next) store(second, live, next);
-  }
-#endif
-};
-
-// 16 columns of panel `panel` of the 16 rows of a group, a lane a row; columns that do not exist are
-// zero.
-template <class F>
-FASTLLM_INLINE void read_columns(const PackedRows& w, int64_t group, int64_t panel, vf (*out)[NV]) {
-  if constexpr (std::is_same_v<F, Bf16Rows>) {
-    const int64_t words = (w.k + 1) / 2;
-    const uint8_t* from = w.data + group * words * kPanelRows * 4;
-    for (int64_t i = 0; i < kPanelRows / 2; ++i) {
-      const int64_t word = panel * (kPanelRows / 2) + i;
-      for (int v = 0; v < NV; ++v) {
-        const vi pair = word < words ? vloadi(from + (word * kPanelRows + v * VL) * 4) : vi{};
-        out[2 * i][v] = vbits(pair << 16);
-        out[2 * i + 1][v] = vbits(pair & static_cast<int32_t>(0xffff0000));
-      }
-    }
-  } else if constexpr (std::is_same_v<F, F32Rows>) {
-    const uint8_t* from = w.data + group * w.k * kPanelRows * 4;
-    for (int64_t i = 0; i < kPanelRows; ++i) {
-      const int64_t column = panel * kPanelRows + i;
-      for (int v = 0; v < NV; ++v)
-        out[i][v] = column < w.k ? vbits(vloadi(from + (column * kPanelRows + v * VL) * 4)) : vf{};
-    }
-  } else {
-    const int64_t block = group * (w.k / kBlock) + panel / 2;
-    decode_columns<F>(w.data + block * block_bytes<F>, w.scales + block * block_scales<F>,
-                      static_cast<int>(panel % 2), out);
-  }
-}
-
-// `count` panels (2 only at even ones) of all rows.
-template <class F, class D>
-static void unpack_strip(const PackedRows& w, int64_t panel, int count, uint32_t* panels) {
-  using Words = std::conditional_t<D::columns == 2, PairWords, FloatWords>;
-  const int64_t groups = (w.n + kPanelRows - 1) / kPanelRows;
-  const int64_t words = (w.n + D::columns - 1) / D::columns;
-  for (int64_t g = 0; g < groups; ++g) {
-    const int64_t live = words - g * Words::count;
-    uint32_t* to = panels + g * Words::count * kPanelRows;
-    vf first[kPanelRows][NV];
-    read_columns<F>(w, g, panel, first);
-#if defined(__AVX512F__)
-    vf second[kPanelRows][NV] = {};
-    if (count == 2) read_columns<F>(w, g, panel + 1, second);
-    Words::store(first, second, live, to, count == 2 ? to + words * kPanelRows : nullptr);
-#else
-    (void)count;
-    Words::store(first, live, to);
-#endif
-  }
-}
-
-}  // namespace
 }  // namespace fastllm::FASTLLM_ISA

@@ -178,12 +178,11 @@ _FIRST = ("q4_0", "q4_1", "q8_0", "bf16", "f32")
 # What the rows of an op's backend table serve; the reference serves the rest.
 NATIVE_FORMATS: Mapping[str, tuple[str, ...]] = {
     "quant_matmul": _FIRST,
-    "quant_matmul_input_grad": _FIRST,
-    "quant_embedding": _FIRST,
+    "quant_matmul_input_grad": tuple(QUANT_FORMATS),
+    "quant_embedding": tuple(QUANT_FORMATS),
     "quant_moe": _FIRST,
-    "quant_moe_backward": _FIRST,
+    "quant_moe_backward": tuple(QUANT_FORMATS),
     "lm_head": _FIRST,
-    "pack": _FIRST,
 }
 TRITON_FORMATS: Mapping[str, tuple[str, ...]] = dict.fromkeys(
     (

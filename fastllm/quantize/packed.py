@@ -14,12 +14,13 @@ from torch import Tensor
 from .. import _C
 from ..ops import packed_layout as layout
 from ..ops.pages import Arena
-from ..ops.quant_format import NATIVE_FORMATS, QUANT_FORMATS, QuantFormat, format_of
+from ..ops.quant_format import QUANT_FORMATS, QuantFormat, format_of
 from ..ops.quantize import quantize
 from .gguf_blocks import block_type, row_bytes
 from .gguf_codes import GGUF_FORMATS, join_blocks, split_blocks
 
 _SOURCE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_NATIVE_ROWS = {1, layout.ROWS_PER_GROUP["cpu"]}  # between which the CPU core rearranges
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,16 @@ def _kept(packed: PackedWeight, arena: Arena | None) -> PackedWeight:
     return PackedWeight(data, scales, packed.format, packed.n, packed.k)
 
 
+def _empty_weight(
+    format: str, n: int, k: int, per_group: int, arena: Arena | None = None
+) -> PackedWeight:
+    """Memory for a weight on the CPU."""
+    dtype = layout.DENSE.get(format, torch.uint8)
+    data = _empty(layout.data_shape(format, n, k, per_group), dtype, arena)
+    shape = layout.scales_shape(format, n, k, per_group)
+    return PackedWeight(data, _empty(shape, layout.scales_dtype(format), arena), format, n, k)
+
+
 def rows_per_group(device: torch.device | str) -> int:
     """R of the layout that the kernels of `device` read: 16 on the CPU, 1 on a GPU."""
     kind = torch.device(device).type
@@ -101,15 +112,12 @@ def pack(
     """
     _check_rows(format, rows, n, k)
     per_group = rows_per_group(device)
-    native = format in NATIVE_FORMATS["pack"]
-    if native and rows.device.type == "cpu" and torch.device(device).type == "cpu":
-        dtype = layout.DENSE.get(format, torch.uint8)
-        data = _empty(layout.data_shape(format, n, k, per_group), dtype, arena)
-        scales = _empty(layout.scales_shape(format, n, k, per_group), torch.float16, arena)
+    if rows.device.type == "cpu" and torch.device(device).type == "cpu":
+        packed = _empty_weight(format, n, k, per_group, arena)
         if k > 1 and rows.stride(1) != 1:
             rows = rows.contiguous()
-        _C.pack(data, scales, rows, layout.FORMATS.index(format), n, k)
-        return PackedWeight(data, scales, format, n, k)
+        _C.pack(packed.data, packed.scales, rows, layout.FORMATS.index(format), n, k)
+        return packed
     return _kept(pack_ref(format, rows.to(device), n, k, per_group), arena)
 
 
@@ -297,13 +305,19 @@ def from_canonical(
     layout.check_packed(data, scales, format, n, k)
     per_group = rows_per_group(device)
     packed = PackedWeight(data.to(device), scales.to(device), format, n, k)
-    return _kept(_with_rows(packed, per_group), arena)
+    return _with_rows(packed, per_group, arena)
 
 
-def _with_rows(packed: PackedWeight, per_group: int) -> PackedWeight:
+def _with_rows(packed: PackedWeight, per_group: int, arena: Arena | None = None) -> PackedWeight:
     """The same weight, another number of rows interleaved."""
     if packed.rows_per_group == per_group:
-        return packed
+        return _kept(packed, arena)
+    if packed.device.type == "cpu" and {packed.rows_per_group, per_group} == _NATIVE_ROWS:
+        out = _empty_weight(packed.format, packed.n, packed.k, per_group, arena)
+        rearrange = _C.pack_rows if per_group > 1 else _C.unpack_rows
+        index = layout.FORMATS.index(packed.format)
+        rearrange(out.data, out.scales, packed.data, packed.scales, index, packed.n, packed.k)
+        return out
     rows_last = packed.format == "f32"
     data = packed.data.unsqueeze(-1) if rows_last else packed.data
     data = layout.interleave(layout.deinterleave(data, packed.n), per_group)
@@ -312,7 +326,7 @@ def _with_rows(packed: PackedWeight, per_group: int) -> PackedWeight:
         parts = layout.split_scales(scales, packed.format, packed.n, packed.k)
         scales = layout.join_scales(parts, packed.format, per_group)
     data = data.squeeze(-1) if rows_last else data
-    return PackedWeight(data, scales, packed.format, packed.n, packed.k)
+    return _kept(PackedWeight(data, scales, packed.format, packed.n, packed.k), arena)
 
 
 def gguf_rows(packed: PackedWeight) -> Tensor:
@@ -323,6 +337,12 @@ def gguf_rows(packed: PackedWeight) -> Tensor:
     """
     if packed.format not in GGUF_FORMATS:
         raise ValueError(f"GGUF has no format {packed.format!r}: {', '.join(GGUF_FORMATS)}")
+    if packed.device.type == "cpu" and packed.rows_per_group == layout.ROWS_PER_GROUP["cpu"]:
+        width = row_bytes(packed.format, packed.k)
+        rows = torch.empty((packed.n, width), dtype=torch.uint8)
+        index = layout.FORMATS.index(packed.format)
+        _C.unpack_blocks(rows, packed.data, packed.scales, index, packed.n, packed.k)
+        return rows
     codes = layout.stored_codes(packed.data, packed.format, packed.n)
     parts = layout.split_scales(packed.scales, packed.format, packed.n, packed.k)
     return join_blocks(packed.format, codes, parts).flatten(1)
@@ -360,7 +380,7 @@ def concat(packs: Sequence[PackedWeight], arena: Arena | None = None) -> PackedW
         whole = PackedWeight(
             _cat([part.data for part in rows], None), _scales(rows, None), first.format, n, first.k
         )
-        return _kept(_with_rows(whole, per_group), arena)
+        return _with_rows(whole, per_group, arena)
     data = _cat([part.data for part in packs], arena)
     return PackedWeight(data, _scales(packs, arena), first.format, n, first.k)
 

@@ -12,6 +12,12 @@ from ..ops.quant_format import NF4_INT8, QUANT_FORMATS
 SIZES = {"normal": 1.0, "huge": 2e4, "tiny": 1e-5, "zero": 0.0}
 
 
+def whole(format: str, k: int) -> int:
+    """The fewest columns that are at least k and that the format can hold."""
+    multiple = QUANT_FORMATS[format].multiple
+    return -(-k // multiple) * multiple
+
+
 def random_packed(
     g: torch.Generator, format: str, n: int, k: int, rows: int, size: str = "normal"
 ) -> tuple[Tensor, Tensor]:

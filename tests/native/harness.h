@@ -180,6 +180,7 @@ void run_everywhere(const char* name, Kernel<Args>* Kernels::* kernel, const Arg
 void test_parallel();
 void test_elementwise();
 void test_products();
+void test_packs();
 void test_attention();
 void test_attention_backward();
 void test_sampling();

@@ -14,6 +14,7 @@ int main(int argc, char** argv) {
   } suites[] = {{"parallel", test_parallel},
                 {"elementwise", test_elementwise},
                 {"products", test_products},
+                {"packs", test_packs},
                 {"attention", test_attention},
                 {"attention_backward", test_attention_backward},
                 {"sampling", test_sampling},

@@ -11,7 +11,7 @@ from ...ops import packed_layout as layout
 from ...ops.embedding import quant_embedding_ref
 from ...ops.quant_format import NATIVE_FORMATS
 from ..opinfo import Args, Case, OpInfo
-from .quant_matmul import random_packed
+from ..packed_weights import random_packed, whole
 
 SHAPES = (((5,), 17, 64), ((2, 3), 100, 33), ((0,), 4, 8), ((4,), 1, 1))
 
@@ -61,7 +61,7 @@ def _packed_case(format: str, n: int, k: int, out: torch.dtype) -> Case:
 def _packed_cases(dtype: torch.dtype) -> Iterator[Case]:
     for format in NATIVE_FORMATS["quant_embedding"]:
         for n, k in ((1, 32), (17, 64), (100, 96)):
-            yield _packed_case(format, n, k, dtype)
+            yield _packed_case(format, n, whole(format, k), dtype)
 
 
 INFOS = [

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...ops import packed_layout as layout
 from ...ops.quant_format import NATIVE_FORMATS
 from ..opinfo import Args, Case, OpInfo
-from .quant_matmul import random_packed, weight64
+from ..packed_weights import random_packed, weight64, whole
 
 # (m, n, k): tiles of few and many rows, groups of 16 rows cut anywhere, odd numbers of rows
 SHAPES = ((0, 17, 64), (1, 1, 32), (2, 100, 96), (5, 15, 64), (17, 33, 32), (40, 48, 96))
@@ -20,7 +20,7 @@ BENCH_SHAPES = ((1024, 576, 1536), (1024, 1536, 576), (1024, 960, 576))
 
 
 def _case(shape: tuple[int, int, int], dtype: torch.dtype, format: str) -> Case:
-    m, n, k = shape
+    m, n, k = *shape[:2], whole(format, shape[2])
 
     def make(g: torch.Generator) -> Args:
         dy = torch.randn(m, n, generator=g).to(dtype)

@@ -13,11 +13,11 @@ from ...ops.gated_activation import ACTIVATIONS
 from ...ops.quant_format import NATIVE_FORMATS
 from ...ops.quant_moe_backward import variant_name
 from ..opinfo import Args, Case, OpInfo
+from ..packed_weights import random_packed, weight64, whole
 from .moe_backward import exact_gradients, random_ids, sorted_by_expert
-from .quant_matmul import random_packed, weight64
 
 # (tokens, hidden, inner, experts, k)
-SHAPES = ((0, 32, 32, 4, 2), (1, 64, 32, 3, 1), (29, 96, 64, 5, 3))
+SHAPES = ((0, 32, 32, 4, 2), (3, 64, 32, 3, 2), (29, 96, 64, 5, 3))
 PAIRS = tuple(
     (format, "q8_0" if format in ("q4_0", "q4_1") else format)
     for format in NATIVE_FORMATS["quant_moe_backward"]
@@ -43,6 +43,7 @@ def _args(
     wanted: tuple[bool, bool] = (True, True),
 ) -> Args:
     t, hidden, inner, experts, k = shape
+    hidden, inner = whole(formats[0], hidden), whole(formats[1], inner)
     offsets, slots = sorted_by_expert(random_ids(g, t, experts + 1, k), experts)
     gate_up = random_experts(g, formats[0], experts, 2 * inner, hidden)
     down = random_experts(g, formats[1], experts, hidden, inner)
