@@ -270,7 +270,12 @@ class _Loader:
     def _pack(self, names: Sequence[str]) -> list[PackedWeight]:
         """One packed weight of all the rows if the formats are equal, else one of each."""
         stored = [self.source.get(name) for name in names]
-        packs = self._quantized(names, stored) or self._joined(stored)
+        packs = self._quantized(names, stored)
+        if packs:
+            del stored
+            self.source.release()  # a model is quantized to be small: its file need not stay mapped
+            return packs
+        packs = self._joined(stored)
         del stored
         for name in names:
             self.source.release(name)
