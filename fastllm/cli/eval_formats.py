@@ -134,12 +134,14 @@ def _method(format: str, method: str) -> str:
 
 def _load(path: Path, format: str, options: Any) -> LLM:
     from ..engine.llm import LLM
+    from ..models.weights import open_weights
 
     activation = None if format in DENSE else options.activation
     dtype = options.dtype
     if format in DENSE:
         dtype = {"f32": "float32", "bf16": "bfloat16"}[format]
-    longest = options.max_model_len or max(options.length, PROMPT + ANSWER)
+    positions = open_weights(path).config.max_position_embeddings
+    longest = options.max_model_len or min(max(options.length, PROMPT + ANSWER), positions)
     return LLM(
         path, dtype=dtype, device=options.device, activation=activation,
         max_model_len=longest, max_num_seqs=1, kv_cache_dtype=options.kv_cache_dtype,
