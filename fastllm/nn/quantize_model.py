@@ -62,6 +62,10 @@ def quantize_model(
         raise ValueError("activation belongs to the loaded model: load it with the one you want")
     report = quantizer.report
     report.bytes_before = _bytes(model)
+    for name in _sharing(model):
+        if quantizer.rule.chooses(name):
+            report.keep(name, "shares its weight with another module")
+            quantizer.leave.add(name)
     for names in _names_of(model, lambda module: type(module) is nn.Linear):
         _replace(model, names, quantizer, activation)
     _pack_layers(model, quantizer)
@@ -120,6 +124,17 @@ def _note_formats(model: nn.Module) -> None:
         config.quantization_config = fastllm_files.config(layers)
     elif hasattr(config, "quantization_config"):
         del config.quantization_config
+
+
+def _sharing(model: nn.Module) -> list[str]:
+    """Linear layers whose weight is another's too, as a tied LM head's is the embedding's."""
+    owners: dict[nn.Parameter, list[str]] = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            owners.setdefault(weight, []).append(name)
+    shared = [name for names in owners.values() if len(names) > 1 for name in names]
+    return [name for name in shared if isinstance(model.get_submodule(name), nn.Linear | Linear)]
 
 
 def _names_of(model: nn.Module, chosen: Callable[[nn.Module], bool]) -> list[list[str]]:

@@ -19,16 +19,20 @@ from .rule import QuantReport, QuantRule, squared_error
 class Quantizer:
     """Round to nearest by `rule`, for models that are loaded or changed layer by layer.
 
-    measure: compare what was stored with what was given: about as long again.
+    measure: compare what was stored with what was given: about as long again. `leave`: names of
+    layers that cannot be quantized, whatever the rule says; the report has them already.
     """
 
     def __init__(self, rule: QuantRule, *, measure: bool = True) -> None:
         self.rule = rule
         self.measure = measure
         self.report = QuantReport(rule.label)
+        self.leave: set[str] = set()
 
     def format_for(self, name: str, shape: tuple[int, ...]) -> str | None:
         """The quantized format of a layer's weight [n, k]; None, and a note, if it stays dense."""
+        if name in self.leave:
+            return None
         if not self.rule.chooses(name):
             self.report.keep(name, "not chosen")
             return None

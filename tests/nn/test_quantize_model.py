@@ -84,6 +84,16 @@ def test_names_choose_and_skip() -> None:
         fastllm.quantize_model(Block(), "q4k")
 
 
+def test_a_tied_head_stays_tied() -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(96, 64), "head": nn.Linear(64, 96, False)})
+    model["up"] = nn.Linear(64, 64)
+    model["head"].weight = model["embed"].weight
+    report = fastllm.quantize_model(model, "q8_0", skip=())
+    assert [layer.name for layer in report.layers] == ["up"]
+    assert report.kept == [("head", "shares its weight with another module")]
+    assert model["head"].weight is model["embed"].weight
+
+
 def test_a_weight_that_cannot_be_quantized_is_named() -> None:
     model = Block()
     nn.init.constant_(model.mlp["down"].weight, float("inf"))
