@@ -69,6 +69,21 @@ def test_an_adapter_learns_on_weights_quantized_at_load_and_is_served_on_them(
     assert f"weights quantized to {llm.model.quantization.format}" in capsys.readouterr().err
 
 
+def test_a_quantized_file_is_rounded_again_only_if_asked_and_says_so(
+    chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "base.gguf"
+    path = base(tmp_path, "llama")
+    assert fastllm_main(["export", str(path), "--type", "q8_0", "--out", str(file)]) == 0
+    options = ["--epochs=1", "--batch_size=2", "--samples=0", "--loop.metrics.progress=plain"]
+    fine_tune(file, chats, tmp_path / "as-it-is", *options)
+    said = capsys.readouterr().err
+    assert "on packed quantized weights" in said and "weights quantized to" not in said
+    fine_tune(file, chats, tmp_path / "again", "--quant=q4_0", *options)
+    said = capsys.readouterr().err
+    assert "weights quantized to q4_0" in said and "errors of both roundings add up" in said
+
+
 def test_a_resumed_run_has_the_same_bits_and_the_same_base(chats: Path, tmp_path: Path) -> None:
     path = base(tmp_path, "llama")
     options = ["--quant=q8_0", "--batch_size=1", "--epochs=2", "--samples=0", "--loop.save_every=2"]
