@@ -228,7 +228,8 @@ def _lazy(
     def make() -> StoredTensor:
         stored = weights.get(name)
         if rows is not None:
-            stored = StoredTensor(stored.format, shape, stored.data[:, rows])
+            scales = None if stored.scales is None else stored.scales[:, rows]
+            stored = replace(stored, shape=shape, data=stored.data[:, rows], scales=scales)
         if stored.format != format:
             stored = _converted(stored.to_float32(), format, name)
         return stored if order is None else replace(stored, data=stored.data[order])

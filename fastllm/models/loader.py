@@ -140,10 +140,8 @@ def choose_compute(
 
 
 def is_quantized(source: WeightSource) -> bool:
-    """Whether matrices of a model are stored in a quantized format."""
-    kinds = ("o_proj.weight", "v_proj.weight", "up_proj.weight", "down_proj.weight")
-    names = [n for n in source.names if n.endswith(kinds) or n == "model.embed_tokens.weight"]
-    return any(source.format(name) not in DENSE_DTYPES for name in names)
+    """Whether weights of a model are stored in a quantized format."""
+    return any(source.format(name) not in DENSE_DTYPES for name in source.names)
 
 
 class _Loader:

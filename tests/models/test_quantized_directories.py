@@ -17,6 +17,7 @@ from fastllm.cli.main import main
 from fastllm.errors import ModelFileError
 from fastllm.models.config import ModelConfig
 from fastllm.models.expert_files import to_files as expert_matrices
+from fastllm.models.gguf_export import export_gguf, weights_of
 from fastllm.models.moe_config import MoeConfig
 from fastllm.models.weights import SafetensorsWeights, open_weights
 from fastllm.ops import packed_layout as layout
@@ -45,7 +46,7 @@ def dense_config(**changes: Any) -> ModelConfig:
 
 
 def moe_config() -> ModelConfig:
-    experts = MoeConfig(num_experts=3, per_token=2, moe_intermediate_size=64)
+    experts = MoeConfig(num_experts=3, per_token=2, moe_intermediate_size=64, renormalize=True)
     return dense_config(model_type="qwen3_moe", qk_norm=True, experts=experts)
 
 
@@ -332,3 +333,19 @@ def test_codes_of_a_loaded_layer_are_those_of_the_files(tmp_path: Path) -> None:
     theirs = coded(stored.data, stored.scales, "nf4", packed.n, packed.k)
     assert torch.equal(own.codes, theirs.codes) and torch.equal(own.scales, theirs.scales)
     assert layout.rows_of(stored.data, "nf4") == 1
+
+
+def test_directories_are_exported_dequantized(tmp_path: Path) -> None:
+    config = moe_config()
+    quantization = compressed_tensors.config({"x": "int4_asym_g32"})
+    values = write(tmp_path / "m", config, "int4_asym_g32", compressed_tensors.to_files,
+                   quantization)  # fmt: skip
+    source = open_weights(tmp_path / "m")
+    export_gguf(weights_of(source), tmp_path / "m.gguf", "f32", None)
+    exported = open_weights(tmp_path / "m.gguf")
+    for name in source.names:
+        assert torch.equal(exported.get(name).to_float32(), source.get(name).to_float32()), name
+    name = "model.layers.1.mlp.experts.2.down_proj.weight"
+    assert torch.equal(
+        exported.get("model.layers.1.mlp.experts.down_proj").to_float32()[2], values[name]
+    )
