@@ -28,6 +28,7 @@ from fastllm.quantize.packed import (
 
 _COMPUTE = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _PARTS = ("weight_codes", "weight_scales")
+_INTERLEAVED = {1, *layout.ROWS_PER_GROUP.values()}  # rows that layouts put side by side
 _Shape = tuple[tuple[int, ...], torch.dtype, tuple[int, ...]]
 
 
@@ -210,13 +211,11 @@ class QuantLinear(nn.Linear):
         """Codes and scales as bytes on `device`, in its layout; of a layer on meta only memory."""
         n, k = self.out_features, self.in_features
         if self.weight_codes.is_meta:
-            groups = -(-n // rows)
-            per_row = (layout.data_shape(self.format, 1, k, 1), self.weight_scales.dtype)
-            widths = (torch.Size(per_row[0]).numel(), format_of(self.format).scale_bytes(k))
-            return tuple(  # type: ignore[return-value]
-                torch.empty(groups, width * rows, dtype=torch.uint8, device=device)
-                for width in widths
+            codes, scales = (
+                torch.empty(-(-n // rows), width * rows, dtype=torch.uint8, device=device)
+                for width in self._row_bytes()
             )
+            return codes, scales
         data, scales = canonical(self.packed_weight())
         packed = from_canonical(self.format, data, scales, n, k, device)
         return _as_bytes(packed.data), _as_bytes(packed.scales)
@@ -277,18 +276,25 @@ class QuantLinear(nn.Linear):
         missing = [part for part in _PARTS if prefix + part not in given]
         if len(missing) == 1:
             return f"{prefix}{missing[0]} is missing: {' and '.join(_PARTS)} belong together"
-        n, k, kind = self.out_features, self.in_features, format_of(self.format)
-        widths = (torch.Size(layout.data_shape(self.format, 1, k, 1)).numel(), kind.scale_bytes(k))
-        for part, width in zip(_PARTS, widths, strict=True):
+        n = self.out_features
+        for part, width in zip(_PARTS, self._row_bytes(), strict=True):
             t = given.get(prefix + part)
             if t is None or _is_sharded(t):
                 continue
-            if t.dtype != torch.uint8 or tuple(t.shape) != (n, width):
+            # Parts that FSDP2 has put together again still interleave the rows of their device.
+            shapes = {(-(-n // rows), rows * width) for rows in _INTERLEAVED}
+            if t.dtype != torch.uint8 or tuple(t.shape) not in shapes:
                 return (
                     f"{prefix}{part} must be uint8 [{n}, {width}] for a {self.format} weight of "
-                    f"{n} x {k}, got {t.dtype} {list(t.shape)}"
+                    f"{n} x {self.in_features}, got {t.dtype} {list(t.shape)}"
                 )
         return None
+
+    def _row_bytes(self) -> tuple[int, int]:
+        """Bytes of a row's codes and scales."""
+        k = self.in_features
+        codes = torch.Size(layout.data_shape(self.format, 1, k, 1)).numel()
+        return codes, format_of(self.format).scale_bytes(k)
 
     def extra_repr(self) -> str:
         return (
@@ -339,5 +345,5 @@ def _shapes(format: str, n: int, k: int) -> dict[int, _Shape]:
         rows * one: (
             layout.data_shape(format, n, k, rows), dtype, layout.scales_shape(format, n, k, rows)
         )
-        for rows in {1, *layout.ROWS_PER_GROUP.values()}
+        for rows in _INTERLEAVED
     }  # fmt: skip
