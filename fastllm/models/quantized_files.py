@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastllm.errors import ModelFileError
 from fastllm.models.fields import MAX_CONFIG_BYTES, Fields, read_json_object
-from fastllm.models.quantized_layouts import Layout, layout_of
+from fastllm.models.quantized_layouts import EXPANDED, Layout, layout_of
 from fastllm.models.safetensors_files import SafetensorsEntry, SafetensorsFiles
 from fastllm.models.stored_tensor import StoredTensor
 
@@ -101,9 +101,10 @@ class QuantizedFiles:
             )
         return stored
 
-    def is_quantized(self, name: str) -> bool:
-        """Whether a weight of `entries` is a quantized matrix."""
-        return name in self._parts
+    @property
+    def expanded(self) -> list[str]:
+        """Matrices that come out as numbers, because no format of ours holds their codes."""
+        return [name for name in self._parts if self.entries[name].dtype == EXPANDED]
 
     def release(self) -> None:
         """As `SafetensorsFiles.release`."""

@@ -26,6 +26,7 @@ from fastllm.quantize import (
 from fastllm.quantize.coded import INT4_GROUPS, CodedWeight
 
 MAX_MODULES = 1 << 20
+EXPANDED = "f32"  # what a matrix comes out as whose codes none of our formats can hold
 Entries = Mapping[str, SafetensorsEntry]  # the tensors of a matrix by part
 Reader = Callable[[str], Tensor]  # the tensor of a part
 Described = tuple[tuple[int, int], str]  # shape, format
@@ -72,13 +73,18 @@ def layout_of(fields: Fields) -> Layout:
 
 
 def _stored(weight: CodedWeight) -> StoredTensor:
-    if weight.order is not None:
-        raise ValueError(
-            "g_idx puts columns into groups out of order (act-order, desc_act=True), for which "
-            "there is no kernel; use a checkpoint made with desc_act=False or static_groups=True, "
-            "or quantize the unquantized one with `fastllm quantize`"
-        )
+    if weight.order is not None:  # no format has columns out of order
+        return StoredTensor(EXPANDED, (weight.n, weight.k), weight.values())
     return StoredTensor.of_canonical(weight.format, *weight.canonical(), weight.n, weight.k)
+
+
+def _out_of_order(name: str, parts: Entries, read: Reader, k: int, groups: int) -> bool:
+    """Whether a tensor of this name puts columns into groups out of their order (act-order)."""
+    if name not in parts:
+        return False
+    if parts[name].shape != (k,):
+        raise ValueError(f"{name} has shape {list(parts[name].shape)}, {[k]} is expected")
+    return gptq_files.column_order(read(name), k // groups) is not None
 
 
 def _shapes(parts: Entries, *required: str) -> dict[str, tuple[int, ...]]:
@@ -127,7 +133,10 @@ class GptqLayout:
     def describe(self, module: str, parts: Entries, read: Reader) -> Described:
         shapes = _shapes(parts, *gptq_files.REQUIRED)
         n, k, bits = gptq_files.shape_of(shapes)
-        return (n, k), _format(bits, self._symmetric, shapes["scales"][0], k)
+        groups = shapes["scales"][0]
+        if _out_of_order("g_idx", parts, read, k, groups):
+            return (n, k), EXPANDED
+        return (n, k), _format(bits, self._symmetric, groups, k)
 
     def load(self, module: str, tensors: Mapping[str, Tensor]) -> StoredTensor:
         return _stored(gptq_files.from_files(tensors, version=self._version))
@@ -238,6 +247,9 @@ class CompressedTensorsLayout:
         if "weight_packed" in shapes:
             _shapes(parts, "weight_shape")
             n, k = compressed_tensors.packed_shape({"weight_shape": read("weight_shape")})
+            if groups and not k % groups:
+                if _out_of_order("weight_g_idx", parts, read, k, groups):
+                    return (n, k), EXPANDED
             words = shapes["weight_packed"][-1]
             bits = 4 if words == -(-k * 4 // 32) else 8
             return (n, k), _format(bits, "weight_zero_point" not in shapes, groups, k)

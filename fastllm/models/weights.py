@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -112,6 +113,7 @@ class SafetensorsWeights:
         if isinstance(self.files, QuantizedFiles):
             own = {file_name(name, self.config) for name in self._shapes}
             self.files.drop_empty_biases(own)
+            _warn_of_expanded(directory, self.files)
         self.names = tuple(self._shapes)
         self._stored = _usual_names(directory, self.files, self.config)
         expected = stored_shapes(self.config, self._stored)
@@ -145,6 +147,18 @@ class SafetensorsWeights:
         # most of a layer.
         if name is None or holds_experts(name):
             self.files.release()
+
+
+def _warn_of_expanded(directory: Path, files: QuantizedFiles) -> None:
+    names = files.expanded
+    if names:
+        warnings.warn(
+            f"{directory}: {len(names)} matrices, {names[0]} first, have their columns in groups "
+            "out of order (act-order, desc_act=True), for which there are no kernels: they are "
+            "served dequantized, in four times the memory. A checkpoint made with desc_act=False, "
+            "or `fastllm quantize` on the unquantized model, stays small",
+            stacklevel=4,
+        )
 
 
 def _usual_names(

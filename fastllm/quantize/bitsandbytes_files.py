@@ -119,6 +119,7 @@ def _scales(tensors: Mapping[str, Tensor], state: dict[str, Any], count: int) ->
     block, offset = state.get("nested_blocksize"), state.get("nested_offset")
     if not isinstance(block, int) or block < 1 or not isinstance(offset, int | float):
         raise ValueError(f"nested_blocksize {block!r:.40} or nested_offset {offset!r:.40} is none")
+    block = min(block, max(count, 1))  # no larger than it need be: it is a file's number
     outer = _get(tensors, "nested_absmax").float().flatten()
     table = _get(tensors, "nested_quant_map").float().flatten()
     if outer.numel() != -(-count // block) or table.numel() != 256:

@@ -267,7 +267,7 @@ BAD_FILES: list[tuple[str, Callable[[dict[str, Tensor]], None], str]] = [
     ("gptq", _drop(".scales"), r"_proj\.weight: scales is missing"),
     ("gptq", _set("scales", lambda t: t[:1]), r"up_proj\.weight: scales have shape"),
     ("gptq", _set("scales", lambda t: t * float("nan")), r"up_proj\.weight: \(gptq\) .*NaN"),
-    ("gptq", _set("g_idx", lambda t: t.flip(0)), r"up_proj\.weight: .*act-order.*desc_act=False"),
+    ("gptq", _set("g_idx", lambda t: t * 0), r"up_proj\.weight: g_idx does not put 64 columns in"),
     ("gptq", _set("qweight", lambda t: t[:-1]), r"g_idx has shape \[128\], \[120\]"),
     ("awq", _drop(".qzeros"), r"qzeros is missing"),
     ("bitsandbytes", _drop(".quant_map"), r"weight\.quant_map is missing"),
@@ -290,6 +290,32 @@ def test_damaged_tensors_are_named_with_their_file(
         source = open_weights(tmp_path / "m")
         for name in source.names:
             source.get(name)
+
+
+@pytest.mark.parametrize("case", ["gptq", "pack-quantized"])
+def test_columns_out_of_order_are_served_dequantized_with_a_warning(
+    case: str, tmp_path: Path
+) -> None:
+    format, to_files, quantization = CASES[case]
+    orders = iter(range(100))
+
+    def shuffled(weight: CodedWeight) -> Mapping[str, Tensor]:
+        g = torch.Generator().manual_seed(next(orders))
+        order = torch.randperm(weight.k, generator=g)
+        ordered.append(CodedWeight(weight.format, weight.codes, weight.scales, None, order))
+        return to_files(ordered[-1])
+
+    ordered: list[CodedWeight] = []
+    names = list(write(tmp_path / "m", dense_config(), format, shuffled, quantization))
+    layers = [name for name in names if "_proj" in name]
+    with pytest.warns(UserWarning, match=r"14 matrices, .* out of order \(act-order, desc_act"):
+        llm = LLM(tmp_path / "m", dtype="float32", enforce_eager=True)
+    with pytest.warns(UserWarning, match="act-order"):
+        source = open_weights(tmp_path / "m")
+    for name, weight in zip(layers, ordered, strict=True):
+        assert source.format(name) == "f32"
+        assert torch.equal(source.get(name).to_float32(), weight.values())
+    assert bool(torch.isfinite(llm.logits(IDS)).all())
 
 
 def test_a_directory_without_the_method_says_where_it_belongs(tmp_path: Path) -> None:

@@ -154,6 +154,10 @@ def test_nested_nf4_scales_are_expanded_with_two_roundings() -> None:
     read = bitsandbytes_files.from_files(files)
     expected = table[indices] * outer[torch.arange(count) // 100] + torch.tensor(0.0173)
     assert torch.equal(read.scales.flatten(), expected)
+    one = nf4(codes, indices.to(torch.uint8), nested_blocksize=10**30, nested_offset=0)
+    one |= {"nested_absmax": outer[:1], "nested_quant_map": table}
+    read = bitsandbytes_files.from_files(one)  # a block that no memory holds is all there is
+    assert torch.equal(read.scales.flatten(), table[indices] * outer[0])
 
 
 def packed_ct(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> dict[str, Tensor]:
