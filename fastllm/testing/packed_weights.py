@@ -8,6 +8,7 @@ from torch import Tensor
 from ..ops import packed_layout as layout
 from ..ops.quant_format import NF4_INT8, QUANT_FORMATS
 
+FIRST_FORMATS = ("q4_0", "q4_1", "q8_0", "bf16", "f32")  # every run sees all their cases
 # What d is multiplied by: fp16 scales reach 6e4 and down to 6e-8, fp32 ones further.
 SIZES = {"normal": 1.0, "huge": 2e4, "tiny": 1e-5, "zero": 0.0}
 
@@ -19,11 +20,11 @@ def whole(format: str, k: int) -> int:
 
 
 def random_packed(
-    g: torch.Generator, format: str, n: int, k: int, rows: int, size: str = "normal"
+    g: torch.Generator, format: str, n: int, k: int, rows: int, size: str | float = "normal"
 ) -> tuple[Tensor, Tensor]:
     """(data, scales) of random codes and scales, padding rows zero.
 
-    size: of `SIZES`; in every size every third record of scales is small or, if "zero", 0.
+    size: of `SIZES`, or what scales are multiplied by; with "zero" every third record is 0.
     """
     if format in layout.DENSE:
         return layout.pack_dense(torch.randn(n, k, generator=g), format, rows)
@@ -34,7 +35,7 @@ def random_packed(
         words = torch.where(words & 127 == 127, words - 1, words)  # no NaN
     parts = random_scales(g, format, n, k)
     if size != "normal":
-        parts = _resized(parts, format, SIZES[size])
+        parts = _resized(parts, format, SIZES[size] if isinstance(size, str) else size)
     return layout.interleave(words, rows), layout.join_scales(parts, format, rows)
 
 

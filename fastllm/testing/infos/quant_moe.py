@@ -10,13 +10,13 @@ from torch import Tensor
 
 from ...ops import packed_layout as layout
 from ...ops.moe import moe_ref
-from ...ops.quant_format import NATIVE_FORMATS
+from ...ops.quant_format import NATIVE_FORMATS, QUANT_FORMATS
 from ...ops.quant_moe import quant_moe_ref, variant_name, variants
-from ...ops.quant_products import quantize_activation_ref
 from ..moe_problem import MoeProblem
-from ..opinfo import Args, Case, OpInfo
+from ..opinfo import Args, Case, OpInfo, generator
+from ..packed_weights import FIRST_FORMATS, random_packed, weight64, whole
 from .moe import active, arguments, exact
-from .quant_matmul import random_packed, weight64
+from .quant_matmul import quantized_rows
 
 SHAPES: tuple[dict[str, Any], ...] = (
     {"tokens": 1, "hidden": 64, "inner": 32, "experts": 4, "k": 2, "biases": "both"},
@@ -41,13 +41,15 @@ def random_experts(
     g: torch.Generator, format: str, experts: int, n: int, k: int, rows: int
 ) -> tuple[Tensor, Tensor]:
     """(data, scales) of random experts whose products are of about unit size."""
-    packs = [random_packed(g, format, n, k, rows) for _ in range(experts)]
+    size = k**-0.5
+    if format in layout.QUANTIZED:
+        one = random_packed(generator(), format, 8, k, rows)
+        size /= max(weight64(*one, format, 8, k).square().mean().sqrt().item(), 1e-6)
+    packs = [random_packed(g, format, n, k, rows, size) for _ in range(experts)]
     data = torch.stack([pack[0] for pack in packs])
-    scales = torch.stack([pack[1] for pack in packs])
-    size = k**-0.5 if format in layout.DENSE else {"q8_0": 0.25}.get(format, 2.0) * k**-0.5
     if format in layout.DENSE:
         data = (data.float() * size).to(data.dtype)
-    return data, (scales.float() * size).half()
+    return data, torch.stack([pack[1] for pack in packs])
 
 
 def _args(problem: MoeProblem, formats: tuple[str, str], mode: str, keep: bool) -> Any:
@@ -69,7 +71,11 @@ def _args(problem: MoeProblem, formats: tuple[str, str], mode: str, keep: bool) 
 def _case(
     shape: dict[str, Any], dtype: torch.dtype, formats: tuple[str, str], mode: str, **more: Any
 ) -> Case:
-    problem = MoeProblem(**shape, dtype=dtype)
+    sizes = {
+        "hidden": whole(formats[0], shape["hidden"]),
+        "inner": whole(formats[1], shape["inner"]),
+    }
+    problem = MoeProblem(**{**shape, **sizes}, dtype=dtype)
     label = f"{variant_name(*formats, mode)}-{problem.label}".replace(" ", "-")
     return Case(label=label, make=_args(problem, formats, mode, keep=True), **more)
 
@@ -81,7 +87,8 @@ def _cases(dtype: torch.dtype) -> Iterator[Case]:
         for format in QUANTIZED:
             for i, shape in enumerate(SHAPES):
                 # With int8 activations the function is a staircase: it has no exact gradient.
-                yield _case(shape, dtype, (format, format), mode, full=i == 0, gradients=False)
+                full = i == 0 if format in FIRST_FORMATS else i != 1
+                yield _case(shape, dtype, (format, format), mode, full=full, gradients=False)
         for i, formats in enumerate(MIXED):
             yield _case(SHAPES[i], dtype, formats, mode, gradients=False)
         yield _case(SHAPES[1], dtype, ("q4_0", dense), mode, gradients=False)
@@ -92,10 +99,12 @@ def _cases(dtype: torch.dtype) -> Iterator[Case]:
 def dense_args(args: Args, dtype: torch.dtype) -> Args:
     """The arguments of `moe` with the packed weights' values."""
     x, d1, s1, f1, d2, s2, f2, inner, weights, offsets, slots, *rest = args
-    biases, activation, keep, out_dtype = rest[:3], rest[3], rest[5], rest[6]
+    biases, activation, mode, keep, out_dtype = rest[:3], *rest[3:7]
     pairs = ((d1, s1, f1, 2 * inner, x.shape[1]), (d2, s2, f2, x.shape[1], inner))
     values = [
-        torch.stack([weight64(d, s, f, n, k) for d, s in zip(data, scales, strict=True)]).to(dtype)
+        torch.stack([weight64(d, s, f, n, k, mode) for d, s in zip(data, scales, strict=True)]).to(
+            dtype
+        )
         for data, scales, f, n, k in pairs
     ]
     return x, *values, weights, offsets, slots, *biases, activation, keep, out_dtype
@@ -103,11 +112,8 @@ def dense_args(args: Args, dtype: torch.dtype) -> Args:
 
 def _exact(*args: Any) -> tuple[Tensor, Tensor]:
     x, *rest = dense_args(args, torch.float64)
-    if args[15] == "int8" and args[3] in layout.QUANTIZED:
-        # The quantizer of x belongs to the definition; that of the activations to the error.
-        q, dx = quantize_activation_ref(x.float())
-        x = (q.double() * dx.double().unsqueeze(-1)).flatten(1)
-    return exact(x, *rest)
+    # The quantizer of x belongs to the definition; that of the activations to the error.
+    return exact(quantized_rows(x, args[3], QUANT_FORMATS[args[3]].mode(args[15])), *rest)
 
 
 def _peer(*args: Any) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from ...ops.gated_activation import ACTIVATIONS
 from ...ops.quant_format import NATIVE_FORMATS
 from ...ops.quant_moe_backward import variant_name
 from ..opinfo import Args, Case, OpInfo
-from ..packed_weights import random_packed, weight64, whole
+from ..packed_weights import FIRST_FORMATS, random_packed, weight64, whole
 from .moe_backward import exact_gradients, random_ids, sorted_by_expert
 
 # (tokens, hidden, inner, experts, k)
@@ -78,7 +78,9 @@ def _cases(dtype: torch.dtype) -> Iterator[Case]:
             ) -> Args:
                 return _args(g, shape, dtype, formats, activation)
 
-            yield Case(label=f"{format}-{activation}-" + "x".join(map(str, shape)), make=make)
+            label = f"{format}-{activation}-" + "x".join(map(str, shape))
+            full = format not in FIRST_FORMATS and shape != SHAPES[1]
+            yield Case(label=label, make=make, full=full)
 
     def router_alone(g: torch.Generator) -> Args:
         return _args(g, (9, 64, 32, 4, 2), dtype, ("q4_1", "q4_0"), "silu", (False, True))
