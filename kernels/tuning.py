@@ -131,8 +131,8 @@ _LINEAR_FP32 = {
 # Many tokens, registers by ptxas with Triton 3.7 (sm_90, then sm_80):
 # - bf16 without minimum, 128 x 128: 172 (q4_0) to 250; a code is decoded once for 128 tokens. mma
 #   takes x from registers too: sm_80 spills 2,296 bytes at units of 128 columns; 128 x 64 takes 142
-#   to 249. With a minimum each token's sum takes 128 / 4 registers more: 256 x 64 where a unit is
-#   32 columns (243, 251), 128 x 64 where it is more (219, 255).
+#   to 249, units of 32 columns 256 x 64 (173 to 239). With a minimum each token's sum takes 128 / 4
+#   registers more: on sm_90 256 x 64 where a unit is 32 columns (230 to 254), else 128 x 64.
 # - int8 has a scale of each token beside each 32 columns, and 4 FMA-unit instructions for 64
 #   operations of the product: the epilogue bounds any tile. 128 x 64; at 256 x 64 q6_k and experts
 #   spill up to 364 bytes.
@@ -145,11 +145,11 @@ _QUANT_FEW = {
 }
 _QUANT_FP32 = {
     16: ProductTile(64, 16, 32, 8, 2),
-    64: ProductTile(64, 64, 32, 8, 2),
+    64: ProductTile(64, 32, 32, 8, 2),
 }
 # Gated: n rows of gate and n of up, sums of both beside a product. 128 x 64 takes up to 202
-# registers on sm_90, with minima, q6_k or wide units of bytes 236 and more: 64 x 64. On sm_80 wide
-# units take 64 x 32 (162 to 246; 64 x 64 spills up to 452 bytes).
+# registers on sm_90, with minima, q6_k or wide units of bytes 236 and more: 64 x 64. On sm_80
+# minima, wide units and int8 take 64 x 32 (162 to 246; 64 x 64 spills up to 452 bytes).
 _QUANT_GATED_FEW = {
     16: ProductTile(64, 16, 64, 4, 4),
     32: ProductTile(64, 32, 32, 4, 3),
@@ -192,7 +192,7 @@ def _product_size(format: str, mode: str, hopper: bool) -> tuple[int, int]:
         return 128, 64
     if mode == "bf16" and hopper and not minimum:
         return 128, 128
-    return (128 if wide else 256), 64
+    return (256 if mode == "bf16" and not wide and (hopper or not minimum) else 128), 64
 
 
 def _gated_size(format: str, mode: str, hopper: bool) -> tuple[int, int]:
@@ -201,7 +201,7 @@ def _gated_size(format: str, mode: str, hopper: bool) -> tuple[int, int]:
     heavy = minimum or FORMATS[format].bits == 6 or (wide and FORMATS[format].bits == 8)
     if hopper:
         return (128 if mode == "bf16" and not heavy else 64), 64
-    return 64, (32 if wide else 64)
+    return 64, (32 if mode == "int8" or wide or minimum else 64)
 
 
 def _for_tokens(table: dict[int, ProductTile], m: int) -> ProductTile:

@@ -18,6 +18,7 @@ from fastllm.ops.gated_activation import gated_activation
 from fastllm.ops.quant_format import QUANT_FORMATS
 from fastllm.ops.quant_matmul import quant_matmul_ref
 from fastllm.ops.quant_products import quantize_activation_fp8_ref, quantize_activation_ref
+from fastllm.testing.packed_weights import random_packed
 
 FORMATS = layout.QUANTIZED
 
@@ -27,28 +28,12 @@ def columns(format: str) -> int:
     return {64: 192, 128: 384, 256: 512}.get(QUANT_FORMATS[format].multiple, 160)
 
 
-def pack(format: str, n: int, k: int, seed: int = 0, size: float = 0.1) -> tuple[Tensor, Tensor]:
-    """(data, scales) of a random weight, one row a group; every code and kind of scale occurs.
-
-    size: bound of scales that are not integers.
-    """
+def pack(
+    format: str, n: int, k: int, seed: int = 0, size: str | float = "normal"
+) -> tuple[Tensor, Tensor]:
+    """(data, scales) of a random weight, one row a group."""
     generator = torch.Generator().manual_seed(n + k + 1000 * seed)
-    kind = QUANT_FORMATS[format]
-    codes = torch.randint(0, 1 << kind.bits, (n, k), generator=generator).to(torch.uint8)
-    if kind.codes == "e4m3":  # without NaN
-        codes = (codes & 0x80) | (codes & 0x7F).clamp(max=0x7E)
-    parts = []
-    for dtype, count in kind.scale_fields(k):
-        shape = (n, kind.scale_records(k), count)
-        if dtype.is_floating_point:
-            part = (torch.rand(shape, generator=generator) * 2 - 1) * size
-        else:
-            low, high = (-128, 128) if dtype == torch.int8 else (0, 64)
-            part = torch.randint(low, high, shape, generator=generator)
-        if kind.scales == "half_zero":
-            part[..., 1] = torch.randint(0, 16, shape[:2], generator=generator).float()
-        parts.append(part.to(dtype))
-    data, scales = layout.pack_parts(codes, parts, format, 1)
+    data, scales = random_packed(generator, format, n, k, 1, size)
     return data.contiguous(), scales.contiguous()
 
 

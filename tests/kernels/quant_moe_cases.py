@@ -19,12 +19,9 @@ from quant_cases import FORMATS, pack
 from torch import Tensor
 
 from fastllm.ops.quant_format import QUANT_FORMATS
-from fastllm.ops.quant_products import (
-    operands_ref,
-    quantize_activation_fp8_ref,
-    quantize_activation_ref,
-)
+from fastllm.ops.quant_products import quantize_activation_fp8_ref, quantize_activation_ref
 from fastllm.testing.moe_problem import ACTIVATIONS, Layer, MoeProblem, expert_loop
+from fastllm.testing.packed_weights import weight64
 
 
 def pack_experts(
@@ -37,23 +34,15 @@ def pack_experts(
         return values.view(shape), torch.empty(experts, 0), values.double()
     kind = QUANT_FORMATS[format]
     top = {"unsigned": 1 << kind.bits, "int8": 128, "nf4": 1, "e4m3": 448}[kind.codes]
-    size = 4 * k**-0.5 / (top * (64 if kind.mixed else 1))  # values as a model's, k^-0.5
+    size = 40 * k**-0.5 / top  # of scales of 0.05: values as a model's, k^-0.5
     parts = [pack(format, n, k, seed=e + 1, size=size) for e in range(experts)]
-    values = [mode_values(*part, format, n, k, own_mode(format, mode)) for part in parts]
+    values = [weight64(*part, format, n, k, own_mode(format, mode)) for part in parts]
     data, scales = (torch.stack(tensors) for tensors in zip(*parts, strict=True))
     return data, scales, torch.stack(values)
 
 
 def own_mode(format: str, mode: str) -> str:
     return QUANT_FORMATS[format].mode(mode)
-
-
-def mode_values(data: Tensor, scales: Tensor, format: str, n: int, k: int, mode: str) -> Tensor:
-    """float64 [n, k]: codes times scales plus minima, as a mode has them (nf4 in int8 differs)."""
-    codes, d, minimum = operands_ref(data, scales, format, n, k, mode)
-    chunk = QUANT_FORMATS[format].chunk(mode, k)
-    values = codes.double() * d.double().repeat_interleave(chunk, 1)[:, :k]
-    return values if minimum is None else values + minimum.double().repeat_interleave(chunk, 1)
 
 
 def quant_layer(
