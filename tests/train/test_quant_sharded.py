@@ -6,26 +6,22 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
-# Each process: three steps of a quantized model of torch layers with PEFT's adapters, and of one
-# of fastllm's own, sharded and alone. Both processes have the same batch: gradients are averaged.
-STEPS = """
+import pytest
+
+START = """
 import copy, warnings
-import peft, torch, transformers
-import torch.distributed as dist
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 import fastllm
 from fastllm.nn import QuantLinear
 from fastllm.nn.lora import LoraConfig, add_lora
-from fastllm.testing.quantized_models import decoder
-from fastllm.testing.small_models import batch_of, random_documents
 from fastllm.train import distributed
 
 torch.set_num_threads(1)
-warnings.filterwarnings("ignore", category=FutureWarning)
-transformers.logging.set_verbosity_error()
 
 
 def run(model, loss):
@@ -38,24 +34,53 @@ def run(model, loss):
         optimizer.zero_grad()
         losses.append(value.item())
     return losses
+"""
 
+# What follows makes `alone`, a quantized model with adapters, its `layers`, and its `loss`.
+OURS = """
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(64), nn.Linear(64, 160), nn.Linear(160, 64)
 
+    def forward(self, x):
+        return x + self.down(nn.functional.silu(self.up(self.norm(x))))
+
+torch.manual_seed(0)
+alone = nn.Sequential(Layer(), Layer())
+fastllm.quantize_model(alone, "q4_1")
+add_lora(alone, LoraConfig(r=4, target_modules="all-linear"))
+x, y = torch.randn(2, 24, 64)
+layers, base = list, lambda model: model[0].up
+loss = lambda model: (model(x) - y).square().mean()
+"""
+PEFT = """
+import peft, transformers
+
+warnings.filterwarnings("ignore", category=FutureWarning)
+transformers.logging.set_verbosity_error()
+torch.manual_seed(0)
+alone = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+    vocab_size=96, hidden_size=64, intermediate_size=160, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+))
+fastllm.quantize_model(alone, "q4_1")
+alone = peft.get_peft_model(alone, peft.LoraConfig(r=4, target_modules="all-linear"))
+ids = torch.randint(0, 96, (2, 24))
+layers = lambda model: model.base_model.model.model.layers
+base = lambda model: layers(model)[0].mlp.up_proj.base_layer
+loss = lambda model: model(ids, labels=ids).loss
+"""
+
+# Both processes have the same batch, so that the mean of their gradients is that of one.
+COMPARE = """
 with distributed.process_group():
     mesh = torch.distributed.init_device_mesh("cpu", (2,), mesh_dim_names=("fsdp",))
-    config = transformers.LlamaConfig(
-        vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-    )
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config)
-    fastllm.quantize_model(model, "q4_1")
-    alone = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear"))
-    sharded = copy.deepcopy(alone)
-    for layer in sharded.base_model.model.model.layers:
+    sharded, fresh = copy.deepcopy(alone), copy.deepcopy(alone)
+    for layer in layers(sharded):
         fully_shard(layer, mesh=mesh)
     fully_shard(sharded, mesh=mesh)
-    ids = torch.randint(0, 96, (2, 24))
-    losses = [run(m, lambda m: m(ids, labels=ids).loss) for m in (alone, sharded)]
+    losses = [run(model, loss) for model in (alone, sharded)]
     assert losses[0][2] < losses[0][0]
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=0)
     one, both = (dict(m.named_parameters()) for m in (alone, sharded))
@@ -64,11 +89,11 @@ with distributed.process_group():
         assert isinstance(p, DTensor), name
         torch.testing.assert_close(p.full_tensor(), one[name], rtol=1e-4, atol=1e-4)
     codes = [p for name, p in both.items() if name.endswith("weight_codes")]
-    assert len(codes) == 14 and all(p.to_local().shape[0] * 2 == p.shape[0] for p in codes)
-    base = sharded.base_model.model.model.layers[0].mlp.up_proj.base_layer
-    assert isinstance(base, QuantLinear) and base.weight.shape == (128, 64)
+    assert codes and all(p.to_local().shape[0] * 2 == p.shape[0] for p in codes)
+    layer = base(sharded)
+    assert isinstance(layer, QuantLinear) and layer.weight.shape == (160, 64)
     try:
-        base.weight.dequantize()
+        layer.weight.dequantize()
     except RuntimeError as error:
         assert "sharded among processes" in str(error)
     else:
@@ -76,22 +101,39 @@ with distributed.process_group():
     saved = sharded.state_dict()
     assert all(isinstance(saved[name], DTensor) for name in both)
     sharded.load_state_dict(saved)
+    whole = get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True))
+    for parameter in fresh.parameters():
+        parameter.data.zero_()
+    fresh.load_state_dict(whole)
+    for name, p in fresh.named_parameters():
+        torch.testing.assert_close(p, one[name], rtol=1e-4, atol=1e-4)
+"""
 
-    documents = batch_of(random_documents((9, 12)))
-    found = []
-    for shard in (False, True):
-        model = decoder("llama", torch.float32)
+# Goes on in the same group. Gradients of a decoder are summed over processes.
+DECODER = """
+    from fastllm.testing.quantized_models import decoder
+    from fastllm.testing.small_models import batch_of, random_documents
+
+    documents, found = batch_of(random_documents((9, 12))), []
+    for parts in (1, 2):
+        model = decoder("qwen3 moe", torch.float32)
         fastllm.quantize_model(model, "q4_1")
         add_lora(model, LoraConfig(r=4, target_modules="all-linear"))
-        model = distributed.shard(model) if shard else model
-        halves = 2 if shard else 1  # gradients are summed: both processes have the same documents
-        found.append(run(model, lambda m: m.loss(*documents, "mean") / halves))
+        model = distributed.shard(model) if parts == 2 else model
+        found.append(run(model, lambda m: m.loss(*documents, "mean") / parts))
     assert found[0][2] < found[0][0]
     torch.testing.assert_close([2 * x for x in found[1]], found[0], rtol=1e-4, atol=0)
 """
 
 
-def test_sharded_adapters_on_quantized_weights_step_as_in_one_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "steps",
+    [
+        pytest.param(OURS + COMPARE + DECODER, id="fastllm's adapters"),
+        pytest.param(PEFT + COMPARE, id="PEFT's adapters", marks=pytest.mark.full),
+    ],
+)
+def test_sharded_adapters_on_quantized_weights_step_as_in_one_process(steps: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -99,13 +141,17 @@ def test_sharded_adapters_on_quantized_weights_step_as_in_one_process(tmp_path: 
     environment |= {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", STEPS],
+            [sys.executable, "-c", START + steps],
             env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in range(2)
     ]
-    for process in processes:
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors[-3000:]
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=240)
+            assert process.returncode == 0, errors[-3000:]
+    finally:
+        for process in processes:
+            process.kill()
