@@ -99,8 +99,9 @@ def test_products_are_within_the_bound(p: Product) -> None:
     want = torch.float32 if p.option == "residual" else p.out_dtype or p.dtype
     assert y.dtype == want and y.is_contiguous()
     assert y.shape == (*p.rows, p.n // 2 if args[9] else p.n)
-    one = p.make(generator(), rows_per_group=1)  # as a GPU and files hold it
-    assert torch.equal(quant_matmul_ref(*one), quant_matmul_ref(*args))
+    if p.format in layout.QUANTIZED:  # torch's own products depend on a weight's strides
+        one = p.make(generator(), rows_per_group=1)  # as a GPU and files hold it
+        assert torch.equal(quant_matmul_ref(*one), quant_matmul_ref(*args))
 
 
 @pytest.mark.parametrize("p", cases(products, 15, 450, seed=201))
