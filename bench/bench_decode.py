@@ -47,8 +47,9 @@ def _case(
     )
 
 
-def _params() -> SamplingParams:
-    return SamplingParams(max_tokens=TOKENS, temperature=0.0, ignore_eos=True, detokenize=False)
+def decode_params(tokens: int = TOKENS) -> SamplingParams:
+    """Greedy, with so many tokens in any case, and no text."""
+    return SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True, detokenize=False)
 
 
 def _weight_bytes(settings: Settings) -> int:
@@ -64,7 +65,9 @@ def _single(settings: Settings, mode: str) -> Work:
     path = model_path(settings.model)
     llm = LLM(path, activation=mode, device=settings.device, max_model_len=1024)
     start = llm.config.bos_token_id or 0
-    functions: dict[str, Callable[[], Any]] = {OURS: lambda: llm.generate([[start]], _params())}
+    functions: dict[str, Callable[[], Any]] = {
+        OURS: lambda: llm.generate([[start]], decode_params())
+    }
     notes = []
     if peers.has_transformers():
         dtype = torch.bfloat16
@@ -97,10 +100,10 @@ def _batch(settings: Settings, mode: str) -> Work:
 
     def one_by_one() -> None:
         for prompt in prompts:
-            llm.generate([prompt], _params())
+            llm.generate([prompt], decode_params())
 
     return Work(
-        functions={OURS: lambda: llm.generate(prompts, _params()), "one by one": one_by_one},
+        functions={OURS: lambda: llm.generate(prompts, decode_params()), "one by one": one_by_one},
         unit="tok/s",
         amount=BATCH * TOKENS,
     )
