@@ -9,7 +9,7 @@ runs also from one that is trained here and from SmolLM2. llama.cpp rounds activ
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,10 @@ FILE_TYPES = {
     "q4_0": 2, "q4_1": 3, "q5_0": 8, "q5_1": 9, "q8_0": 7, "q4_k": 15, "q5_k": 17, "q6_k": 18,
 }  # fmt: skip
 MODES = ("int8", "bf16", "fp32")
+PLAIN_MODES = MODES[:2]  # of plain runs
 LIMIT = 0.01  # nats a token
-TOKENS = 128
-STEPS, ROWS, LENGTH = 60, 8, 64
+TOKENS = 96
+STEPS, ROWS, LENGTH = 200, 8, 64
 
 
 @pytest.fixture(scope="module")
@@ -150,11 +151,13 @@ def their_log_probs(llama_cpp: Any, path: Path, ids: list[int]) -> Tensor:
         model.close()
 
 
-def divergences(llama_cpp: Any, path: Path, ids: list[int]) -> tuple[dict[str, float], float]:
+def divergences(
+    llama_cpp: Any, path: Path, ids: list[int], modes: Sequence[str] = MODES
+) -> tuple[dict[str, float], float]:
     """Mean KL(llama.cpp || fastllm) in nats a token, for each activation mode, and the entropy."""
     theirs = their_log_probs(llama_cpp, path, ids)
     found = {}
-    for mode in MODES:
+    for mode in modes:
         llm = LLM(
             path, activation=mode, dtype="float32" if mode == "fp32" else "bfloat16",
             enforce_eager=True, max_model_len=len(ids) + 8, max_num_seqs=1,
@@ -174,7 +177,8 @@ def test_llama_cpp_predicts_alike_on_the_same_file(
     path = quantized_by_llama_cpp(llama_cpp, source, tmp_path / "q.gguf", format, pure=True)
     weights = open_weights(path)
     assert {weights.format(n) for n in weights.names if "norm" not in n} == {format}
-    found, entropy = divergences(llama_cpp, path, ids)
+    modes = PLAIN_MODES if kind == "sharp" else MODES
+    found, entropy = divergences(llama_cpp, path, ids, modes)
     print(f"{format} {kind}: entropy {entropy:.2f}, KL {found}")
     assert entropy < 4.5, "predictions are nearly uniform (5.95): the test would tell nothing"
     assert all(0 <= kl < LIMIT for kl in found.values()), found
