@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastllm.models.loader import is_quantized
 from fastllm.models.weights import open_weights
-from fastllm.quantize.gguf_blocks import QUANTIZED_FORMATS
 
 
 def has_llama_cpp() -> bool:
@@ -28,10 +28,7 @@ def has_transformers() -> bool:
 
 def activation_modes(path: Path, device: str, quick: bool) -> list[str]:
     """The activation modes to measure: the default of an inference load first."""
-    source = open_weights(path)
-    # One kind of weight: q and k would have their rows put in order first.
-    names = [name for name in source.names if name.endswith("down_proj.weight")]
-    if not any(source.get(name).format in QUANTIZED_FORMATS for name in names):
+    if not is_quantized(open_weights(path)):
         return ["bf16"]
     modes = ["int8", "bf16"] if device == "cpu" else ["bf16", "int8"]
     return modes[:1] if quick else modes
