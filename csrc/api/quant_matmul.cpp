@@ -39,16 +39,19 @@ QuantMatmulArgs quant_matmul_args(Tensor y, Tensor x, Tensor data, Tensor scales
                                   int64_t format_code, int64_t n, Tensor bias, int64_t activation,
                                   Tensor scratch) {
   const char* op = "quant_matmul";
-  const Format format = parse_basic_format(format_code, op);
+  const Format format = parse_format(format_code, op);
   check_rows(x, op);
   check_packed(data, scales, format, n, x.shape[1], op);
   check_scratch(scratch, prepared_bytes(x.shape[0], x.shape[1]), op);
-  check(activation >= 0 && activation <= 2, op, "unknown activation mode");
+  check(activation >= 0 && activation <= 3, op, "unknown activation mode");
   const Activation mode = static_cast<Activation>(activation);
+  const bool fp8 = format == Format::fp8 || format == Format::fp8_block;
+  check(is_dense(format) || mode != (fp8 ? Activation::int8 : Activation::fp8), op,
+        "the format has no such activation mode");
   const DType needed = is_dense(format)           ? data.dtype
-                       : mode == Activation::int8 ? x.dtype
                        : mode == Activation::bf16 ? DType::bf16
-                                                  : DType::f32;
+                       : mode == Activation::fp32 ? DType::f32
+                                                  : x.dtype;
   check(x.dtype == needed, op, "x has another dtype than format and activation need");
   return {.out = matmul_output(y, bias, x.shape[0], n, op),
           .x = x.data,

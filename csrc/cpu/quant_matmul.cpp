@@ -1,80 +1,13 @@
 // y = x @ W.T + bias for packed weights. Rows of x are brought into the form that the tiles read,
 // then strips of outputs are handed out.
+#include "cpu/gated_activation.h"
+#include "cpu/integers.h"
 #include "cpu/matmul_dense.h"
-#include "cpu/matmul_int8.h"
+#include "cpu/quant_kernels.h"
 #include "ops_core.h"
 
 namespace fastllm::FASTLLM_ISA {
 namespace {
-
-template <class F>
-struct Blocks {
-  static constexpr int rows = kBlockRows, strip = kBlockStrip, few = kBlockFew;
-  static constexpr int64_t row_block = kRowBlockBytes;
-  const QuantMatmulArgs& a;
-  int64_t blocks = a.k / kBlock;
-
-  void begin_strip(int64_t, int64_t) const {}
-  const uint8_t* data(int64_t panel) const {
-    return static_cast<const uint8_t*>(a.data) + panel * blocks * block_bytes<F>;
-  }
-  const uint16_t* scales(int64_t panel) const {
-    return static_cast<const uint16_t*>(a.scales) + panel * blocks * block_scales<F>;
-  }
-  void prefetch_panel(int64_t panel) const {
-    prefetch_range(data(panel), blocks * block_bytes<F>);
-    prefetch_range(scales(panel), blocks * block_scales<F> * 2);
-  }
-};
-
-template <class F>
-struct Int8Product : Blocks<F> {
-  explicit Int8Product(const QuantMatmulArgs& args) : Blocks<F>{args} {}
-  int64_t row_bytes() const { return this->blocks * static_cast<int64_t>(sizeof(Int8Block)); }
-  void prepare(const RowGroups& to, int64_t row) const {
-    const QuantMatmulArgs& a = this->a;
-    Int8Block* out = reinterpret_cast<Int8Block*>(to.group(row / to.width)) + row % to.width;
-    if (row >= a.m) {
-      for (int64_t b = 0; b < this->blocks; ++b)
-        __builtin_memset(out + b * to.width, 0, sizeof *out);
-    } else if (a.x_type == DType::bf16) {
-      quantize_row<F>(static_cast<const uint16_t*>(a.x) + row * a.x_stride, a.k, out, to.width);
-    } else {
-      quantize_row<F>(static_cast<const float*>(a.x) + row * a.x_stride, a.k, out, to.width);
-    }
-  }
-  template <int MR, int NP>
-  void tile(int64_t panel, const char* x, int64_t width, bool first, float* sums) const {
-    int8_tile<F, MR, NP>(this->data(panel), this->scales(panel), this->blocks,
-                         first ? prefetch_distance(this->blocks * block_bytes<F>) : 0,
-                         reinterpret_cast<const Int8Block*>(x), width, sums);
-  }
-};
-
-template <class F, class Dot>
-struct FloatProduct : Blocks<F> {
-  explicit FloatProduct(const QuantMatmulArgs& args) : Blocks<F>{args} {}
-  int64_t row_bytes() const { return this->blocks * (block_steps<Dot> + 1) * 4; }
-  void prepare(const RowGroups& to, int64_t row) const {
-    const QuantMatmulArgs& a = this->a;
-    uint32_t* out = reinterpret_cast<uint32_t*>(to.group(row / to.width)) + row % to.width;
-    if (row >= a.m) {
-      for (int64_t i = 0; i < row_bytes() / 4; ++i) out[i * to.width] = 0;
-      return;
-    }
-    if (a.x_type == DType::bf16)
-      return prepare_blocks<F, Dot>(static_cast<const uint16_t*>(a.x) + row * a.x_stride, a.k, out,
-                                    to.width);
-    if constexpr (Dot::columns == 1)
-      prepare_blocks<F, Dot>(static_cast<const float*>(a.x) + row * a.x_stride, a.k, out, to.width);
-  }
-  template <int MR, int NP>
-  void tile(int64_t panel, const char* x, int64_t width, bool first, float* sums) const {
-    block_tile<F, Dot, MR, NP>(this->data(panel), this->scales(panel), this->blocks,
-                               first ? prefetch_distance(this->blocks * block_bytes<F>) : 0,
-                               reinterpret_cast<const uint32_t*>(x), width, sums);
-  }
-};
 
 template <class D>
 struct DenseProduct : DenseRows<D> {
@@ -95,27 +28,115 @@ struct DenseProduct : DenseRows<D> {
   }
 };
 
-template <class F>
-void quantized(const QuantMatmulArgs& a, const Team& team) {
-  if (a.activation == Activation::int8)
-    return product(Int8Product<F>(a), a.out, a.m, a.scratch, team);
-  if constexpr (kHaveBf16Dot)
-    if (a.activation == Activation::bf16)
-      return product(FloatProduct<F, PairDot>(a), a.out, a.m, a.scratch, team);
-  product(FloatProduct<F, FloatDot>(a), a.out, a.m, a.scratch, team);
-}
+// A product with a quantized weight: strips of panels times all rows.
+class QuantizedProduct {
+ public:
+  QuantizedProduct(const QuantMatmulArgs& a, const Team& team)
+      : a_(a),
+        team_(team),
+        kernel_(quant_kernel(a.format, a.activation, a.k)),
+        few_(a.m <= kFewRows),
+        panels_(divide_up(a.out.n, kPanelRows)),
+        wide_(few_ ? few_tile(a.m).panels : kWideStrip) {}
+
+  void run() {
+    const int64_t strips = divide_up(panels_, wide_);
+    if (few_) {
+      // Bound by reading the weight: every thread streams one range of it, and asks for the
+      // beginning before it prepares its rows.
+      int64_t begin, end;
+      my_share(team_, strips, 1, &begin, &end);
+      if (begin < end) prefetch_range(strip(begin).panels[0].codes, kernel_.panel_codes);
+      prepare();
+      return times_groups(begin, end, 0, 1, end);
+    }
+    prepare();
+    const Tasks tasks = make_tasks(x_, a_.out.n, wide_, row_block(), team_);
+    for (int64_t t; (t = next_task(team_)) < tasks.count();) {
+      const int64_t first = t / tasks.runs * tasks.groups_per_block, run = t % tasks.runs;
+      times_groups(run * tasks.run, smaller((run + 1) * tasks.run, tasks.strips), first,
+                   smaller(first + tasks.groups_per_block, x_.groups()), tasks.strips);
+    }
+  }
+
+ private:
+  // Rows whose x stays in the L2 cache, but enough that unpacking a strip costs little beside them.
+  int64_t row_block() const {
+    const int64_t group = x_.group_bytes();
+    return clamped(kRowBlockBytes, divide_up(192, x_.width) * group,
+                   divide_up(1024, x_.width) * group);
+  }
+
+  StripPanels strip(int64_t index) const {
+    StripPanels s{};
+    s.count = wide_;
+    for (int p = 0; p < wide_; ++p) {
+      const int64_t panel = index * wide_ + p;
+      if (panel < panels_)
+        s.panels[p] = {static_cast<const uint8_t*>(a_.data) + panel * kernel_.panel_codes,
+                       static_cast<const uint8_t*>(a_.scales) + panel * kernel_.panel_scales};
+    }
+    return s;
+  }
+
+  void prepare_one(int64_t row) {
+    const int64_t element = a_.x_type == DType::bf16 ? 2 : 4;
+    const char* x =
+        row < a_.m ? static_cast<const char*>(a_.x) + row * a_.x_stride * element : nullptr;
+    const int64_t word = kernel_.word_columns == 4 ? kernel_.row_offset(kBlock) : 4;
+    kernel_.prepare_row(kernel_, x, a_.x_type, x_.group(row / x_.width) + row % x_.width * word,
+                        x_.width);
+  }
+
+  // Few rows, or no scratch: every thread prepares its own copy. Else all prepare one together.
+  void prepare() {
+    x_ = {a_.m, few_ ? few_tile(a_.m).rows : kWideRows, kernel_.row_bytes(),
+          static_cast<char*>(a_.scratch)};
+    const int64_t padded = x_.groups() * x_.width;
+    int64_t begin = 0, end = padded;
+    const bool shared = a_.scratch && !few_;
+    if (shared)
+      my_share(team_, padded, x_.width, &begin, &end);
+    else
+      x_.base = static_cast<char*>(thread_scratch(Scratch::rows, padded * x_.row_bytes));
+    for (int64_t row = begin; row < end; ++row) prepare_one(row);
+    if (shared) team_sync(team_);
+  }
+
+  // Strips [strip, end) times groups [first, last) of rows; `all`: how many strips there are.
+  void times_groups(int64_t index, int64_t end, int64_t first, int64_t last, int64_t all) {
+    const int64_t columns = wide_ * kPanelRows, group_sums = x_.width * columns;
+    float* sums = static_cast<float*>(
+        thread_scratch(Scratch::sums, static_cast<size_t>((last - first) * group_sums * 4)));
+    StripPanels here = strip(index), next{};
+    for (; index < end; ++index, here = next) {
+      const bool more = index + 1 < all;
+      if (more) next = strip(index + 1);
+      multiply_strip(kernel_, here, more ? &next : nullptr, x_.base, x_.width, a_.m, first, last,
+                     few_, sums);
+      for (int64_t g = first; g < last; ++g)
+        store_tile(a_.out, sums + (g - first) * group_sums, columns, g * x_.width,
+                   smaller(x_.width, a_.m - g * x_.width), index * columns);
+    }
+  }
+
+  const QuantMatmulArgs& a_;
+  const Team& team_;
+  const QuantKernel kernel_;
+  const bool few_;
+  const int64_t panels_;
+  const int wide_;
+  RowGroups x_{};
+};
 
 }  // namespace
 
 void quant_matmul(const QuantMatmulArgs& a, const Team& team) {
-  switch (a.format) {
-    case Format::q4_0: return quantized<Q4_0>(a, team);
-    case Format::q4_1: return quantized<Q4_1>(a, team);
-    case Format::q8_0: return quantized<Q8_0>(a, team);
-    case Format::bf16: return product(DenseProduct<Bf16Dense>(a), a.out, a.m, a.scratch, team);
-    case Format::f32: return product(DenseProduct<Float32>(a), a.out, a.m, a.scratch, team);
-    default: return;
-  }
+  if (a.format == Format::bf16)
+    return product(DenseProduct<Bf16Dense>(a), a.out, a.m, a.scratch, team);
+  if (a.format == Format::f32)
+    return product(DenseProduct<Float32>(a), a.out, a.m, a.scratch, team);
+  QuantizedProduct(a, team).run();
 }
 
 }  // namespace fastllm::FASTLLM_ISA

@@ -1,0 +1,180 @@
+// The table of quantized products of one ISA level, and the walk over a strip's segments.
+#include "cpu/quant_kernels.h"
+
+#include "common/scratch.h"
+#include "cpu/quant_rows.h"
+#include "cpu/quant_tiles.h"
+#include "cpu/quant_unpack.h"
+
+namespace fastllm::FASTLLM_ISA {
+namespace {
+
+// The tiles of one kind, one for each shape.
+template <template <int, int> class Tile>
+struct Tiles {
+#if defined(__AVX512F__)
+  static constexpr SegmentTile* all[] = {Tile<1, 4>::run, Tile<2, 4>::run, Tile<4, 4>::run,
+                                         Tile<6, 2>::run, Tile<8, 2>::run, Tile<12, 2>::run};
+#elif defined(__AVX2__)
+  static constexpr SegmentTile* all[] = {Tile<1, 2>::run, Tile<2, 2>::run, Tile<4, 1>::run,
+                                         Tile<6, 1>::run};
+#else
+  static constexpr SegmentTile* all[] = {Tile<1, 1>::run, Tile<2, 1>::run};
+#endif
+};
+template <int MR, int NP>
+struct FloatTile {
+  static constexpr SegmentTile* run = float_tile<FloatDot, MR, NP>;
+};
+#if defined(__AVX512BF16__)
+template <int MR, int NP>
+struct PairTile {
+  static constexpr SegmentTile* run = float_tile<PairDot, MR, NP>;
+};
+#endif
+template <Sums KIND, bool SIGNED>
+struct Int8Tiles {
+  template <int MR, int NP>
+  struct Tile {
+    static constexpr SegmentTile* run = int8_segment_tile<KIND, SIGNED, MR, NP>;
+  };
+};
+
+template <class F>
+void choose_int8(QuantKernel& q) {
+  using C = typename F::Codes;
+  using S = typename F::Scales;
+  constexpr Sums kind = S::integer_scales ? Sums::halves
+                        : S::has_minimum  ? Sums::minimum
+                                          : Sums::plain;
+  q.sums = kind;
+  q.chunk = kBlock;
+  q.word_columns = Int8Words::columns;
+  q.offset = int8_offset_of<C>();
+  if (__is_same(C, NormalFloat)) q.factor = 1.f / 127;
+  q.unpack_codes = unpack_codes<C, Int8Words>;
+  q.prepare_row = prepare_int8;
+  q.tiles = Tiles<Int8Tiles<kind, C::is_signed && !kUnsignedDots>::template Tile>::all;
+}
+
+template <class F>
+void choose_float(QuantKernel& q, Activation mode) {
+  using C = typename F::Codes;
+  const int64_t group = layout_of(q.format).group;
+  q.sums = mode == Activation::fp8  ? Sums::scaled
+           : F::Scales::has_minimum ? Sums::minimum
+                                    : Sums::plain;
+  q.chunk = group == 0 || group > 128 ? 128 : group;
+#if defined(__AVX512BF16__)
+  if (mode != Activation::fp32) {
+    q.word_columns = PairWordsOf::columns;
+    q.unpack_codes = unpack_codes<C, PairWordsOf>;
+    q.prepare_row = prepare_words<2, C::paired_by_two>;
+    q.tiles = Tiles<PairTile>::all;
+    return;
+  }
+#endif
+  q.word_columns = FloatWordsOf::columns;
+  q.unpack_codes = unpack_codes<C, FloatWordsOf>;
+  q.prepare_row = prepare_words<1, false>;
+  q.tiles = Tiles<FloatTile>::all;
+}
+
+void prefetch_scales(const QuantKernel& q, const uint8_t* scales, int64_t column, int64_t columns) {
+  const char* at = reinterpret_cast<const char*>(scales) + q.panel_scales * column / q.k;
+  for (int64_t i = 0; i < q.panel_scales * columns / q.k; i += 64) __builtin_prefetch(at + i, 0, 2);
+}
+
+int shape_index(TileShape shape) {
+  for (int i = 0; i < kShapeCount; ++i)
+    if (kShapes[i].rows == shape.rows && kShapes[i].panels == shape.panels) return i;
+  return 0;
+}
+
+// Unpacks columns [column, column + columns) of a strip; of what lies two segments on, lines are
+// prefetched: at the end of a strip it is the beginning of the next one.
+void unpack_segment(const QuantKernel& q, const StripPanels& strip, const StripPanels* next,
+                    int64_t column, int64_t columns, int64_t segment, uint8_t* codes,
+                    float* scales) {
+  const int64_t per_column = q.words_per_block * 4 * kPanelRows / kBlock;
+  const int64_t later = column + 2 * segment;
+  for (int p = 0; p < strip.count; ++p) {
+    const Panel panel = strip.panels[p];
+    if (!panel.codes) continue;
+    const uint8_t* from = panel.codes + column * per_column;
+    int64_t ahead = 0;
+    if (later < q.k) {
+      ahead = 2 * segment * per_column;
+      prefetch_scales(q, panel.scales, later, columns);
+    } else if (next && next->panels[p].codes && later - q.k < q.k) {
+      ahead = next->panels[p].codes + (later - q.k) / kBlock * kBlock * per_column - from;
+      prefetch_scales(q, next->panels[p].scales, (later - q.k) / kBlock * kBlock, columns);
+    }
+    q.unpack_codes(from, columns, ahead, codes + p * q.segment_codes());
+    q.unpack_scales(q, panel.scales, column, columns, scales + p * kSegmentScales);
+  }
+}
+
+}  // namespace
+
+QuantKernel quant_kernel(Format format, Activation mode, int64_t k) {
+  QuantKernel q{};
+  q.k = k;
+  q.format = format;
+  q.factor = 1.f;
+  q.panel_codes = row_code_bytes(format, k) * kPanelRows;
+  q.panel_scales = row_scale_bytes(format, k) * kPanelRows;
+  with_format(format, [&](auto f) {
+    using F = decltype(f);
+    q.shift = f.shift;
+    q.words_per_block = F::Codes::words;
+    q.unpack_scales = unpack_scales<typename F::Scales>;
+    if constexpr (!__is_same(typename F::Codes, Float8))
+      if (mode == Activation::int8) return choose_int8<F>(q);
+    choose_float<F>(q, mode);
+  });
+  return q;
+}
+
+TileShape few_tile(int64_t rows) {
+  for (int i = 0; i < kShapeCount; ++i)
+    if (kShapes[i].rows >= rows) return kShapes[i];
+  return kShapes[kShapeCount - 1];
+}
+
+TileShape wide_tile(int64_t rows) {
+  for (int i = 0; i < kShapeCount; ++i)
+    if (kShapes[i].rows >= rows && kShapes[i].panels == kWideStrip) return kShapes[i];
+  return kShapes[kShapeCount - 1];
+}
+
+SegmentTile* tile_of(const QuantKernel& kernel, TileShape shape) {
+  return kernel.tiles[shape_index(shape)];
+}
+
+void multiply_strip(const QuantKernel& q, const StripPanels& strip, const StripPanels* next,
+                    const char* x, int64_t width, int64_t rows, int64_t first, int64_t last,
+                    bool few, float* sums) {
+  const int64_t code_bytes = q.segment_codes() * strip.count;
+  const int64_t scale_bytes = kSegmentScales * 4 * strip.count;
+  uint8_t* codes =
+      static_cast<uint8_t*>(thread_scratch(Scratch::panels, code_bytes + scale_bytes + 64));
+  float* scales = reinterpret_cast<float*>(codes + code_bytes);
+  const int64_t group_bytes = width * q.row_bytes(), group_sums = width * strip.count * kPanelRows;
+  __builtin_memset(sums, 0, static_cast<size_t>((last - first) * group_sums * 4));
+  // Four panels of 256 columns in words of 2 columns or 1 would fill the L1 cache.
+  const int64_t segment = few && q.word_columns < 4 ? kSegment / 2 : kSegment;
+  for (int64_t column = 0; column < q.k; column += segment) {
+    const int64_t columns = q.k - column < segment ? q.k - column : segment;
+    unpack_segment(q, strip, next, column, columns, segment, codes, scales);
+    const Segment s{codes, scales, columns, q.chunk, q.sums};
+    const char* at = x + q.row_offset(column) * width;
+    for (int64_t g = first; g < last; ++g) {
+      const int64_t left = rows - g * width, live = left < width ? left : width;
+      const TileShape shape = few ? few_tile(live) : wide_tile(live);
+      tile_of(q, shape)(s, at + g * group_bytes, width, sums + (g - first) * group_sums);
+    }
+  }
+}
+
+}  // namespace fastllm::FASTLLM_ISA

@@ -1,0 +1,108 @@
+// Products with quantized weights, one set of compiled tiles for all formats. A strip of a few
+// panels is unpacked, a segment of columns at a time, to a canonical form that all formats share,
+// and met by rows of x in their prepared form; fp32 sums stay in memory between segments. One row
+// and a thousand take the same steps in the same order, so they have the same bits.
+//
+// Everything is chosen at run time by a table entry: its users are compiled once for all formats.
+#pragma once
+#include "cpu/packed.h"
+#include "ops_core.h"
+
+namespace fastllm::FASTLLM_ISA {
+
+// Columns of a segment: a strip of it and of x stay in the L1 cache.
+constexpr int64_t kSegment = 256;
+constexpr int kMaxStrip = 4;  // panels of a strip
+
+// Tiles: rows x panels. Up to kFewRows rows are one group and read strips of as many panels as
+// their tile has; more rows are groups of kWideRows that meet strips of kWideStrip.
+#if defined(__AVX512F__)
+constexpr int kFewRows = 8, kWideRows = 12, kWideStrip = 2;
+#elif defined(__AVX2__)
+constexpr int kFewRows = 4, kWideRows = 6, kWideStrip = 1;
+#else
+constexpr int kFewRows = 2, kWideRows = 2, kWideStrip = 1;
+#endif
+
+// What the canonical form and the prepared rows hold beside codes.
+enum class Sums : uint8_t {
+  plain,    // acc += d * sum
+  minimum,  // and += m * (sum of x)
+  scaled,   // acc += (d * dx) * sum: x is e4m3 codes times dx
+  halves,   // int8: sum = f0 * sum of 16 columns + f1 * sum of the other 16
+};
+
+// A strip's segment in canonical form. codes: for each panel kSegment columns, in words of 4 bytes
+// a row (4 int8, 2 bf16, 1 float); scales: for each panel and chunk 3 vectors of 16 floats or int32.
+struct Segment {
+  const uint8_t* codes;
+  const float* scales;
+  int64_t columns, chunk;
+  Sums sums;
+};
+constexpr int64_t kScaleVectors = 3;
+constexpr int64_t kSegmentScales = kSegment / 16 * kScaleVectors * kPanelRows;  // floats of a panel
+
+// sums[MR][NP * 16] += rows of x, prepared and `width` interleaved, times a segment.
+using SegmentTile = void(const Segment&, const char* x, int64_t width, float* sums);
+
+// One panel of a packed weight.
+struct Panel {
+  const uint8_t *codes, *scales;
+};
+
+struct QuantKernel {
+  int64_t k, chunk;
+  Sums sums;
+  Format format;
+  int shift;                          // log2 of the columns under one scale
+  int word_columns;                   // of the canonical form: 4, 2 or 1
+  int words_per_block;                // of the packed form
+  int32_t offset;                     // int8: what makes codes unsigned
+  float factor;                       // of d
+  int64_t panel_codes, panel_scales;  // bytes of a packed panel
+
+  void (*unpack_codes)(const uint8_t* from, int64_t columns, int64_t ahead, uint8_t* to);
+  void (*unpack_scales)(const QuantKernel&, const uint8_t* from, int64_t column, int64_t columns,
+                        float* to);
+  // One row of x of k columns to its prepared form, words `width` apart; x null: zeros.
+  void (*prepare_row)(const QuantKernel&, const void* x, DType type, char* to, int64_t width);
+  SegmentTile* const* tiles;  // by tile_index
+
+  bool valid() const { return unpack_codes != nullptr; }
+  int64_t segment_codes() const { return kSegment / word_columns * 4 * kPanelRows; }  // of a panel
+  // Bytes of a prepared row, and where its columns from `column` on begin (times `width`).
+  int64_t row_bytes() const { return row_offset(k) + (k % chunk ? 4 : 0); }
+  int64_t row_offset(int64_t column) const {
+    if (word_columns == 4) return column / kBlock * (sums == Sums::halves ? 44 : 40);
+    return (column / word_columns + column / chunk) * 4;
+  }
+};
+
+// The kernel of a quantized format and mode for rows of k columns; modes that this level has no
+// products for are computed in fp32.
+QuantKernel quant_kernel(Format format, Activation mode, int64_t k);
+
+// The rows and panels of the tile for so many rows of a group.
+struct TileShape {
+  int rows, panels;
+};
+TileShape few_tile(int64_t rows);   // rows <= kFewRows
+TileShape wide_tile(int64_t rows);  // rows <= kWideRows; of kWideStrip panels
+SegmentTile* tile_of(const QuantKernel& kernel, TileShape shape);
+
+// A strip of up to kMaxStrip panels (those without codes are none), and which panels will be read
+// next, for prefetching.
+struct StripPanels {
+  Panel panels[kMaxStrip];
+  int count;
+};
+
+// sums[group][width][count * 16] = prepared rows of groups [first, last) times the strip. `x` is
+// where the groups begin, `width` their rows, `rows` all rows; few: one group of a few_tile. `next`:
+// the strip that this thread reads afterwards, or null.
+void multiply_strip(const QuantKernel& kernel, const StripPanels& strip, const StripPanels* next,
+                    const char* x, int64_t width, int64_t rows, int64_t first, int64_t last,
+                    bool few, float* sums);
+
+}  // namespace fastllm::FASTLLM_ISA

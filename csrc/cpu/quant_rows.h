@@ -1,0 +1,171 @@
+// Rows of x as the tiles of quantized weights read them.
+//   int8:  records of 32 int8, a scale, and what completes a sum (below)
+//   else:  words of a pair of bf16 or of a float, after every chunk one word: the sum of its x (of
+//          formats with a minimum), or dx (mode fp8)
+#pragma once
+#include "cpu/integers.h"
+#include "cpu/matmul_int8.h"
+#include "cpu/quant_kernels.h"
+
+namespace fastllm::FASTLLM_ISA {
+namespace {
+
+// Behind 32 codes and dx: minus offset times the sum of the codes (two for the halves of a block),
+// which is the start of the integer sum, or dx times that sum, which a minimum multiplies.
+FASTLLM_INLINE int64_t record_bytes(Sums sums) { return sums == Sums::halves ? 44 : 40; }
+
+// 32 columns to int8: the codes, dx, and the sums of the two halves.
+// amax is found on the bit patterns, where NaN is above everything: it ends in the scale and is not
+// lost.
+struct QuantizedBlock {
+  float scale;
+  int32_t sums[2];
+};
+template <class X>
+FASTLLM_INLINE QuantizedBlock quantize_block(const X* x, int8_t* q) {
+  constexpr int parts = kBlock / VL;
+  typedef int8_t vb __attribute__((vector_size(VL)));
+  vf v[parts];
+  vi top = vi{};
+#pragma GCC unroll 8
+  for (int i = 0; i < parts; ++i) {
+    v[i] = load(x + i * VL);
+    const vi magnitude = vbits(v[i]) & 0x7fffffff;
+    top = magnitude > top ? magnitude : top;
+  }
+  const float amax = __builtin_bit_cast(float, reduce_max(top));
+  float inverse = 127.f / amax;
+  if (!(inverse <= __FLT_MAX__)) inverse = 0.f;  // zero or too small a block
+  const vf magic = vset(12582912.f);  // 1.5 * 2^23: adding it rounds to the nearest integer
+  vi total[2] = {};
+#pragma GCC unroll 8
+  for (int i = 0; i < parts; ++i) {
+    const vi codes = vbits(v[i] * inverse + magic) - vbits(magic);
+    const vb bytes = __builtin_convertvector(codes, vb);
+    __builtin_memcpy(q + i * VL, &bytes, sizeof bytes);
+    total[i * VL / 16] += codes;
+  }
+  return {amax / 127.f, {reduce_add(total[0]), reduce_add(total[1])}};
+}
+
+template <class X>
+void quantize_row(const X* x, const QuantKernel& kernel, char* to, int64_t width) {
+  const int64_t size = record_bytes(kernel.sums);
+  for (int64_t c = 0; c < kernel.k; c += kBlock, to += size * width) {
+    const QuantizedBlock b = quantize_block(x + c, reinterpret_cast<int8_t*>(to));
+    __builtin_memcpy(to + 32, &b.scale, 4);
+    if (kernel.sums == Sums::minimum) {
+      const float sum = static_cast<float>(b.sums[0] + b.sums[1]) * b.scale;
+      __builtin_memcpy(to + 36, &sum, 4);
+    } else if (kernel.sums == Sums::halves) {
+      const int32_t starts[2] = {-kernel.offset * b.sums[0], -kernel.offset * b.sums[1]};
+      __builtin_memcpy(to + 36, starts, 8);
+    } else {
+      const int32_t start = -kernel.offset * (b.sums[0] + b.sums[1]);
+      __builtin_memcpy(to + 36, &start, 4);
+    }
+  }
+}
+
+void prepare_int8(const QuantKernel& kernel, const void* x, DType type, char* to, int64_t width) {
+  const int64_t size = record_bytes(kernel.sums);
+  if (!x)
+    for (int64_t c = 0; c < kernel.k; c += kBlock, to += size * width)
+      __builtin_memset(to, 0, static_cast<size_t>(size));
+  else if (type == DType::bf16)
+    quantize_row(static_cast<const uint16_t*>(x), kernel, to, width);
+  else
+    quantize_row(static_cast<const float*>(x), kernel, to, width);
+}
+
+// 32 columns rounded to e4m3, as floats; x is at most 464 in magnitude, or NaN.
+FASTLLM_INLINE vf round_float8(vf x) {
+  const vi bits = vbits(x);
+  const vi rounded = (bits + (0x7ffff + ((bits >> 20) & 1))) & static_cast<int32_t>(0xfff00000);
+  const vf magic = vset(24576.f);  // 1.5 * 2^14: its distance of floats is 2^-9, the smallest e4m3
+  const vi sign = bits & static_cast<int32_t>(0x80000000);
+  const vi small = vbits((vabs(x) + magic) - magic) | sign;
+  const vi value = vabs(x) < vset(1.f / 64) ? small : rounded;
+  return vbits(x != x ? bits : value);
+}
+template <class X>
+FASTLLM_INLINE float quantize_float8(const X* x, int64_t n, float* q) {
+  vi top = vi{};
+  for (int64_t c = 0; c < n; c += VL) {
+    const vi magnitude = vbits(load(x + c)) & 0x7fffffff;
+    top = magnitude > top ? magnitude : top;
+  }
+  const float amax = __builtin_bit_cast(float, reduce_max(top));
+  float inverse = 448.f / amax;
+  if (!(inverse <= __FLT_MAX__)) inverse = 0.f;
+  for (int64_t c = 0; c < n; c += VL) vstore(q + c, round_float8(load(x + c) * inverse));
+  return amax / 448.f;
+}
+
+// The sum of 32 columns, and of a chunk: of its blocks of 32 in ascending order.
+template <class X>
+FASTLLM_INLINE float chunk_sum(const X* x, int64_t n) {
+  float total = 0.f;
+  for (int64_t c = 0; c < n; c += kBlock) {
+    vf sum = vf{};
+    for (int i = 0; i < kBlock; i += VL) sum += load(x + c + i);
+    const float block = reduce_add(sum);
+    total = c ? total + block : block;
+  }
+  return total;
+}
+
+// The words of 16 columns: 16 floats, or 8 pairs (4 i + s, 4 i + s + 2) or (2 s, 2 s + 1).
+template <int COLUMNS, bool BY_TWO, class X>
+FASTLLM_INLINE void half_words(const X* x, uint32_t* to, int64_t width) {
+  if constexpr (COLUMNS == 1) {
+#pragma GCC unroll 16
+    for (int c = 0; c < 16; ++c) to[c * width] = __builtin_bit_cast(uint32_t, load1(x + c));
+  } else {
+    uint16_t bits[16];
+    if constexpr (sizeof(X) == 2)
+      __builtin_memcpy(bits, x, sizeof bits);
+    else
+      for (int c = 0; c < 16; ++c) bits[c] = __builtin_bit_cast(uint32_t, x[c]) >> 16;  // exact
+#pragma GCC unroll 8
+    for (int w = 0; w < 8; ++w) {
+      const int first = BY_TWO ? w / 2 * 4 + w % 2 : 2 * w;
+      to[w * width] = bits[first] | static_cast<uint32_t>(bits[first + (BY_TWO ? 2 : 1)]) << 16;
+    }
+  }
+}
+
+template <int COLUMNS, bool BY_TWO, class X>
+void words_of_row(const QuantKernel& kernel, const X* x, uint32_t* to, int64_t width) {
+  alignas(64) float codes[128];
+  for (int64_t c = 0; c < kernel.k; c += kernel.chunk) {
+    const int64_t n = smaller(kernel.chunk, kernel.k - c);
+    float extra = 0.f;
+    if (kernel.sums == Sums::scaled) {
+      extra = quantize_float8(x + c, n, codes);
+      for (int64_t i = 0; i < n; i += 16, to += 16 / COLUMNS * width)
+        half_words<COLUMNS, BY_TWO>(codes + i, to, width);
+    } else {
+      for (int64_t i = 0; i < n; i += 16, to += 16 / COLUMNS * width)
+        half_words<COLUMNS, BY_TWO>(x + c + i, to, width);
+      if (kernel.sums == Sums::minimum) extra = chunk_sum(x + c, n);
+    }
+    *to = __builtin_bit_cast(uint32_t, extra);
+    to += width;
+  }
+}
+
+template <int COLUMNS, bool BY_TWO>
+void prepare_words(const QuantKernel& kernel, const void* x, DType type, char* to, int64_t width) {
+  uint32_t* words = reinterpret_cast<uint32_t*>(to);
+  if (!x) {
+    for (int64_t i = 0; i < kernel.row_bytes() / 4; ++i) words[i * width] = 0;
+  } else if (type == DType::bf16) {
+    words_of_row<COLUMNS, BY_TWO>(kernel, static_cast<const uint16_t*>(x), words, width);
+  } else if (COLUMNS == 1 || kernel.sums == Sums::scaled) {
+    words_of_row<COLUMNS, BY_TWO>(kernel, static_cast<const float*>(x), words, width);
+  }
+}
+
+}  // namespace
+}  // namespace fastllm::FASTLLM_ISA
