@@ -110,8 +110,8 @@ void unpack_segment(const QuantKernel& q, const StripPanels& strip, const StripP
       ahead = next->panels[p].codes + (later - q.k) / kBlock * kBlock * per_column - from;
       prefetch_scales(q, next->panels[p].scales, (later - q.k) / kBlock * kBlock, columns);
     }
-    q.unpack_codes(from, columns, ahead, codes + p * q.segment_codes());
-    q.unpack_scales(q, panel.scales, column, columns, scales + p * kSegmentScales);
+    q.unpack_codes(from, columns, ahead, strip.count, codes + p * 4 * kPanelRows);
+    q.unpack_scales(q, panel.scales, column, columns, strip.count, scales + p * kPanelScales);
   }
 }
 
@@ -156,7 +156,7 @@ void multiply_strip(const QuantKernel& q, const StripPanels& strip, const StripP
                     const char* x, int64_t width, int64_t rows, int64_t first, int64_t last,
                     bool few, float* sums) {
   const int64_t code_bytes = q.segment_codes() * strip.count;
-  const int64_t scale_bytes = kSegmentScales * 4 * strip.count;
+  const int64_t scale_bytes = kSegment / 16 * kPanelScales * 4 * strip.count;
   uint8_t* codes =
       static_cast<uint8_t*>(thread_scratch(Scratch::panels, code_bytes + scale_bytes + 64));
   float* scales = reinterpret_cast<float*>(codes + code_bytes);

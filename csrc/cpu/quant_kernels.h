@@ -32,8 +32,9 @@ enum class Sums : uint8_t {
   halves,   // int8: sum = f0 * sum of 16 columns + f1 * sum of the other 16
 };
 
-// A strip's segment in canonical form. codes: for each panel kSegment columns, in words of 4 bytes
-// a row (4 int8, 2 bf16, 1 float); scales: for each panel and chunk 3 vectors of 16 floats or int32.
+// A strip's segment in canonical form, its panels side by side: words of 4 bytes a row (4 int8, 2
+// bf16, 1 float), and for each chunk and panel 3 vectors of 16 floats or int32. (A panel behind the
+// other would put their words 4 KB apart, into one set of the cache.)
 struct Segment {
   const uint8_t* codes;
   const float* scales;
@@ -41,7 +42,7 @@ struct Segment {
   Sums sums;
 };
 constexpr int64_t kScaleVectors = 3;
-constexpr int64_t kSegmentScales = kSegment / 16 * kScaleVectors * kPanelRows;  // floats of a panel
+constexpr int64_t kPanelScales = kScaleVectors * kPanelRows;  // floats of a chunk and panel
 
 // sums[MR][NP * 16] += rows of x, prepared and `width` interleaved, times a segment.
 using SegmentTile = void(const Segment&, const char* x, int64_t width, float* sums);
@@ -62,9 +63,11 @@ struct QuantKernel {
   float factor;                       // of d
   int64_t panel_codes, panel_scales;  // bytes of a packed panel
 
-  void (*unpack_codes)(const uint8_t* from, int64_t columns, int64_t ahead, uint8_t* to);
+  // Columns of one panel of a strip of `panels`.
+  void (*unpack_codes)(const uint8_t* from, int64_t columns, int64_t ahead, int panels,
+                       uint8_t* to);
   void (*unpack_scales)(const QuantKernel&, const uint8_t* from, int64_t column, int64_t columns,
-                        float* to);
+                        int panels, float* to);
   // One row of x of k columns to its prepared form, words `width` apart; x null: zeros.
   void (*prepare_row)(const QuantKernel&, const void* x, DType type, char* to, int64_t width);
   SegmentTile* const* tiles;  // by tile_index

@@ -46,6 +46,10 @@ struct TileSums {
     else
       vstore(at + (m * V + v) * VL, x);
   }
+  // Without this GCC moves sums that stay in memory to the stack and back.
+  __attribute__((always_inline)) void stay() const {
+    if constexpr (!kept) asm volatile("" ::: "memory");
+  }
   __attribute__((always_inline)) void end() {
     if constexpr (kept)
 #pragma GCC unroll 16
@@ -57,10 +61,11 @@ struct TileSums {
 
 FASTLLM_INLINE vf splat_float(const char* p) { return vbits(splat_word(p)); }
 
+constexpr int kSteps = 8;  // 16 columns of pairs, which divide every chunk
+
 template <class Dot, int MR, int NP>
 void float_tile(const Segment& s, const char* x, int64_t width, float* sums) {
   constexpr int V = NP * NV;
-  constexpr int64_t panel = kSegment / Dot::columns * 4 * kPanelRows;
   auto total = TileSums<MR, V>::begin(sums);
   const uint8_t* codes = s.codes;
   const float* scales = s.scales;
@@ -73,20 +78,22 @@ void float_tile(const Segment& s, const char* x, int64_t width, float* sums) {
       for (int v = 0; v < V; ++v) sum[m][v] = vf{};
     const int64_t left = s.columns - column;
     const int64_t steps = (s.chunk < left ? s.chunk : left) / Dot::columns;
-    for (int64_t step = 0; step < steps; ++step, codes += 4 * kPanelRows, x += stride) {
-      vi w[V];
+    for (int64_t step = 0; step < steps; step += kSteps)
+#pragma GCC unroll 8
+      for (int i = 0; i < kSteps; ++i, codes += V * VL * 4, x += stride) {
+        vi w[V];
 #pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) w[v] = vloadi(codes + v / NV * panel + v % NV * VL * 4);
+        for (int v = 0; v < V; ++v) w[v] = vloadi(codes + v * VL * 4);
 #pragma GCC unroll 16
-      for (int m = 0; m < MR; ++m) {
-        const vi xm = splat_word(x + 4 * m);
+        for (int m = 0; m < MR; ++m) {
+          const vi xm = splat_word(x + 4 * m);
 #pragma GCC unroll 16
-        for (int v = 0; v < V; ++v) sum[m][v] = Dot::dot(sum[m][v], w[v], xm);
+          for (int v = 0; v < V; ++v) sum[m][v] = Dot::dot(sum[m][v], w[v], xm);
+        }
       }
-    }
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) {
-      const float* at = scales + v / NV * kSegmentScales + v % NV * VL;
+      const float* at = scales + v / NV * kPanelScales + v % NV * VL;
       const vf d = vload(at);
       if (s.sums == Sums::scaled) {
 #pragma GCC unroll 16
@@ -104,8 +111,9 @@ void float_tile(const Segment& s, const char* x, int64_t width, float* sums) {
         for (int m = 0; m < MR; ++m) total.set(m, v, vfma_once(sum[m][v], d, total.get(m, v)));
       }
     }
+    total.stay();
     x += stride;
-    scales += kScaleVectors * kPanelRows;
+    scales += NP * kPanelScales;
   }
   total.end();
 }
@@ -114,7 +122,6 @@ void float_tile(const Segment& s, const char* x, int64_t width, float* sums) {
 template <Sums KIND, bool SIGNED, int MR, int NP>
 void int8_segment_tile(const Segment& s, const char* x, int64_t width, float* sums) {
   constexpr int V = NP * NV, records = KIND == Sums::halves ? 44 : 40;
-  constexpr int64_t panel = kSegment * kPanelRows;
   auto total = TileSums<MR, V>::begin(sums);
   const uint8_t* codes = s.codes;
   const float* scales = s.scales;
@@ -127,7 +134,7 @@ void int8_segment_tile(const Segment& s, const char* x, int64_t width, float* su
         vi w[V];
 #pragma GCC unroll 16
         for (int v = 0; v < V; ++v)
-          w[v] = vloadi(codes + v / NV * panel + (i * kPanelRows + v % NV * VL) * 4);
+          w[v] = vloadi(codes + (i * V + v) * VL * 4);
 #pragma GCC unroll 16
         for (int m = 0; m < MR; ++m) {
           const vi word = splat_word(x + m * records + 4 * i);
@@ -152,7 +159,7 @@ void int8_segment_tile(const Segment& s, const char* x, int64_t width, float* su
       dots(0, 4);
 #pragma GCC unroll 16
       for (int v = 0; v < V; ++v) {
-        const vi f = vloadi(scales + v / NV * kSegmentScales + kPanelRows + v % NV * VL);
+        const vi f = vloadi(scales + v / NV * kPanelScales + kPanelRows + v % NV * VL);
 #pragma GCC unroll 16
         for (int m = 0; m < MR; ++m) low[m][v] = sum[m][v] * f;
       }
@@ -160,7 +167,7 @@ void int8_segment_tile(const Segment& s, const char* x, int64_t width, float* su
       dots(4, 8);
 #pragma GCC unroll 16
       for (int v = 0; v < V; ++v) {
-        const vi f = vloadi(scales + v / NV * kSegmentScales + 2 * kPanelRows + v % NV * VL);
+        const vi f = vloadi(scales + v / NV * kPanelScales + 2 * kPanelRows + v % NV * VL);
 #pragma GCC unroll 16
         for (int m = 0; m < MR; ++m) sum[m][v] = sum[m][v] * f + low[m][v];
       }
@@ -169,7 +176,7 @@ void int8_segment_tile(const Segment& s, const char* x, int64_t width, float* su
     }
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) {
-      const float* at = scales + v / NV * kSegmentScales + v % NV * VL;
+      const float* at = scales + v / NV * kPanelScales + v % NV * VL;
       const vf d = vload(at);
       vf minimum = vf{};
       if constexpr (KIND == Sums::minimum) minimum = vload(at + kPanelRows);
@@ -182,8 +189,9 @@ void int8_segment_tile(const Segment& s, const char* x, int64_t width, float* su
         total.set(m, v, t);
       }
     }
-    codes += 8 * 4 * kPanelRows;
-    scales += kScaleVectors * kPanelRows;
+    total.stay();
+    codes += 8 * V * VL * 4;
+    scales += NP * kPanelScales;
   }
   total.end();
 }
