@@ -40,6 +40,7 @@ class QuantizedProduct {
         wide_(few_ ? few_tile(a.m).panels : kWideStrip) {}
 
   void run() {
+    if (a_.m == 0) return;
     const int64_t strips = divide_up(panels_, wide_);
     if (few_) {
       // Bound by reading the weight: every thread streams one range of it, and asks for the

@@ -133,8 +133,7 @@ void int8_segment_tile(const Segment& s, const char* x, int64_t width, float* su
       for (int i = first; i < last; ++i) {
         vi w[V];
 #pragma GCC unroll 16
-        for (int v = 0; v < V; ++v)
-          w[v] = vloadi(codes + (i * V + v) * VL * 4);
+        for (int v = 0; v < V; ++v) w[v] = vloadi(codes + (i * V + v) * VL * 4);
 #pragma GCC unroll 16
         for (int m = 0; m < MR; ++m) {
           const vi word = splat_word(x + m * records + 4 * i);

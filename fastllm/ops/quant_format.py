@@ -177,7 +177,7 @@ ALIASES: Mapping[str, str] = {"int4": "int4_g128", "int4_asym": "int4_asym_g128"
 _FIRST = ("q4_0", "q4_1", "q8_0", "bf16", "f32")
 # What the rows of an op's backend table serve; the reference serves the rest.
 NATIVE_FORMATS: Mapping[str, tuple[str, ...]] = {
-    "quant_matmul": _FIRST,
+    "quant_matmul": tuple(QUANT_FORMATS),
     "quant_matmul_input_grad": tuple(QUANT_FORMATS),
     "quant_embedding": tuple(QUANT_FORMATS),
     "quant_moe": _FIRST,
