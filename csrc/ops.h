@@ -1,10 +1,11 @@
 // Every native op: its argument struct (plain pointers and numbers: a graph keeps a copy), the
 // function that checks tensors and fills it, and its place in the kernel table. Adding an op: a
-// struct and a *_args function in ops_core.h or ops_moe.h, its checks in api/<op>.cpp, its kernel in
+// struct and a *_args function in ops_core.h, ops_moe.h or ops_quant.h, its checks in api/<op>.cpp, its kernel in
 // cpu/<op>.cpp, a row here and in cpu/kernels.cpp, a line in bindings.cpp.
 #pragma once
 #include "ops_core.h"
 #include "ops_moe.h"
+#include "ops_quant.h"
 
 namespace fastllm {
 
@@ -22,6 +23,7 @@ struct Kernels {
   Kernel<PagedAttentionArgs>* paged_attention;
   Kernel<AttentionBackwardArgs>* attention_backward;
   Kernel<QuantMatmulArgs>* quant_matmul;
+  Kernel<FinishedProductArgs>* finished_product;
   Kernel<QuantMatmulInputGradArgs>* quant_matmul_input_grad;
   Kernel<LinearArgs>* linear;
   Kernel<HeadLinearArgs>* head_linear;

@@ -1,6 +1,6 @@
 #include "api/packed.h"
 #include "common/check.h"
-#include "ops_core.h"
+#include "ops_quant.h"
 
 namespace fastllm {
 
@@ -35,10 +35,13 @@ void check_scratch(const Tensor& scratch, int64_t bytes, const char* op) {
 // Prepared rows come in groups of up to 12 and need at most 4 bytes a column and 8 a block of 32.
 int64_t prepared_bytes(int64_t m, int64_t k) { return (m + 12) * (4 * k + k / 32 * 8 + 64); }
 
-QuantMatmulArgs quant_matmul_args(Tensor y, Tensor x, Tensor data, Tensor scales,
-                                  int64_t format_code, int64_t n, Tensor bias, int64_t activation,
-                                  Tensor scratch) {
-  const char* op = "quant_matmul";
+namespace {
+
+// The checks of all products; y, which they differ in, is [m, columns].
+QuantMatmulArgs product_args(const Tensor& y, int64_t columns, const Tensor& x, const Tensor& data,
+                             const Tensor& scales, int64_t format_code, int64_t n,
+                             const Tensor& bias, int64_t activation, const Tensor& scratch,
+                             const char* op) {
   const Format format = parse_format(format_code, op);
   check_rows(x, op);
   check_packed(data, scales, format, n, x.shape[1], op);
@@ -53,7 +56,15 @@ QuantMatmulArgs quant_matmul_args(Tensor y, Tensor x, Tensor data, Tensor scales
                        : mode == Activation::fp32 ? DType::f32
                                                   : x.dtype;
   check(x.dtype == needed, op, "x has another dtype than format and activation need");
-  return {.out = matmul_output(y, bias, x.shape[0], n, op),
+  MatmulOutput out = matmul_output(y, Tensor{}, x.shape[0], columns, op);
+  if (bias.given()) {
+    check(is_float(bias) && bias.contiguous() && bias.ndim == 1 && bias.shape[0] == n, op,
+          "bias must be f32 or bf16, contiguous, [n]");
+    out.bias = bias.data;
+    out.bias_type = bias.dtype;
+  }
+  out.n = n;
+  return {.out = out,
           .x = x.data,
           .data = data.data,
           .scales = scales.data,
@@ -64,6 +75,37 @@ QuantMatmulArgs quant_matmul_args(Tensor y, Tensor x, Tensor data, Tensor scales
           .m = x.shape[0],
           .k = x.shape[1],
           .x_stride = x.stride[0]};
+}
+
+}  // namespace
+
+QuantMatmulArgs quant_matmul_args(Tensor y, Tensor x, Tensor data, Tensor scales,
+                                  int64_t format_code, int64_t n, Tensor bias, int64_t activation,
+                                  Tensor scratch) {
+  return product_args(y, n, x, data, scales, format_code, n, bias, activation, scratch,
+                      "quant_matmul");
+}
+
+FinishedProductArgs finished_product_args(Tensor y, Tensor x, Tensor data, Tensor scales,
+                                          int64_t format_code, int64_t n, Tensor bias,
+                                          int64_t activation, Tensor scratch, Tensor residual,
+                                          int64_t gating) {
+  const char* op = "finished_product";
+  check(!is_dense(parse_format(format_code, op)), op, "the format must be a quantized one");
+  const bool gated = !residual.given();
+  const int64_t columns = gated ? n / 2 : n;
+  const QuantMatmulArgs product =
+      product_args(y, columns, x, data, scales, format_code, n, bias, activation, scratch, op);
+  const Gating act = static_cast<Gating>(gating);
+  check(!gated || act == Gating::silu || act == Gating::gelu_tanh, op,
+        "the gated activation must be silu or gelu_tanh");
+  check(!gated || n % 32 == 0, op, "gate and up must have multiples of 16 rows");
+  check(y.dtype == (gated ? x.dtype : DType::f32), op,
+        "y must be in the dtype of x if gated, else f32");
+  check(gated || (residual.dtype == DType::f32 && residual.contiguous() && residual.ndim == 2 &&
+                  residual.shape[0] == x.shape[0] && residual.shape[1] == n),
+        op, "residual must be f32, contiguous, [m, n]");
+  return {.product = product, .residual = residual.as<float>(), .gating = act};
 }
 
 }  // namespace fastllm

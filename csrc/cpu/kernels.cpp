@@ -16,6 +16,7 @@ Kernel<MlaAttentionArgs> mla_attention;
 Kernel<PagedAttentionArgs> paged_attention;
 Kernel<AttentionBackwardArgs> attention_backward;
 Kernel<QuantMatmulArgs> quant_matmul;
+Kernel<FinishedProductArgs> finished_product;
 Kernel<QuantMatmulInputGradArgs> quant_matmul_input_grad;
 Kernel<LinearArgs> linear;
 Kernel<HeadLinearArgs> head_linear;
@@ -56,6 +57,7 @@ const Kernels kernels = {
     .paged_attention = paged_attention,
     .attention_backward = attention_backward,
     .quant_matmul = quant_matmul,
+    .finished_product = finished_product,
     .quant_matmul_input_grad = quant_matmul_input_grad,
     .linear = linear,
     .head_linear = head_linear,

@@ -1,10 +1,11 @@
 // y = x @ W.T + bias for packed weights. Rows of x are brought into the form that the tiles read,
-// then strips of outputs are handed out.
+// then strips of outputs are handed out. finished_product goes on with a residual or a gated
+// activation.
 #include "cpu/gated_activation.h"
 #include "cpu/integers.h"
 #include "cpu/matmul_dense.h"
 #include "cpu/quant_kernels.h"
-#include "ops_core.h"
+#include "ops_quant.h"
 
 namespace fastllm::FASTLLM_ISA {
 namespace {
@@ -28,15 +29,61 @@ struct DenseProduct : DenseRows<D> {
   }
 };
 
-// A product with a quantized weight: strips of panels times all rows.
+// VL columns of fp32 sums with the bias, as rows of x would hold them.
+FASTLLM_INLINE vf rounded_sums(const QuantMatmulArgs& a, const float* sums, int64_t column) {
+  const MatmulOutput& o = a.out;
+  const int64_t left = o.n - column;
+  vf v = vload(sums);
+  if (o.bias)
+    dispatch_float(o.bias_type, [&](auto type) {
+      const auto* bias = static_cast<const decltype(type)*>(o.bias) + column;
+      v = v + (left >= VL ? load(bias) : load_n(bias, left));
+    });
+  return a.x_type == DType::bf16 ? vround_bf16(v) : v;
+}
+
+// y = residual + rounded sums, `columns` of them from `column` on.
+FASTLLM_INLINE void add_residual(const FinishedProductArgs& f, const float* sums, int64_t row,
+                                 int64_t column, int64_t columns) {
+  const int64_t at = row * f.product.out.n + column;
+  const float* residual = f.residual + at;
+  float* y = static_cast<float*>(f.product.out.y) + at;
+  for (int64_t c = 0; c < columns; c += VL) {
+    const vf p = rounded_sums(f.product, sums + c, column + c);
+    if (columns - c >= VL)
+      vstore(y + c, vload(residual + c) + p);
+    else
+      store_n(y + c, load_n(residual + c, columns - c) + p, columns - c);
+  }
+}
+
+// y = act(gate) * up, `columns` (a multiple of 16) of them from `column` on.
+FASTLLM_INLINE void gate_columns(const FinishedProductArgs& f, const float* gate, const float* up,
+                                 int64_t row, int64_t column, int64_t columns) {
+  const int64_t inner = f.product.out.n / 2, at = row * inner + column;
+  for (int64_t c = 0; c < columns; c += VL) {
+    const vf g = rounded_sums(f.product, gate + c, column + c);
+    const vf u = rounded_sums(f.product, up + c, inner + column + c);
+    const vf y =
+        f.gating == Gating::silu ? gated<Gating::silu>(g, u) : gated<Gating::gelu_tanh>(g, u);
+    dispatch_float(f.product.out.y_type, [&](auto type) {
+      store(static_cast<decltype(type)*>(f.product.out.y) + at + c, y);
+    });
+  }
+}
+
+// A product with a quantized weight: strips of panels times all rows. What follows it, if given,
+// reads a strip's sums while they are in the L1 or L2 cache; a gated activation those of two strips.
 class QuantizedProduct {
  public:
-  QuantizedProduct(const QuantMatmulArgs& a, const Team& team)
+  QuantizedProduct(const QuantMatmulArgs& a, const FinishedProductArgs* then, const Team& team)
       : a_(a),
+        then_(then),
+        gated_(then && !then->residual),
         team_(team),
         kernel_(quant_kernel(a.format, a.activation, a.k)),
         few_(a.m <= kFewRows),
-        panels_(divide_up(a.out.n, kPanelRows)),
+        panels_(divide_up(gated_ ? a.out.n / 2 : a.out.n, kPanelRows)),
         wide_(few_ ? few_tile(a.m).panels : kWideStrip) {}
 
   void run() {
@@ -47,12 +94,12 @@ class QuantizedProduct {
       // beginning before it prepares its rows.
       int64_t begin, end;
       my_share(team_, strips, 1, &begin, &end);
-      if (begin < end) prefetch_range(strip(begin).panels[0].codes, kernel_.panel_codes);
+      if (begin < end) prefetch_range(strip(begin, 0).panels[0].codes, kernel_.panel_codes);
       prepare();
       return times_groups(begin, end, 0, 1, end);
     }
     prepare();
-    const Tasks tasks = make_tasks(x_, a_.out.n, wide_, row_block(), team_);
+    const Tasks tasks = make_tasks(x_, panels_ * kPanelRows, wide_, row_block(), team_);
     for (int64_t t; (t = next_task(team_)) < tasks.count();) {
       const int64_t first = t / tasks.runs * tasks.groups_per_block, run = t % tasks.runs;
       times_groups(run * tasks.run, smaller((run + 1) * tasks.run, tasks.strips), first,
@@ -68,14 +115,15 @@ class QuantizedProduct {
                    divide_up(1024, x_.width) * group);
   }
 
-  StripPanels strip(int64_t index) const {
+  // Side 1 are the rows of up behind those of gate.
+  StripPanels strip(int64_t index, int side) const {
     StripPanels s{};
     s.count = wide_;
     for (int p = 0; p < wide_; ++p) {
-      const int64_t panel = index * wide_ + p;
+      const int64_t panel = index * wide_ + p, at = side * panels_ + panel;
       if (panel < panels_)
-        s.panels[p] = {static_cast<const uint8_t*>(a_.data) + panel * kernel_.panel_codes,
-                       static_cast<const uint8_t*>(a_.scales) + panel * kernel_.panel_scales};
+        s.panels[p] = {static_cast<const uint8_t*>(a_.data) + at * kernel_.panel_codes,
+                       static_cast<const uint8_t*>(a_.scales) + at * kernel_.panel_scales};
     }
     return s;
   }
@@ -104,24 +152,41 @@ class QuantizedProduct {
     if (shared) team_sync(team_);
   }
 
-  // Strips [strip, end) times groups [first, last) of rows; `all`: how many strips there are.
+  // Strips [index, end) times groups [first, last) of rows; `all`: how many strips there are.
   void times_groups(int64_t index, int64_t end, int64_t first, int64_t last, int64_t all) {
-    const int64_t columns = wide_ * kPanelRows, group_sums = x_.width * columns;
-    float* sums = static_cast<float*>(
-        thread_scratch(Scratch::sums, static_cast<size_t>((last - first) * group_sums * 4)));
-    StripPanels here = strip(index), next{};
-    for (; index < end; ++index, here = next) {
-      const bool more = index + 1 < all;
-      if (more) next = strip(index + 1);
-      multiply_strip(kernel_, here, more ? &next : nullptr, x_.base, x_.width, a_.m, first, last,
-                     few_, sums);
+    const int64_t columns = wide_ * kPanelRows, size = (last - first) * x_.width * columns;
+    const int sides = gated_ ? 2 : 1;
+    float* sums =
+        static_cast<float*>(thread_scratch(Scratch::sums, static_cast<size_t>(sides * size * 4)));
+    StripPanels here = strip(index, 0);
+    for (; index < end; ++index) {
+      for (int side = 0; side < sides; ++side) {
+        const bool more = side + 1 < sides || index + 1 < all;
+        const StripPanels next = side + 1 < sides ? strip(index, side + 1) : strip(index + 1, 0);
+        multiply_strip(kernel_, here, more ? &next : nullptr, x_.base, x_.width, a_.m, first, last,
+                       few_, sums + side * size);
+        here = next;
+      }
       for (int64_t g = first; g < last; ++g)
-        store_tile(a_.out, sums + (g - first) * group_sums, columns, g * x_.width,
-                   smaller(x_.width, a_.m - g * x_.width), index * columns);
+        finish(sums + (g - first) * x_.width * columns, size, g * x_.width, index * columns);
     }
   }
 
+  // The rows of a group from `row` on; `size`: how far behind those of gate the sums of up are.
+  void finish(float* sums, int64_t size, int64_t row, int64_t column) const {
+    const int64_t columns = wide_ * kPanelRows, rows = smaller(x_.width, a_.m - row);
+    if (!then_) return store_tile(a_.out, sums, columns, row, rows, column);
+    const int64_t live = smaller(columns, (gated_ ? a_.out.n / 2 : a_.out.n) - column);
+    for (int64_t m = 0; m < rows; ++m, sums += columns)
+      if (gated_)
+        gate_columns(*then_, sums, sums + size, row + m, column, live);
+      else
+        add_residual(*then_, sums, row + m, column, live);
+  }
+
   const QuantMatmulArgs& a_;
+  const FinishedProductArgs* const then_;
+  const bool gated_;
   const Team& team_;
   const QuantKernel kernel_;
   const bool few_;
@@ -137,7 +202,11 @@ void quant_matmul(const QuantMatmulArgs& a, const Team& team) {
     return product(DenseProduct<Bf16Dense>(a), a.out, a.m, a.scratch, team);
   if (a.format == Format::f32)
     return product(DenseProduct<Float32>(a), a.out, a.m, a.scratch, team);
-  QuantizedProduct(a, team).run();
+  QuantizedProduct(a, nullptr, team).run();
+}
+
+void finished_product(const FinishedProductArgs& a, const Team& team) {
+  QuantizedProduct(a.product, &a, team).run();
 }
 
 }  // namespace fastllm::FASTLLM_ISA

@@ -24,11 +24,13 @@ from .quant_matmul_cuda import CUDA_FORMATS, fits_cuda, launch
 from .quant_matmul_input_grad import packed_input_grad
 from .quant_products import products_ref
 from .registry import Op, batch_invariant
+from .swiglu import swiglu
 from .swiglu_backward import swiglu_backward
 
 ACTIVATIONS = ("int8", "bf16", "fp32", "fp8")  # in the order of the codes of csrc's enum
 GATED = ("silu", "gelu_tanh")
-NATIVE_OPTIONS: tuple[str, ...] = ("",)  # of "", "residual" and GATED, what a backend's row serves
+# Of "", "residual" and GATED, what a backend's row serves.
+NATIVE_OPTIONS: tuple[str, ...] = ("", "residual", *GATED)
 TRITON_OPTIONS: tuple[str, ...] = ("", "residual", *GATED)
 
 
@@ -192,19 +194,31 @@ def _quant_matmul_cpu(
     gated: str = "",
 ) -> Tensor:
     x2 = as_rows(x)
-    y = torch.empty((x2.shape[0], n), dtype=out_dtype or x.dtype)
-    _C.quant_matmul(
-        y,
-        x2,
-        data,
-        scales,
-        layout.FORMATS.index(format),
-        n,
-        bias,
-        ACTIVATIONS.index(activation),
-        prepared_rows(x2),
-    )
-    return y.view(*x.shape[:-1], n)
+    rows, code, mode = x2.shape[0], layout.FORMATS.index(format), ACTIVATIONS.index(activation)
+    option = _option(n, bias, activation, out_dtype, residual, gated)
+    if not option:
+        y = torch.empty((rows, n), dtype=out_dtype or x.dtype)
+        _C.quant_matmul(y, x2, data, scales, code, n, bias, mode, prepared_rows(x2))
+        return y.view(*x.shape[:-1], n)
+    if not _fused(format, n, option):
+        plain = _quant_matmul_cpu(x, data, scales, format, n, bias, activation)
+        if gated == "silu":
+            return swiglu(*plain.chunk(2, dim=-1))
+        return finished_ref(plain.float(), x.dtype, out_dtype, residual, gated)
+    columns = n // 2 if gated else n
+    y = torch.empty((rows, columns), dtype=x.dtype if gated else torch.float32)
+    base = None if residual is None else as_rows(residual).contiguous()
+    act = _C_GATING.get(gated, 0)
+    _C.finished_product(y, x2, data, scales, code, n, bias, mode, prepared_rows(x2), base, act)
+    return y.view(*x.shape[:-1], columns)
+
+
+_C_GATING = {"silu": 0, "gelu_tanh": 2}  # csrc's enum Gating
+
+
+def _fused(format: str, n: int, option: str) -> bool:
+    """Whether the kernel goes on with what follows the product: gate and up in whole panels."""
+    return format not in layout.DENSE and (option == "residual" or n % 32 == 0)
 
 
 if hasattr(_C, "quant_matmul_cuda"):  # the extension was built with CUDA
