@@ -18,19 +18,23 @@ from torch import Tensor
 from fastllm import _C
 from fastllm.ops import moe, quant_moe
 from fastllm.ops import packed_layout as layout
-from fastllm.ops.quant_format import NATIVE_FORMATS
-from fastllm.ops.quant_products import quantize_activation_ref
+from fastllm.ops.quant_format import NATIVE_FORMATS, QUANT_FORMATS
+from fastllm.ops.quant_products import quantize_activation_fp8_ref, quantize_activation_ref
 from fastllm.ops.registry import OPS
 from fastllm.quantize.gguf_blocks import quantize
 from fastllm.quantize.packed_experts import PackedExperts, pack_experts
 from fastllm.testing.check import Judge
-from fastllm.testing.infos.quant_matmul import weight64
+from fastllm.testing.infos.quant_moe import random_experts
 from fastllm.testing.moe_problem import Layer, MoeProblem, covering, expert_loop, problems
 from fastllm.testing.opinfo import generator
+from fastllm.testing.packed_weights import weight64, whole
 
 ISAS = _C.isas()
 MODES = ("int8", "bf16", "fp32")
+SERVED = [f for f in NATIVE_FORMATS["quant_moe"] if f in layout.QUANTIZED]
 WIDTHS: dict[str, Any] = {"hidden": (32, 64, 96, 160), "inner": (32, 64, 96), "strided": (False,)}
+# Of formats with blocks of 64 columns and more, whose experts are larger.
+FEW_EXPERTS: dict[str, Any] = {"experts": (1, 2, 3, 4, 6, 8), "tokens": (0, 1, 2, 3, 7, 16, 33, 64)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,14 +57,19 @@ class Packed:
 
 
 def pack(format: str, weight: Tensor) -> PackedExperts:
-    rows = weight if format in layout.DENSE else quantize(format, weight.float())
-    return pack_experts(format, rows)
+    """The experts in that format; of formats whose scales are searched for long, random ones."""
+    if format in (*layout.DENSE, "q4_0", "q4_1", "q8_0"):
+        rows = weight if format in layout.DENSE else quantize(format, weight.float())
+        return pack_experts(format, rows)
+    count, n, k = weight.shape
+    data, scales = random_experts(generator(n + k), format, count, n, k, 16)
+    return PackedExperts(data, scales, format, n, k)
 
 
-def values(packed: PackedExperts) -> Tensor:
-    """float64 `[E, n, k]`: what the blocks hold, nothing rounded."""
+def values(packed: PackedExperts, mode: str) -> Tensor:
+    """float64 `[E, n, k]`: what the blocks mean in a mode, nothing rounded."""
     every = [
-        weight64(packed.data[e], packed.scales[e], packed.format, packed.n, packed.k)
+        weight64(packed.data[e], packed.scales[e], packed.format, packed.n, packed.k, mode)
         for e in range(packed.experts)
     ]
     return torch.stack(every)
@@ -68,16 +77,21 @@ def values(packed: PackedExperts) -> Tensor:
 
 def made(count: int, seed: int) -> list[Packed]:
     """Problems of every pair of formats and mode; a dense format decides the dtype of x."""
-    names = NATIVE_FORMATS["quant_moe"]
+    names = layout.FORMATS
     pairs = [(a, b) for a in names for b in names if {a, b} != {"bf16", "f32"}]
     rows = covering(count, seed, formats=pairs, mode=MODES)
     dense = problems(count, seed + 1, strided=[False])
-    whole = problems(count, seed + 2, **WIDTHS)
+    short = problems(count, seed + 2, **WIDTHS)
+    few = problems(count, seed + 3, **WIDTHS, **FEW_EXPERTS)
     found = []
     for i, row in enumerate(rows):
         formats, mode = row["formats"], row["mode"]
         both = all(format in layout.DENSE for format in formats)
-        problem = dense[i] if both else whole[i]
+        long_blocks = max(QUANT_FORMATS[format].multiple for format in formats) > 32
+        problem = dense[i] if both else few[i] if long_blocks else short[i]
+        if long_blocks:
+            hidden, inner = whole(formats[0], problem.hidden), whole(formats[1], problem.inner)
+            problem = replace(problem, hidden=hidden, inner=inner)
         dtypes = {layout.DENSE[format] for format in formats if format in layout.DENSE}
         dtype = next(iter(dtypes), None)
         if mode != "int8":
@@ -108,6 +122,26 @@ def quantized(rows: Tensor) -> Tensor:
     return rows + (seen - rows.detach()) if rows.requires_grad else seen
 
 
+def quantized_fp8(rows: Tensor) -> Tensor:
+    """`quantized` of fp8 products."""
+    q, step = quantize_activation_fp8_ref(rows.detach().float())
+    seen = q.to(rows.dtype) * _steps(step, rows)
+    return rows + (seen - rows.detach()) if rows.requires_grad else seen
+
+
+def _steps(step: Tensor, rows: Tensor) -> Tensor:
+    return step.to(rows.dtype).repeat_interleave(128, 1)[:, : rows.shape[1]]
+
+
+def doubt_fp8(rows: Tensor) -> Tensor:
+    """The distance of the e4m3 values between which float32 cannot tell, else 0."""
+    _, step = quantize_activation_fp8_ref(rows.float())
+    scaled = rows / _steps(step, rows).clamp_min(1e-30)
+    error = 1e-4 * (scaled.abs() + 1)
+    ends = [(scaled + e).clamp(-448, 448).float().to(torch.float8_e4m3fn) for e in (error, -error)]
+    return (ends[0].double() - ends[1].double()) * _steps(step, rows)
+
+
 def doubt(rows: Tensor) -> Tensor:
     """A step where float32 cannot tell to which of two integers a value is rounded, else 0."""
     _, step = quantize_activation_ref(rows.float())
@@ -118,16 +152,17 @@ def doubt(rows: Tensor) -> Tensor:
 
 def maps(packed: Packed) -> dict[str, Any]:
     """What the int8 mode does to rows before the products of quantized weights."""
-    names = ("into_up", "into_down")
+    kinds = {"int8": quantized, "fp8": quantized_fp8}
     return {
-        name: quantized
-        for name, format in zip(names, packed.formats, strict=True)
+        name: kinds[QUANT_FORMATS[format].mode("int8")]
+        for name, format in zip(("into_up", "into_down"), packed.formats, strict=True)
         if packed.mode == "int8" and format in layout.QUANTIZED
     }
 
 
-def exact_layer(layer: Layer, packs: tuple[PackedExperts, PackedExperts]) -> Layer:
-    return replace(layer.double(), gate_up=values(packs[0]), down=values(packs[1]))
+def exact_layer(layer: Layer, packs: tuple[PackedExperts, PackedExperts], mode: str) -> Layer:
+    up, down = (values(pack, mode) for pack in packs)
+    return replace(layer.double(), gate_up=up, down=down)
 
 
 @contextmanager
@@ -149,7 +184,7 @@ def definitions() -> Iterator[None]:
 def judge(packed: Packed) -> Judge:
     def draw(number: int) -> tuple[list[Tensor], list[Tensor]]:
         layer, packs = packed.draw(number)
-        exact = expert_loop(exact_layer(layer, packs), exact=True, **maps(packed))
+        exact = expert_loop(exact_layer(layer, packs, packed.mode), exact=True, **maps(packed))
         with definitions():
             return [exact], [run(layer, packs, packed.mode)]
 
@@ -161,14 +196,15 @@ def slack(packed: Packed, layer: Layer, packs: tuple[PackedExperts, PackedExpert
 
     In bfloat16 such roundings are common enough that the peer's error has them too.
     """
-    exact = exact_layer(layer, packs)
+    exact = exact_layer(layer, packs, packed.mode)
     if "into_down" not in maps(packed) or layer.x.dtype == torch.bfloat16:
         return torch.zeros_like(exact.x)
     bounds = replace(
         exact, down=exact.down.abs(), topk_weights=exact.topk_weights.abs(), down_bias=None,
         base=None,
     )  # fmt: skip
-    how = {**maps(packed), "into_down": doubt}
+    open_steps = doubt_fp8 if maps(packed)["into_down"] is quantized_fp8 else doubt
+    how = {**maps(packed), "into_down": open_steps}
     return expert_loop(bounds, exact=True, **how)
 
 
@@ -185,7 +221,8 @@ def test_forward_is_within_the_bound_on_every_isa_and_thread_count(packed: Packe
         excess = error - error.clamp(-open_roundings, open_roundings)
         bound.check([(exact + excess).to(y.dtype)], isa)
         torch.set_num_threads(2)
-        assert torch.equal(run(layer, packs, packed.mode), y), f"{isa}: threads change bits"
+        if set(packed.formats) <= set(NATIVE_FORMATS["quant_moe"]):
+            assert torch.equal(run(layer, packs, packed.mode), y), f"{isa}: threads change bits"
 
 
 NAMES = ("x", "topk_weights", "base")
@@ -205,7 +242,9 @@ def test_gradients_are_within_the_bound_on_every_isa_and_thread_count(packed: Pa
         layer, packs = packed.draw(number)
         up = {n: m for n, m in maps(packed).items() if n == "into_up"}
         exact = gradients(
-            exact_layer(layer, packs), lambda a: expert_loop(a, exact=True, **up), number
+            exact_layer(layer, packs, packed.mode),
+            lambda a: expert_loop(a, exact=True, **up),
+            number,
         )
         with definitions():
             return exact, gradients(layer, lambda a: run(a, packs, packed.mode), number)
@@ -218,7 +257,8 @@ def test_gradients_are_within_the_bound_on_every_isa_and_thread_count(packed: Pa
         bound.check(alone, f"{isa}: x, weights, base")
         torch.set_num_threads(2)
         again = gradients(layer, lambda a: run(a, packs, packed.mode), 0)
-        assert all(torch.equal(a, b) for a, b in zip(alone, again, strict=True)), isa
+        if set(packed.formats) <= set(NATIVE_FORMATS["quant_moe"]):
+            assert all(torch.equal(a, b) for a, b in zip(alone, again, strict=True)), isa
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -234,19 +274,21 @@ def test_dense_packs_give_the_bits_of_plain_weights(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("format", ("q4_0", "q4_1", "q8_0"))
+@pytest.mark.parametrize("format", SERVED)
 def test_a_token_has_the_same_bits_alone_and_in_any_batch(format: str, mode: str) -> None:
     dtype = torch.float32 if mode == "fp32" else torch.bfloat16
+    hidden, inner = whole(format, 96), 64
     problem = MoeProblem(
-        tokens=90, hidden=96, inner=64, experts=12, k=3, dtype=dtype, load="zipf", biases="both"
-    )
+        tokens=90, hidden=hidden, inner=inner, experts=12, k=3, dtype=dtype, load="zipf",
+        biases="both",
+    )  # fmt: skip
     layer, packs = Packed(problem=problem, formats=(format, "q8_0"), mode=mode).draw()
     for isa in ISAS:
         _C.set_isa(isa)
-        whole = run(layer, packs, mode)
+        every = run(layer, packs, mode)
         for rows in ([0], [50, 3], list(range(8)), list(range(30, 53)), list(range(89, -1, -1))):
             part = run(layer.tokens(rows), packs, mode)
-            assert torch.equal(part, whole[rows]), f"{isa}: rows {rows}"
+            assert torch.equal(part, every[rows]), f"{isa}: rows {rows}"
 
 
 def test_a_nan_and_an_infinity_stay_in_their_tokens() -> None:
