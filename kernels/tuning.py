@@ -132,11 +132,13 @@ _LINEAR_FP32 = {
 # - bf16 without minimum, 128 x 128: 172 (q4_0) to 250; a code is decoded once for 128 tokens. mma
 #   takes x from registers too: sm_80 spills 2,296 bytes at units of 128 columns; 128 x 64 takes 142
 #   to 249, units of 32 columns 256 x 64 (173 to 239). With a minimum each token's sum takes 128 / 4
-#   registers more: on sm_90 256 x 64 where a unit is 32 columns (230 to 254), else 128 x 64.
+#   registers more: 256 x 64 on sm_90 where a unit is 32 columns (230 to 254), else 128 x 64; on
+#   sm_80 128 x 64 and 128 x 32 (128 x 64 of experts spills 32 bytes). q6_k, with two scales a
+#   unit, 128 x 64 (128 x 128 spills 32 bytes with Triton 3.8).
 # - int8 has a scale of each token beside each 32 columns, and 4 FMA-unit instructions for 64
 #   operations of the product: the epilogue bounds any tile. 128 x 64; at 256 x 64 q6_k and experts
 #   spill up to 364 bytes.
-# - fp8, 128 x 64: 199; 128 x 128 spills 184 bytes.
+# - fp8, 128 x 64: 199; 128 x 128 spills 184 bytes. On sm_80, whose operands are bf16, 128 x 32.
 # fp32 runs on FMA units, 32 columns at a time.
 _QUANT_FEW = {
     16: ProductTile(64, 16, 128, 4, 4),
@@ -188,11 +190,13 @@ def quant_tile(m: int, format: str, mode: str, gated: bool, device: torch.device
 def _product_size(format: str, mode: str, hopper: bool) -> tuple[int, int]:
     """(n, m) of the tile of a product of many tokens."""
     wide, minimum = int(unit_columns(format, mode)) > 32, bool(has_minimum(format))
-    if mode == "int8":
-        return 128, 64
-    if mode == "bf16" and hopper and not minimum:
-        return 128, 128
-    return (256 if mode == "bf16" and not wide and (hopper or not minimum) else 128), 64
+    if mode == "bf16" and FORMATS[format].bits != 6:
+        if hopper and not minimum:
+            return 128, 128
+        if not wide and (hopper or not minimum):
+            return 256, 64
+    heavy = not hopper and wide and (minimum or mode == "fp8")
+    return 128, (32 if heavy else 64)
 
 
 def _gated_size(format: str, mode: str, hopper: bool) -> tuple[int, int]:
