@@ -17,7 +17,7 @@ from fastllm.models.trainable import load_trainable
 from fastllm.models.weights import SafetensorsWeights
 from fastllm.nn.batch import Documents
 from fastllm.nn.lora import LoraConfig, add_lora, lora_parameters
-from fastllm.ops.quant_format import NATIVE_FORMATS, QUANT_FORMATS
+from fastllm.ops.quant_format import QUANT_FORMATS
 from fastllm.ops.sampling import log_probs
 from fastllm.quantize.quantizer import Quantizer
 from fastllm.quantize.rule import FallbackWarning, QuantRule
@@ -25,8 +25,6 @@ from fastllm.testing.quantized_models import directory
 from fastllm.testing.small_models import batch_of, random_documents
 
 FORMATS = tuple(name for name, format in QUANT_FORMATS.items() if not format.dense)
-# Captured steps need native kernels.
-EAGER = [name for name in FORMATS if name not in NATIVE_FORMATS["quant_matmul"]]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6, detokenize=False, logprobs=0)
 PROMPT = [(31 * i + i * i) % 96 for i in range(20)]
 SPARSE = ("mixtral", "qwen3 moe", "deepseek v3 experts")
@@ -74,7 +72,7 @@ def test_generation_has_the_bits_of_training_in_every_format(
     assert model.activation == "bf16" and not any(p.requires_grad for p in model.parameters())
     add_lora(model, LoraConfig(r=4, target_modules=("q_proj", "down_proj")))
     fill_b(model)
-    ids, found = generated(LLM.from_model(model, enforce_eager=format in EAGER))
+    ids, found = generated(LLM.from_model(model))
     targets = torch.tensor([-100] * (len(PROMPT) - 1) + ids)
     documents = Documents.pack([[*PROMPT, *ids[:-1]]])
     trained, _ = model.log_probs(documents, targets)
@@ -156,8 +154,7 @@ def test_an_engine_quantizes_as_it_loads_and_says_what_did_not_fit(
     model_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
     path = model_of("llama")
-    eager = "int4_g128" in EAGER
-    llm = LLM(path, quantization="int4", max_model_len=64, enforce_eager=eager)
+    llm = LLM(path, quantization="int4", max_model_len=64)
     assert llm.model.activation == "int8"
     assert llm.model.quantization is not None and llm.model.quantization.format == "int4_g128"
     assert len(generated(llm)[0]) == 6
@@ -183,8 +180,7 @@ def test_a_mix_raises_what_matters_more(model_of: Callable[[str], Path]) -> None
     assert formats["model.layers.1.self_attn.v_proj"] == "q6_k"
     assert formats["model.layers.1.mlp.up_proj"] == "q4_k"
     assert model.model.layers[1].self_attn.qkv.packed is None  # v is no part of one product
-    llm = LLM.from_model(model, max_model_len=64, enforce_eager="q6_k" in EAGER)
-    assert len(generated(llm)[0]) == 6
+    assert len(generated(LLM.from_model(model, max_model_len=64))[0]) == 6
 
 
 def test_quantized_files_are_rounded_again_only_if_asked(
