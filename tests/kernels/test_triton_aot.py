@@ -18,13 +18,12 @@ pytest.importorskip("triton")
 from fastllm.kernels import ahead_of_time, tuning
 from fastllm.kernels.ahead_of_time import SHARED_LIMIT, Resources
 
-# Each tile family once where it is tightest: with the
-# products below 30 compiles, 20 s on two cores.
+# Each tile family once where it is tightest: with the products below 39 calls.
 QUICK = {
     90: [
-        "linear bf16 m=2048",
-        "quant_matmul q4_1 int8 m=1",
-        "quant_matmul q4_1 bf16 m=2048",
+        "quant_matmul fp8_block fp8 m=2048",
+        "quant_matmul q6_k int8 m=2048 gated",
+        "quant_matmul_input_grad nf4_dq",
         "attention 128 bf16 causal fast",
         "attention 192/128 bf16 all fast",
         "attention 128 bf16 window",
@@ -39,8 +38,8 @@ QUICK = {
         "moe bf16 gelu_tanh m=4096",
     ],
     80: [
-        "linear bf16 m=2048",
-        "quant_matmul q4_1 int8 m=2048",
+        "quant_matmul int4_asym_g128 bf16 m=2048 gated",
+        "quant_matmul q5_k int8 m=1",
         "mla decode 128 bf16 fast",
         "attention 128 bf16 window fast",
         "attention_backward 128/128 bf16 causal",
@@ -71,6 +70,8 @@ SMALL = [
     "moe bf16 m=4096",
     "moe_backward bf16 m=4096",
     "quant_moe q4_1 bf16 m=4096",
+    "quant_matmul fp8_block bf16 m=2048 gated",
+    "quant_matmul int8 bf16 m=2048",
 ]
 
 
@@ -111,6 +112,7 @@ def test_one_token_and_many_run_the_same_instruction(arch: int, instruction: str
     names += [f"paged_attention {phase} 128 bf16 plain" for phase in ("decode", "prefill")]
     names += ["attention 128 bf16 causal"]
     found = ahead_of_time.compile_all(names, (arch,))
+    check(found)
     products = {r.name: r.products for r in found if r.products}
     assert len(products) == len(names)
     assert set(products.values()) == {(instruction,)}, products
