@@ -77,14 +77,23 @@ class Rounding:
                 left[i] -= value
         return with_codes(start, codes.t())
 
-    def output_error(self, difference: Tensor) -> float:
-        """The sum of (x d^T)^2 over the inputs, of a difference d float32 `[n, k]` of weights."""
-        rows = difference.t()[self._order]
-        total = float((rows.square().sum(1) * self._diagonal).sum())
-        for first in range(0, len(rows), _PANEL):
-            above = self._factor[first : first + _PANEL, first:].triu(1)
-            total += 2 * float(((above @ rows[first:]) * rows[first : first + _PANEL]).sum())
+    def output_error(self, weight: Tensor, values: Tensor | None = None) -> float:
+        """The sum of (x d^T)^2 over the inputs, of d = weight - values, float32 `[n, k]`."""
+        total = 0.0
+        for first in range(0, len(weight), _PANEL):
+            d = weight[first : first + _PANEL]
+            if values is not None:
+                d = d - values[first : first + _PANEL]
+            total += self._of_rows(d.t()[self._order])
         return max(total, 0.0)
+
+    def _of_rows(self, d: Tensor) -> float:
+        """`output_error` of a few rows, `[k, rows]` in the order of rounding."""
+        total = float((d.square().sum(1) * self._diagonal).sum())
+        for first in range(0, len(d), _PANEL):
+            above = self._factor[first : first + _PANEL, first:].triu(1)
+            total += 2 * float(((above @ d[first:]) * d[first : first + _PANEL]).sum())
+        return total
 
 
 def permute_(matrix: Tensor, order: Tensor) -> None:

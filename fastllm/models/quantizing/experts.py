@@ -12,7 +12,8 @@ from fastllm.ops.swiglu import swiglu
 from fastllm.quantize import awq
 from fastllm.quantize.clip import clipped
 from fastllm.quantize.moments import Moments
-from fastllm.quantize.packed import PackedWeight, quantize_weight, unpack
+from fastllm.quantize.packed import PackedWeight
+from fastllm.quantize.pieces import in_pieces, values_of
 
 GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 
@@ -104,26 +105,26 @@ class _Experts:
         format = self.method.format(name)
         if format is None:
             return weight
-        parts = weight.chunk(len(members(name, expert)))
+        parts = weight.chunk(len(members(self.block.prefix + name, expert)))
         importance = self._importance(name, expert, moments, kind)
         packs: list[PackedWeight] = []
         if issubclass(kind, Gptq):
             assert isinstance(self.method, Gptq) and moments is not None, "calibrated"
             known = moments.importance
             rounding = self.method.rounding(moments)
-            packs = [round_with(rounding, part.contiguous(), format, known) for part in parts]
+            packs = [round_with(rounding, part, format, known) for part in parts]
         else:
             for part in parts:
                 cut = part
                 if issubclass(kind, Awq) and importance is not None:
                     cut = clipped(part, format, importance)
-                packs.append(quantize_weight(cut.contiguous(), format, importance))
+                packs.append(in_pieces(cut, format, importance))
         self.method.result.experts[name].append(packs)
         self.errors[name] += [
             weighted_error(part, packed, importance)
             for part, packed in zip(parts, packs, strict=True)
         ]
-        values = torch.cat([unpack(packed) for packed in packs])
+        values = torch.cat([values_of(packed) for packed in packs])
         if self.inputs is not None and isinstance(self.method, Gptq | Awq):
             self.block.get(name)[expert].copy_(values)
         return values

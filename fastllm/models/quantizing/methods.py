@@ -15,12 +15,14 @@ from torch import Tensor
 
 from fastllm.models.quantizing.block import Block
 from fastllm.models.quantizing.stages import Stage, stages
+from fastllm.nn.linear import Linear
 from fastllm.quantize import awq
 from fastllm.quantize.clip import clipped
 from fastllm.quantize.gptq import Rounding
 from fastllm.quantize.mixes import Plan
 from fastllm.quantize.moments import Moments, output_error
-from fastllm.quantize.packed import PackedWeight, quantize_weight, unpack
+from fastllm.quantize.packed import PackedWeight
+from fastllm.quantize.pieces import in_pieces, values_of
 
 METHODS = ("rtn", "gptq", "awq", "imatrix")
 CALIBRATED = ("gptq", "awq", "imatrix")
@@ -102,7 +104,7 @@ class Method:
             for name in self.chosen(stage):
                 weight = self.block.matrix(name)
                 known = self.importance.get(f"{self.block.prefix}{name}.weight")
-                self.keep(name, weight, quantize_weight(weight, self.given(name), known), known)
+                self.keep(name, weight, in_pieces(weight, self.given(name), known), known)
 
     def given(self, name: str) -> str:
         """`format` of a layer that has one."""
@@ -117,9 +119,11 @@ class Method:
         self.result.packs[name] = packed
         self.result.errors[name] = weighted_error(weight, packed, importance)
 
-    def replace(self, name: str, values: Tensor) -> None:
-        """Let the layer compute with what a weight has become."""
-        self.block.set(f"{name}.weight", values.to(self.block.dtype))
+    def replace(self, name: str, packed: PackedWeight) -> None:
+        """Let the layer compute with what a weight has become, packed as it will be served."""
+        layer = self.block.layer.get_submodule(name)
+        assert isinstance(layer, Linear), "stages name linear layers"
+        layer.weight, layer.packed = None, packed
 
 
 class Importance(Method):
@@ -134,7 +138,7 @@ class Importance(Method):
         for stage, seen in zip(used, moments, strict=True):
             for name in self.chosen(stage):
                 weight, known = self.block.matrix(name), seen.importance
-                self.keep(name, weight, quantize_weight(weight, self.given(name), known), known)
+                self.keep(name, weight, in_pieces(weight, self.given(name), known), known)
                 squares = seen.squares.clone()  # files hold no tensor twice
                 self.result.sums[name] = squares, torch.tensor([float(seen.count)])
 
@@ -153,12 +157,12 @@ class Gptq(Method):
             for name in names:
                 weight = self.block.matrix(name)
                 packed = round_with(rounding, weight, self.given(name), moments.importance)
+                self.replace(name, packed)
                 self.result.packs[name] = packed
-                values = unpack(packed)
-                self.result.errors[name] = rounding.output_error(weight - values) / max(
+                values = values_of(packed)
+                self.result.errors[name] = rounding.output_error(weight, values) / max(
                     rounding.output_error(weight), 1e-30
                 )
-                self.replace(name, values)
 
     def rounding(self, moments: Moments) -> Rounding:
         """The factored gram matrix of an input, which it takes from `moments`."""
@@ -228,30 +232,33 @@ class Awq(Method):
         if columns is not None:
             weight, importance = weight * columns, importance / columns.square()
         format = self.given(name)
-        packed = quantize_weight(clipped(weight, format, importance), format, importance)
+        packed = in_pieces(clipped(weight, format, importance), format, importance)
         self.result.packs[name] = packed
-        values = unpack(packed)
+        values = values_of(packed)
         assert seen.gram is not None, "measured with gram"
         undo = 1.0 if columns is None else 1 / columns
         self.result.errors[name] = output_error((values - weight) * undo, seen.gram) / max(
             output_error(weight * undo, seen.gram), 1e-30
         )
-        self.replace(name, values)
+        self.replace(name, packed)
 
 
 def round_with(
     rounding: Rounding, weight: Tensor, format: str, importance: Tensor
 ) -> PackedWeight:
     """GPTQ's choice of codes, with the scales of a weighted clip search."""
-    start = quantize_weight(clipped(weight, format, importance), format, importance)
+    start = in_pieces(clipped(weight, format, importance), format, importance)
     return rounding.round(weight, start)
 
 
 def weighted_error(weight: Tensor, packed: PackedWeight, importance: Tensor | None) -> float:
     """Squared error of a packed weight as a share of its squares, columns weighted."""
     weights = torch.ones(()) if importance is None else importance
-    difference = ((unpack(packed) - weight).square() * weights).sum()
-    return float(difference / (weight.square() * weights).sum().clamp(min=1e-30))
+    error = total = 0.0
+    for rows, values in zip(weight.split(512), values_of(packed).split(512), strict=True):
+        error += float(((values - rows).square() * weights).sum())
+        total += float((rows.square() * weights).sum())
+    return error / max(total, 1e-30)
 
 
 METHOD_CLASSES: Mapping[str, type[Method]] = {

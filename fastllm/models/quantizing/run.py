@@ -30,7 +30,8 @@ from fastllm.models.quantizing.work import WorkFolder, digest, fingerprint
 from fastllm.models.tokenizer import Tokenizer
 from fastllm.models.weights import WeightSource
 from fastllm.quantize.mixes import Plan, Sizes, plan
-from fastllm.quantize.packed import PackedWeight, concat, quantize_weight
+from fastllm.quantize.packed import PackedWeight, concat
+from fastllm.quantize.pieces import in_pieces
 
 TOP = "top"
 _VALUES = 1 << 22  # of an embedding that are quantized at once
@@ -284,21 +285,21 @@ class _Run:
                 if name.startswith("model.layers."):
                     continue
                 if name in self.plan.formats:
-                    yield from self.layout.packed(name, self._in_pieces(name))
+                    yield from self.layout.packed(name, self._rounded(name))
                 else:
                     yield from self.layout.dense(name, self._dense(name, None))
                 self.source.release(name)
 
         self._write(TOP, named(), {"errors": {}}, {})
 
-    def _in_pieces(self, name: str) -> PackedWeight:
+    def _rounded(self, name: str) -> PackedWeight:
         """A large matrix rounded to nearest, some rows at a time."""
         stored, format = self.source.get(name), self.plan.formats[name]
         step = max(_VALUES // stored.shape[1] // 128 * 128, 128)
         packs = []
         for first in range(0, stored.shape[0], step):
             rows = stored[first : first + step].to_float32()
-            packs.append(quantize_weight(finite(rows, name), format))
+            packs.append(in_pieces(finite(rows, name), format, None))
         return concat(packs)
 
     def _write(

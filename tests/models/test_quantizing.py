@@ -1,0 +1,397 @@
+"""Models quantized layer by layer: what the files hold, that work goes on, memory, full disks."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastllm.models.config import ModelConfig
+from fastllm.models.imatrix import read_imatrix, save_imatrix
+from fastllm.models.loader import load_model, save_pretrained
+from fastllm.models.moe_config import MoeConfig
+from fastllm.models.quantizing import methods, work
+from fastllm.models.quantizing.block import Block
+from fastllm.models.quantizing.calibration import calibration_rows
+from fastllm.models.quantizing.methods import Awq, Settings
+from fastllm.models.quantizing.run import Progress, Report, plan_of, quantize_files
+from fastllm.models.tokenizer import Tokenizer
+from fastllm.models.trainable import initialize
+from fastllm.models.weights import open_weights
+from fastllm.nn.batch import Documents
+from fastllm.quantize.packed import PackedWeight, pack, unpack
+
+SIZES: dict[str, Any] = {
+    "model_type": "llama", "vocab_size": 64, "hidden_size": 128, "intermediate_size": 256,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+    "rms_norm_eps": 1e-5, "max_position_embeddings": 128, "bos_token_id": 0,
+}  # fmt: skip
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {"model_type": "qwen2", "attention_bias": True, "tie_word_embeddings": True},
+    "mixtral": {
+        "model_type": "mixtral", "num_hidden_layers": 1, "intermediate_size": 128,
+        "experts": MoeConfig(
+            num_experts=4, per_token=2, moe_intermediate_size=128, renormalize=True
+        ),
+    },
+}  # fmt: skip
+GENERATOR_SEED = 3
+
+
+def make(folder: Path, kind: str = "llama", **fields: Any) -> Path:
+    """A directory of a random model whose inputs have channels of very different sizes."""
+    model = initialize(ModelConfig(**SIZES | KINDS[kind] | fields), dtype=torch.float32)
+    g = torch.Generator().manual_seed(GENERATOR_SEED)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                noise = 0.7 * torch.randn(parameter.shape, generator=g)
+                parameter.mul_(noise.exp() if name.endswith("norm.weight") else 1).add_(
+                    0.1 * noise if name.endswith("bias") else 0
+                )
+    save_pretrained(model, folder)
+    return folder
+
+
+def rows(count: int = 24, length: int = 32, seed: int = 0) -> Tensor:
+    return torch.randint(0, 64, (count, length), generator=torch.Generator().manual_seed(seed))
+
+
+def made(source: Path, out: Path, format: str, method: str, **options: Any) -> Report:
+    calibration = options.pop("calibration", rows())
+    settings = {k: options.pop(k) for k in ("min_expert_tokens",) if k in options}
+    return quantize_files(
+        open_weights(source), out, Settings(format=format, method=method, **settings), None,
+        calibration=calibration, **options,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def logits(path: Path) -> Tensor:
+    model = load_model(path, dtype="float32", activation="fp32")
+    documents = Documents.pack(list(rows(8, seed=9)))
+    return model.logits(model.train_hidden(documents))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_calibrated_methods_change_a_model_less_than_rounding_to_nearest(
+    kind: str, tmp_path: Path
+) -> None:
+    source = make(tmp_path / "model", kind)
+    exact = logits(source)
+    distance = {}
+    for method in ("rtn", "imatrix", "awq", "gptq"):
+        out = tmp_path / f"{method}.gguf"
+        made(source, out, "q4_0", method, min_expert_tokens=16)
+        distance[method] = float((logits(out) - exact).square().mean())
+    assert distance["gptq"] < 0.7 * distance["rtn"], distance
+    assert distance["awq"] < distance["rtn"] and distance["imatrix"] < distance["rtn"], distance
+
+
+@pytest.mark.parametrize(
+    ("format", "quant_method"),
+    [("int4_asym_g64", "compressed-tensors"), ("int8", "compressed-tensors"),
+     ("fp8", "compressed-tensors"), ("nf4", "bitsandbytes"), ("nf4_dq", "fastllm")],
+)  # fmt: skip
+def test_directories_say_how_they_are_quantized_and_are_read_back(
+    format: str, quant_method: str, llama: Path, tmp_path: Path
+) -> None:
+    made(llama, tmp_path / "out", format, "rtn")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == quant_method
+    exact, found = logits(llama), logits(tmp_path / "out")
+    assert 0 < float((found - exact).square().mean()) < 0.2 * float(exact.square().mean())
+    packed = load_model(tmp_path / "out").model.layers[0].mlp.down_proj.packed
+    assert isinstance(packed, PackedWeight) and packed.format == format
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_gguf_files_of_mixes_are_read_back(kind: str, tmp_path: Path) -> None:
+    source = make(tmp_path / "model", kind, hidden_size=256)
+    report = made(source, tmp_path / "m.gguf", "q4_k_m", "gptq", min_expert_tokens=200)
+    exact, found = logits(source), logits(tmp_path / "m.gguf")
+    assert float((found - exact).square().mean()) < 0.05 * float(exact.square().mean())
+    assert report.nbytes == (tmp_path / "m.gguf").stat().st_size
+    assert set(report.plan.formats.values()) >= {"q4_k", "q6_k"}
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_what_awq_scales_leaves_the_model_s_function(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With formats that lose nothing the layer computes as before, biases and shared heads too."""
+    source = open_weights(make(tmp_path / "model", "qwen2"))
+    found: list[Tensor] = []
+
+    def search(weights: list[Tensor], *_: Any, **options: Any) -> Tensor:
+        repeats, size = options["shared"] or (1, weights[0].shape[1])
+        g = torch.Generator().manual_seed(len(found))
+        scales = torch.rand(weights[0].shape[1] // (repeats * size), 1, size, generator=g) + 0.5
+        found.append(scales.expand(-1, repeats, -1).flatten())
+        return found[-1]
+
+    monkeypatch.setattr(methods.awq, "search_scales", search)
+    monkeypatch.setattr(
+        methods, "in_pieces", lambda w, *_: pack("f32", w.contiguous(), *w.shape)
+    )
+    monkeypatch.setattr(methods, "clipped", lambda w, *_: w)
+    settings = Settings(format="int4", method="awq")
+    block = Block(source, 0, torch.float32, 32)
+    block.fill()
+    states = torch.randn(3, 32, 128, generator=torch.Generator().manual_seed(1))
+    before = states.clone()
+    block.forward_(before)
+    method = Awq(block, plan_of(source.config, settings), settings)
+    method.run(states)
+    after = states.clone()
+    block.forward_(after)
+    assert len(found) == 4  # q, k, v; o; gate, up; down
+    assert set(method.result.dense) == {
+        "input_layernorm.weight", "post_attention_layernorm.weight", "self_attn.v_proj.bias",
+    }  # fmt: skip
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+    scaled = unpack(method.result.packs["self_attn.v_proj"])
+    assert not torch.allclose(scaled, block.matrix("self_attn.v_proj"))
+
+
+def test_experts_that_few_tokens_come_to_are_rounded_to_nearest_and_named(tmp_path: Path) -> None:
+    source = make(tmp_path / "model", "mixtral")
+    said: list[str] = []
+
+    class Listener(Progress):
+        def note(self, text: str) -> None:
+            said.append(text)
+
+    made(source, tmp_path / "few", "int4", "gptq", min_expert_tokens=10**6, progress=Listener())
+    assert said == [
+        "layer 0: 4 of 4 experts get fewer than 1000000 calibration tokens and are rounded to "
+        "nearest"
+    ]
+    made(source, tmp_path / "plain", "int4", "rtn")
+    few, plain = (load_model(tmp_path / name).model.layers[0].mlp.experts  # type: ignore[union-attr]
+                  for name in ("few", "plain"))  # fmt: skip
+    assert torch.equal(few.packed_down.data, plain.packed_down.data)
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {folder!r})
+import test_quantizing as t
+from fastllm.models.quantizing import work
+from fastllm.models.quantizing.run import Progress
+
+class Killer(Progress):
+    def layer(self, index, errors, resumed):
+        if index == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+t.made(t.Path({source!r}), t.Path({out!r}), "int4", "gptq", progress=Killer())
+"""
+
+
+def test_a_killed_run_goes_on_and_gives_the_same_bytes(llama: Path, tmp_path: Path) -> None:
+    source = make(tmp_path / "model", num_hidden_layers=3)
+    out = tmp_path / "out"
+    program = KILLED.format(folder=str(Path(__file__).parent), source=str(source), out=str(out))
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    killed = subprocess.run([sys.executable, "-c", program], capture_output=True, env=environment)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert not out.exists()
+    resumed: list[bool] = []
+
+    class Listener(Progress):
+        def layer(self, index: int, errors: Any, found: bool) -> None:
+            resumed.append(found)
+
+    made(source, out, "int4", "gptq", progress=Listener())
+    assert resumed == [True, True, False]
+    made(source, tmp_path / "whole", "int4", "gptq")
+    for file in ("model.safetensors", "config.json"):
+        assert (out / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_unfinished_work_of_other_settings_is_begun_anew(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full_disk(monkeypatch, after=2)
+    with pytest.raises(OSError, match="No space left"):
+        made(llama, tmp_path / "out", "int4", "rtn")
+    monkeypatch.undo()
+    said: list[str] = []
+    resumed: list[bool] = []
+
+    class Listener(Progress):
+        def note(self, text: str) -> None:
+            said.append(text)
+
+        def layer(self, index: int, errors: Any, found: bool) -> None:
+            resumed.append(found)
+
+    made(llama, tmp_path / "out", "int8", "rtn", progress=Listener())
+    assert resumed == [False, False] and "begun anew" in said[0]
+
+
+def full_disk(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """After so many finished parts the disk is full."""
+    save, calls = work.save_file, []
+
+    def limited(tensors: Any, path: Path, **options: Any) -> None:
+        calls.append(path)
+        if len(calls) > after:
+            path.write_bytes(b"cut")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(tensors, path, **options)
+
+    monkeypatch.setattr(work, "save_file", limited)
+
+
+@pytest.mark.parametrize("format", ["q8_0", "int8"])
+def test_a_full_disk_leaves_the_old_output_and_work_to_go_on_with(
+    format: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    made(llama, out, format, "rtn")
+    files = [out] if out.is_file() else sorted(out.iterdir())
+    before = [file.read_bytes() for file in files]
+    full_disk(monkeypatch, after=2)
+    with pytest.raises(OSError, match="No space left"):
+        made(llama, out, format, "imatrix", overwrite=True)
+    assert [file.read_bytes() for file in files] == before
+    assert not list(tmp_path.rglob("*.part"))
+    monkeypatch.undo()
+    made(llama, out, format, "imatrix", overwrite=True)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_importance_matrices_go_to_llama_cpp_s_files_and_back(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    source = make(tmp_path / "model", "mixtral")
+    report = made(source, tmp_path / "a", "int4", "imatrix", min_expert_tokens=1)
+    assert len(report.sums) == 6
+    path = tmp_path / "imatrix.gguf"
+    save_imatrix(path, report.sums, ["text.txt"], 24, 32)
+    config = open_weights(source).config
+    found = read_imatrix(path, config)
+    assert found.keys() == report.sums.keys()
+    for name, (squares, counts) in report.sums.items():
+        mean = squares / counts.view(-1, *[1] * (squares.dim() - 1))
+        torch.testing.assert_close(found[name], mean.view_as(found[name]))
+    tensors = {t.name: t for t in gguf.GGUFReader(path).tensors}
+    assert tensors["blk.0.ffn_down_exps.weight.in_sum2"].shape.tolist() == [128, 4]
+    assert tensors["blk.0.ffn_gate_exps.weight.counts"].data.sum() == 24 * 32 * 2
+    made(source, tmp_path / "b", "int4", "imatrix", calibration=None, importance=found)
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
+    assert files[0] == files[1]
+
+
+def test_importance_matrices_of_other_models_are_refused(llama: Path, tmp_path: Path) -> None:
+    sums = {"model.layers.0.mlp.down_proj.weight": (torch.ones(64), torch.ones(1))}
+    save_imatrix(tmp_path / "m.gguf", sums, [], 1, 1)
+    with pytest.raises(ValueError, match="has 64 values, the model's matrix 256"):
+        read_imatrix(tmp_path / "m.gguf", open_weights(llama).config)
+
+
+def test_memory_stays_below_two_layers_and_the_calibration(tmp_path: Path) -> None:
+    """Measured in a process of its own: nothing that tests leave behind is counted or reused."""
+    source = make(
+        tmp_path / "model", num_hidden_layers=2, hidden_size=512, intermediate_size=1536,
+        num_attention_heads=8, head_dim=64, num_key_value_heads=8,
+    )  # fmt: skip
+    program = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import test_quantizing as t
+from fastllm.testing.memory import peak_extra_bytes
+t.torch.set_num_threads(1)
+small = t.make(t.Path({str(tmp_path)!r}) / "small")
+t.made(small, t.Path({str(tmp_path)!r}) / "warm", "int4", "gptq")
+source = t.Path({str(source)!r})
+print(peak_extra_bytes(lambda: t.made(source, source.with_name("out"), "int4", "gptq",
+                                      calibration=t.rows(32, 64))))
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    layer = 4 * (4 * 512 * 512 + 3 * 512 * 1536)
+    states = 4 * 32 * 64 * 512
+    mapped = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+    assert int(run.stdout) < 2 * layer + states + mapped, (
+        f"{int(run.stdout) / layer:.2f} layers, {mapped / layer:.2f} of them may be mapped"
+    )
+
+
+def test_calibration_rows_are_spread_over_the_text(tokenizer: Tokenizer) -> None:
+    texts = [f"The cat number {i} sat on the mat." for i in range(200)]
+    found = calibration_rows(texts, tokenizer, 5, 16)
+    ids = [i for text in texts for i in tokenizer.encode(text, parse_special=False)]
+    assert found.shape == (5, 16)
+    assert found[0].tolist() == ids[:16]
+    assert found[-1].tolist() == ids[len(ids) // 16 * 16 - 16 : len(ids) // 16 * 16]
+    assert calibration_rows(["The cat sat."], tokenizer, 5, 16).shape[0] == 1
+    with pytest.raises(ValueError, match="the calibration text is empty"):
+        calibration_rows(["", " \n"], tokenizer, 5, 16)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"calibration": None}, ValueError, "gptq needs calibration text"),
+        ({"calibration": torch.zeros(0, 8)}, ValueError, "at least one row of two"),
+    ],
+)
+def test_missing_calibration_is_an_error(
+    options: dict[str, Any], error: type[Exception], words: str, llama: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=words):
+        made(llama, tmp_path / "out", "int4", "gptq", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_output_that_exists_is_kept(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(FileExistsError, match="overwrite"):
+        made(llama, tmp_path / "out", "int4", "rtn")
+
+
+def test_broken_weights_are_named(tmp_path: Path) -> None:
+    source = make(tmp_path / "model")
+    model = initialize(open_weights(source).config, dtype=torch.float32)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")  # type: ignore[union-attr,index]
+    save_pretrained(model, tmp_path / "broken")
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight holds NaN or infinity"):
+        made(tmp_path / "broken", tmp_path / "out", "int8", "rtn")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["rtn", "imatrix", "awq"])
+def test_llama_cpp_gives_the_same_greedy_tokens_of_quantized_files(
+    method: str, tokenizer: Tokenizer, llama_cpp: Any, tmp_path: Path
+) -> None:
+    helpers = sys.modules["exported_models"]
+    config = helpers.small_config("llama", tokenizer.vocab_size)
+    folder = helpers.save_model(tmp_path / "model", config, tokenizer)
+    ids = rows(8, 32) + 3
+    file = tmp_path / "model.gguf"
+    format = {"rtn": "q5_1", "imatrix": "q4_k_m", "awq": "q8_0"}[method]
+    quantize_files(
+        open_weights(folder), file, Settings(format=format, method=method), tokenizer,
+        calibration=ids,
+    )  # fmt: skip
+    prompt, answer = helpers.decided_answer(file, 16)
+    assert helpers.greedy_llama_cpp(llama_cpp, file, prompt, 16) == answer
