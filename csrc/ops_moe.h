@@ -98,7 +98,7 @@ struct MoeScratch {
   int64_t rows;       // fp32 [count, hidden]: what the experts give, in sorted order
   int64_t activated;  // [count, inner] in the dtype of x
   int64_t row_of;     // int32 [count]: the row of each slot, or -1
-  int64_t quantized;  // [tokens, hidden / 32] records of 40 bytes
+  int64_t quantized;  // [tokens, hidden / 32] records of at most 44 bytes
   int64_t bytes;
 };
 constexpr MoeScratch moe_scratch_parts(int64_t tokens, int64_t hidden, int64_t count,
@@ -108,7 +108,7 @@ constexpr MoeScratch moe_scratch_parts(int64_t tokens, int64_t hidden, int64_t c
   s.activated = whole(4 * count * hidden);
   s.row_of = s.activated + whole(4 * count * inner);
   s.quantized = s.row_of + whole(4 * count);
-  s.bytes = s.quantized + whole(40 * tokens * (hidden / 32));
+  s.bytes = s.quantized + whole(44 * tokens * (hidden / 32));
   return s;
 }
 int64_t moe_scratch(int64_t tokens, int64_t hidden, int64_t count, int64_t inner);

@@ -82,7 +82,6 @@ ExpertWeights plain(const Tensor& weight) {
 
 ExpertWeights packed(const char* op, const Tensor& data, const Tensor& scales, int64_t code,
                      int64_t experts, int64_t n, int64_t k, DType x_type, Activation mode) {
-  parse_basic_format(code, op);
   const ExpertWeights weights = packed_experts(data, scales, code, experts, n, k, op);
   const DType needed = is_dense(weights.format)   ? data.dtype
                        : mode == Activation::int8 ? x_type

@@ -8,10 +8,11 @@ namespace {
 template <class D>
 void run(const MoeArgs& a, const Team& team) {
   const MoeLayer l(a);
-  clear_row_of(l, team);
   PlainExperts<D> gate_up(a.gate_up, a.hidden, 2);
   const int64_t stride = a.x_stride * l.element();
-  first_product(l, gate_up, [&](int64_t token) { return a.x + token * stride; }, team);
+  first_product(
+      l, gate_up, [&](int64_t token) { return a.x + token * stride; }, team,
+      [&] { clear_row_of(l, team); });
   PlainExperts<D> down(a.down, a.inner, 1);
   second_product(l, down, team);
   fill_row_of(l, team);

@@ -63,16 +63,40 @@ FASTLLM_INLINE void strip_times_group(const W& w, const int64_t* outputs, const 
   });
 }
 
+// All strips of a task for a weight whose strips meet all of its rows at once.
+template <int SIDES, class W, class Done>
+void run_strips(const W& w, const MoeTask& task, int64_t n, const PackedRows& x, const Done& done) {
+  const int64_t columns = task.wide * kPanelRows, group = task.width * columns;
+  const int64_t side_sums = divide_up(task.rows.size(), task.width) * group;
+  float* sums = static_cast<float*>(
+      thread_scratch(Scratch::sums, static_cast<size_t>((SIDES + 1) * side_sums) * 4));
+  for (int64_t panel = task.panel; panel < task.end; panel += task.wide) {
+    const int64_t column = panel * kPanelRows;
+    for (int side = 0; side < SIDES; ++side) {
+      const int64_t output = side * n + column;
+      const int64_t next = side + 1 < SIDES               ? output + n
+                           : panel + task.wide < task.end ? column + columns
+                                                          : -1;
+      w.multiply(output, next, task, x.base, sums + side * side_sums, sums + SIDES * side_sums);
+    }
+    const float *one = sums, *two = sums + (SIDES - 1) * side_sums;
+    for (int64_t row = task.rows.begin; row < task.rows.end; row += task.width) {
+      done(row, smaller(task.rows.end - row, task.width), column, one, two, columns);
+      one += group;
+      two += group;
+    }
+  }
+}
+
 // All strips of a task for its packed rows. Side s has the outputs [s * n, s * n + n) of the weight;
 // done(row, live, column, sums of the first and of the last side, stride) gets every tile.
 template <int SIDES, class W, class Done>
-void run_task(W& w, const MoeTask& task, int64_t n, const PackedRows& x, const Done& done) {
-  const int64_t panels = divide_up(n, kPanelRows);
-  for (int64_t strip = task.strip; strip < task.end; ++strip) {
-    const int64_t panel = strip * task.wide, column = panel * kPanelRows;
-    const bool whole = task.wide == W::strip && panel + task.wide <= panels;
+void run_tiles(W& w, const MoeTask& task, int64_t n, const PackedRows& x, const Done& done) {
+  for (int64_t panel = task.panel; panel < task.end; panel += task.wide) {
+    const int64_t column = panel * kPanelRows;
+    const bool whole = task.wide == W::strip && panel + task.wide <= task.end;
     const int64_t count = whole ? W::strip : 1;
-    const int64_t left = smaller(task.end * task.wide, panels) - panel - count;
+    const int64_t left = task.end - panel - count;
     int64_t outputs[SIDES];
     for (int side = 0; side < SIDES; ++side) {
       outputs[side] = side * n + column;
@@ -92,6 +116,15 @@ void run_task(W& w, const MoeTask& task, int64_t n, const PackedRows& x, const D
         strip_times_group<SIDES, 1>(w, outputs, group, task.width, live, first ? left : 0, finish);
     }
   }
+}
+
+template <int SIDES, class W, class Done>
+FASTLLM_INLINE void run_task(W& w, const MoeTask& task, int64_t n, const PackedRows& x,
+                             const Done& done) {
+  if constexpr (W::by_strips)
+    run_strips<SIDES>(w, task, n, x, done);
+  else
+    run_tiles<SIDES>(w, task, n, x, done);
 }
 
 FASTLLM_INLINE vf load_bias(const void* bias, DType type, int64_t at, int64_t n) {
@@ -160,11 +193,13 @@ __attribute__((noinline)) void activate_tile(const MoeLayer& l, int64_t expert, 
 }
 
 // The first product: x gathered, times gate and up, activated. `row(slot)` points to what is packed
-// of a slot's token.
-template <class W, class Row>
-void first_product(const MoeLayer& l, W& w, const Row& row, const Team& team) {
+// of a slot's token. The beginning of the first weight is asked for before prepare(), which makes
+// rows that all threads read.
+template <class W, class Row, class Prepare>
+void first_product(const MoeLayer& l, W& w, const Row& row, const Team& team,
+                   const Prepare& prepare) {
   const MoeArgs& a = l.a;
-  MoeTasks<W> list(w, a, a.inner, team);
+  MoeTasks<W> list(w, a, a.inner, 0, team);
   PackedRows packed;
   const auto source = [&](int64_t at) {
     const int64_t slot = l.slot(at);
@@ -172,13 +207,14 @@ void first_product(const MoeLayer& l, W& w, const Row& row, const Team& team) {
   };
   const auto begin = [&](const MoeTask& task) {
     for (int64_t side = 0; side < 2; ++side)
-      w.prefetch(task.expert, side * a.inner + task.strip * task.wide * kPanelRows,
-                 (side + 1) * a.inner);
+      w.prefetch(task.expert, side * a.inner + task.panel * kPanelRows, (side + 1) * a.inner);
   };
   MoeTask task;
-  const bool more = list.find(next_task(team, 0), &task);
-  run_moe_tasks(list, task, more, 0, team, begin, [&](const MoeTask& t) {
-    w.begin_expert(t.expert, t.wide < W::strip);
+  const bool more = list.next(&task);
+  if (more && list.streams()) begin(task);
+  prepare();
+  run_moe_tasks(list, task, more, begin, [&](const MoeTask& t) {
+    w.begin_expert(t.expert, t.few);
     pack_rows(w, t, source, &packed);
     run_task<2>(w, t, a.inner, packed,
                 [&](int64_t at, int64_t live, int64_t column, const float* gate, const float* up,
@@ -215,20 +251,20 @@ __attribute__((noinline, unused)) static void store_outputs(const MoeLayer& l, i
 template <class W>
 void second_product(const MoeLayer& l, W& w, const Team& team) {
   const MoeArgs& a = l.a;
-  MoeTasks<W> list(w, a, a.hidden, team);
+  MoeTasks<W> list(w, a, a.hidden, 1, team);
   PackedRows packed;
   const char* activated = l.activated();
   const int64_t row_bytes = a.inner * l.element();
   const auto source = [&](int64_t at) { return activated + at * row_bytes; };
   const auto begin = [&](const MoeTask& task) {
-    w.prefetch(task.expert, task.strip * task.wide * kPanelRows, a.hidden);
+    w.prefetch(task.expert, task.panel * kPanelRows, a.hidden);
   };
   MoeTask task;
-  const bool more = list.find(next_task(team, 1), &task);
-  if (more && list.streams) begin(task);
+  const bool more = list.next(&task);
+  if (more && list.streams()) begin(task);
   team_sync(team);
-  run_moe_tasks(list, task, more, 1, team, begin, [&](const MoeTask& t) {
-    w.begin_expert(t.expert, t.wide < W::strip);
+  run_moe_tasks(list, task, more, begin, [&](const MoeTask& t) {
+    w.begin_expert(t.expert, t.few);
     pack_rows(w, t, source, &packed);
     run_task<1>(
         w, t, a.hidden, packed,

@@ -1,128 +1,107 @@
-// Experts in quantized panels: the tiles of quant_matmul over the panels of one expert after the
-// other.
+// Experts in quantized panels: the products of quant_matmul over the panels of one expert after the
+// other. Formats and modes are chosen at run time, so this is compiled once.
 #pragma once
-#include "cpu/matmul_int8.h"
 #include "cpu/moe_weights.h"
+#include "cpu/quant_kernels.h"
 
 namespace fastllm::FASTLLM_ISA {
 namespace {
 
-template <class F>
-class QuantizedPanels {
+// The mode of a weight in a layer's mode: e4m3 codes have fp8 where others have int8.
+FASTLLM_INLINE Activation mode_of(Format format, Activation mode) {
+  const bool float8 = format == Format::fp8 || format == Format::fp8_block;
+  return float8 && mode == Activation::int8 ? Activation::fp8 : mode;
+}
+
+class QuantExperts {
  public:
-  static constexpr int rows = kBlockRows, strip = kBlockStrip, few = kBlockFew;
+  static constexpr bool by_strips = true;
+  static constexpr int few = kFewRows, strip = kWideStrip;
 
-  QuantizedPanels(const ExpertWeights& w, int64_t n, int64_t k)
-      : w_(w), panels_(divide_up(n, kPanelRows)), blocks_(k / kBlock) {}
+  // `prepared`: rows come as prepare() makes them, not as values of the layer's dtype.
+  QuantExperts(const ExpertWeights& w, int64_t n, int64_t k, DType type, Activation mode,
+               bool prepared)
+      : w_(w),
+        kernel_(quant_kernel(w.format, mode_of(w.format, mode), k)),
+        panels_(divide_up(n, kPanelRows)),
+        unit_(kernel_.word_columns == 4 ? kernel_.row_offset(kBlock) : 4),
+        type_(type),
+        prepared_(prepared) {}
 
-  int64_t panels() const { return panels_; }
+  static int wide(int64_t rows) { return rows <= few ? few_tile(rows).panels : kWideStrip; }
+  static int64_t width(int64_t rows) { return rows <= few ? few_tile(rows).rows : kWideRows; }
+  int64_t row_bytes() const { return kernel_.row_bytes(); }
+  // One row of values as products want it.
+  void prepare(const char* row, char* to) const { kernel_.prepare_row(kernel_, row, type_, to, 1); }
+
+  // row(i) points to row i of the group, or is null: a row of zeros.
+  template <class Row>
+  void pack_group(const Row& row, int64_t width, char* to) const {
+    for (int64_t i = 0; i < width; ++i, to += unit_) {
+      const char* from = row(i);
+      if (!from || !prepared_) {
+        kernel_.prepare_row(kernel_, from, type_, to, width);
+        continue;
+      }
+      for (int64_t at = 0; at < row_bytes(); at += unit_)
+        __builtin_memcpy(to + at * width, from + at, static_cast<size_t>(unit_));
+    }
+  }
+
   void begin_expert(int64_t e, bool) {
-    data_ = w_.data + e * w_.expert_bytes;
-    scales_ = reinterpret_cast<const uint16_t*>(w_.scales + e * w_.expert_scales);
+    codes_ = reinterpret_cast<const uint8_t*>(w_.data) + e * w_.expert_bytes;
+    scales_ = reinterpret_cast<const uint8_t*>(w_.scales) + e * w_.expert_scales;
   }
   void prefetch(int64_t e, int64_t row, int64_t) const {
-    const int64_t block = row / kPanelRows * blocks_;
-    prefetch_range(w_.data + e * w_.expert_bytes + block * block_bytes<F>,
-                   blocks_ * block_bytes<F>);
-    prefetch_range(w_.scales + e * w_.expert_scales + block * block_scales<F> * 2,
-                   blocks_ * block_scales<F> * 2);
+    const int64_t panel = row / kPanelRows;
+    prefetch_range(w_.data + e * w_.expert_bytes + panel * kernel_.panel_codes,
+                   kernel_.panel_codes);
+    prefetch_range(w_.scales + e * w_.expert_scales + panel * kernel_.panel_scales,
+                   kernel_.panel_scales);
   }
-  void begin_strip(int, int64_t, int64_t, int64_t, bool) const {}
 
- protected:
-  const uint8_t* data(int64_t panel) const {
-    return reinterpret_cast<const uint8_t*>(data_) + panel * blocks_ * block_bytes<F>;
+  // sums[group][width][wide * 16] of the outputs from `output` on, for all groups of a task's rows;
+  // `next`: the outputs that are asked for afterwards, or -1. An output need not be the first of a
+  // panel: where an expert's gate does not fill its panels, the up rows begin inside one. `spare`
+  // has the size of `sums`.
+  void multiply(int64_t output, int64_t next, const MoeTask& task, const char* x, float* sums,
+                float* spare) const {
+    const int64_t panel = output / kPanelRows, shift = output % kPanelRows;
+    const StripPanels following = panels_from(next / kPanelRows, task.wide);
+    const StripPanels* after = next < 0 ? nullptr : &following;
+    times_panels(panel, shift ? nullptr : after, task, x, sums);
+    if (!shift) return;
+    times_panels(panel + task.wide, after, task, x, spare);
+    const int64_t columns = task.wide * kPanelRows;
+    const int64_t rows = divide_up(task.rows.size(), task.width) * task.width;
+    for (int64_t r = 0; r < rows; ++r, sums += columns, spare += columns)
+      for (int64_t c = 0; c < columns; ++c)
+        sums[c] = c + shift < columns ? sums[c + shift] : spare[c + shift - columns];
   }
-  const uint16_t* scales(int64_t panel) const {
-    return scales_ + panel * blocks_ * block_scales<F>;
+
+ private:
+  StripPanels panels_from(int64_t panel, int count) const {
+    StripPanels s{};
+    s.count = count;
+    for (int p = 0; p < count; ++p, ++panel)
+      if (panel < panels_)
+        s.panels[p] = {codes_ + panel * kernel_.panel_codes,
+                       scales_ + panel * kernel_.panel_scales};
+    return s;
   }
-  int64_t distance(int64_t left) const { return fetch_distance(blocks_ * block_bytes<F>, left); }
+  void times_panels(int64_t panel, const StripPanels* next, const MoeTask& task, const char* x,
+                    float* sums) const {
+    if (panel >= panels_) return;  // nobody reads these sums
+    multiply_strip(kernel_, panels_from(panel, task.wide), next, x, task.width, task.rows.size(), 0,
+                   divide_up(task.rows.size(), task.width), task.few, sums);
+  }
 
   const ExpertWeights& w_;
-  const int64_t panels_, blocks_;
-  const char* data_ = nullptr;
-  const uint16_t* scales_ = nullptr;
-};
-
-// Rows come as values of the layer's dtype, or as records that were quantized before.
-template <class F>
-class Int8Experts : public QuantizedPanels<F> {
- public:
-  Int8Experts(const ExpertWeights& w, int64_t n, int64_t k, DType type, bool records)
-      : QuantizedPanels<F>(w, n, k), type_(type), records_(records) {}
-
-  static int64_t width(int64_t rows) { return tile_rows<Int8Experts>(rows); }
-  int64_t row_bytes() const { return this->blocks_ * static_cast<int64_t>(sizeof(Int8Block)); }
-  template <class Row>
-  void pack_group(const Row& row, int64_t width, char* to) const {
-    Int8Block* out = reinterpret_cast<Int8Block*>(to);
-    for (int64_t i = 0; i < width; ++i) pack_row(row(i), width, out + i);
-  }
-  template <int MR, int NP>
-  void tile(int, int64_t row, const char* x, int64_t width, int64_t left, float* sums) const {
-    panels_tile<MR, NP>(*this, row, x, width, left, sums);
-  }
-  template <int MR, int NP>
-  void whole_tile(int64_t panel, const char* x, int64_t width, int64_t left, float* sums) const {
-    int8_tile<F, MR, NP>(this->data(panel), this->scales(panel), this->blocks_,
-                         this->distance(left), reinterpret_cast<const Int8Block*>(x), width, sums);
-  }
-
- private:
-  void pack_row(const char* row, int64_t width, Int8Block* out) const {
-    const int64_t columns = this->blocks_ * kBlock;
-    if (!row)
-      for (int64_t b = 0; b < this->blocks_; ++b) __builtin_memset(out + b * width, 0, sizeof *out);
-    else if (records_)
-      for (int64_t b = 0; b < this->blocks_; ++b)
-        out[b * width] = reinterpret_cast<const Int8Block*>(row)[b];
-    else if (type_ == DType::bf16)
-      quantize_row<F>(reinterpret_cast<const uint16_t*>(row), columns, out, width);
-    else
-      quantize_row<F>(reinterpret_cast<const float*>(row), columns, out, width);
-  }
+  const QuantKernel kernel_;
+  const int64_t panels_, unit_;
   const DType type_;
-  const bool records_;
-};
-
-template <class F, class Dot>
-class FloatExperts : public QuantizedPanels<F> {
- public:
-  using X = std::conditional_t<Dot::columns == 2, uint16_t, float>;
-  FloatExperts(const ExpertWeights& w, int64_t n, int64_t k, DType type)
-      : QuantizedPanels<F>(w, n, k), type_(type) {}
-
-  static int64_t width(int64_t rows) { return tile_rows<FloatExperts>(rows); }
-  int64_t row_bytes() const { return this->blocks_ * (block_steps<Dot> + 1) * 4; }
-  template <class Row>
-  void pack_group(const Row& row, int64_t width, char* to) const {
-    uint32_t* out = reinterpret_cast<uint32_t*>(to);
-    for (int64_t i = 0; i < width; ++i) pack_row(row(i), width, out + i);
-  }
-  template <int MR, int NP>
-  void tile(int, int64_t row, const char* x, int64_t width, int64_t left, float* sums) const {
-    panels_tile<MR, NP>(*this, row, x, width, left, sums);
-  }
-  template <int MR, int NP>
-  void whole_tile(int64_t panel, const char* x, int64_t width, int64_t left, float* sums) const {
-    block_tile<F, Dot, MR, NP>(this->data(panel), this->scales(panel), this->blocks_,
-                               this->distance(left), reinterpret_cast<const uint32_t*>(x), width,
-                               sums);
-  }
-
- private:
-  void pack_row(const char* row, int64_t width, uint32_t* out) const {
-    const int64_t columns = this->blocks_ * kBlock;
-    if (!row) {
-      for (int64_t i = 0; i < row_bytes() / 4; ++i) out[i * width] = 0;
-      return;
-    }
-    if (type_ == DType::bf16)
-      return prepare_blocks<F, Dot>(reinterpret_cast<const uint16_t*>(row), columns, out, width);
-    if constexpr (Dot::columns == 1)
-      prepare_blocks<F, Dot>(reinterpret_cast<const float*>(row), columns, out, width);
-  }
-  const DType type_;
+  const bool prepared_;
+  const uint8_t *codes_ = nullptr, *scales_ = nullptr;
 };
 
 }  // namespace

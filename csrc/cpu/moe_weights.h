@@ -51,7 +51,7 @@ constexpr bool kReadsRows = false;
 template <class D>
 class PlainExperts {
  public:
-  static constexpr bool reads_rows = kReadsRows && D::steps == 1;
+  static constexpr bool reads_rows = kReadsRows && D::steps == 1, by_strips = false;
   static constexpr int rows = kDenseRows, strip = kDenseStrip, few = reads_rows ? 12 : 4;
   static constexpr int64_t element = sizeof(Element<D>);
 
@@ -63,6 +63,7 @@ class PlainExperts {
         panels_(static_cast<uint32_t*>(
             thread_scratch(Scratch::panels, static_cast<size_t>(side_words_ * sides) * 4))) {}
 
+  static int wide(int64_t rows) { return rows <= few ? 1 : strip; }
   static int64_t width(int64_t) { return kDenseRows; }
   int64_t row_bytes() const { return words_ * D::steps * 4; }
   // row(i) points to row i of the group, or is null: a row of zeros.
@@ -167,11 +168,13 @@ FASTLLM_INLINE int64_t fetch_distance(int64_t panel_bytes, int64_t left) {
 template <class D>
 class DensePanels {
  public:
+  static constexpr bool by_strips = false;
   static constexpr int rows = kDenseRows, strip = kDenseStrip, few = 4;
 
   DensePanels(const ExpertWeights& w, int64_t n, int64_t k)
       : w_(w), k_(k), words_(words_of<D>(k)), panels_(divide_up(n, kPanelRows)) {}
 
+  static int wide(int64_t rows) { return rows <= few ? 1 : strip; }
   static int64_t width(int64_t) { return kDenseRows; }
   int64_t row_bytes() const { return words_ * D::steps * 4; }
   template <class Row>

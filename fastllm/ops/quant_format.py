@@ -180,7 +180,7 @@ NATIVE_FORMATS: Mapping[str, tuple[str, ...]] = {
     "quant_matmul": tuple(QUANT_FORMATS),
     "quant_matmul_input_grad": tuple(QUANT_FORMATS),
     "quant_embedding": tuple(QUANT_FORMATS),
-    "quant_moe": _FIRST,
+    "quant_moe": tuple(QUANT_FORMATS),
     "quant_moe_backward": tuple(QUANT_FORMATS),
     "lm_head": _FIRST,
 }
