@@ -168,12 +168,21 @@ def test_a_directory_is_read_exactly_and_answers(case: str, tmp_path: Path) -> N
     plain.mkdir()
     save_file(values, plain / "model.safetensors")
     (plain / "config.json").write_text(json.dumps(config.to_hf()))
-    served = LLM(tmp_path / "m", dtype="float32", activation="fp32", enforce_eager=True)
-    expected = LLM(plain, dtype="float32", enforce_eager=True).logits(IDS)
+    served = LLM(
+        tmp_path / "m", dtype="float32", activation="fp32", enforce_eager=True, max_model_len=16
+    )
+    expected = LLM(plain, dtype="float32", enforce_eager=True, max_model_len=16).logits(IDS)
     torch.testing.assert_close(served.logits(IDS), expected, rtol=1e-3, atol=1e-3)
     params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True, detokenize=False)
     answer = served.generate([IDS], params)[0].outputs[0].token_ids
     assert answer[0] == int(expected[-1].argmax())
+    if case in ("awq", "bitsandbytes", "float-quantized"):  # one of each kind of codes
+        modes = [
+            LLM(tmp_path / "m", enforce_eager=eager, max_model_len=16) for eager in (False, True)
+        ]
+        assert modes[0].model.activation == "int8"
+        answers = [llm.generate([IDS], params)[0].outputs[0].token_ids for llm in modes]
+        assert answers[0] == answers[1]
 
 
 def test_experts_one_by_one_and_modules_left_out(tmp_path: Path) -> None:
