@@ -1,7 +1,7 @@
 """Every Triton kernel under the interpreter, against plain float64 PyTorch.
 
 `TRITON_INTERPRET=1` must be set before triton is imported, so the cases run in a process of their
-own: `TRITON_INTERPRET=1 python interpreter_cases.py [--full]` prints {case: outcome} as JSON, and
+own: `TRITON_INTERPRET=1 python interpreter_cases.py` prints {case: outcome} as JSON, and
 test_triton_interpreter.py reads it. An outcome is the largest error in units of the case's bound
 (right when at most 1), or the exception's text. Kernels are imported inside the cases: pytest
 itself imports this file only for the names.
@@ -544,10 +544,13 @@ def main(
     quick: Callable[[], dict[str, Case]] = quick_cases,
     full: Callable[[], dict[str, Case]] = full_cases,
 ) -> None:
-    """Runs the quick cases, or with --full the others, and prints {name: outcome} as JSON."""
+    """Runs all cases, or with --names those listed in stdin (JSON); prints {name: outcome}."""
     torch.set_num_threads(1)
     outcomes = {}
-    for name, run in (full() if "--full" in sys.argv else quick()).items():
+    cases = quick() | full()
+    names = json.load(sys.stdin) if "--names" in sys.argv else list(cases)
+    for name in names:
+        run = cases[name]
         start = time.perf_counter()
         try:
             outcome = {"excess": run()}
