@@ -6,8 +6,8 @@ every native ISA level whose row serves it, and through the public op.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,11 +17,11 @@ from torch import Tensor
 from fastllm import _C
 from fastllm.ops import packed_layout as layout
 from fastllm.ops import quant_matmul, quant_matmul_input_grad
-from fastllm.ops.quant_matmul import quant_matmul_ref
+from fastllm.ops.quant_matmul import GATED, quant_matmul_ref
 from fastllm.ops.quant_matmul_input_grad import quant_matmul_input_grad_ref
 from fastllm.ops.registry import OPS, Op
 from fastllm.testing.check import Judge
-from fastllm.testing.infos.quant_matmul import exact_product
+from fastllm.testing.infos.quant_matmul import exact_product, peer_product
 from fastllm.testing.opinfo import generator
 from fastllm.testing.packed_weights import weight64
 from fastllm.testing.quant_problem import Product, gradient_rows, products
@@ -56,6 +56,12 @@ def native_row(op: Op, args: tuple[Any, ...], variant: str) -> Callable[..., Any
     return None
 
 
+def draws_of(p: Product) -> int:
+    """How many draws tell the peer's error: the largest of few errors says little of it, and a
+    gated activation multiplies errors by numbers that are large now and then."""
+    return 64 if math.prod(p.rows) * p.n < 256 or p.option in GATED else 16
+
+
 def check_all_levels(judge: Judge, native: Callable[[], Tensor]) -> None:
     """Judge a native function at every ISA level; threads change no bit."""
     for isa in _C.isas():
@@ -67,29 +73,13 @@ def check_all_levels(judge: Judge, native: Callable[[], Tensor]) -> None:
         assert torch.equal(native(), alone), f"{isa}: the thread count changes bits"
 
 
-@contextmanager
-def definitions() -> Iterator[None]:
-    """Inside, products with packed weights and their gradients are served by their definitions."""
-    ops = [OPS[name] for name in ("quant_matmul", "quant_matmul_input_grad", "swiglu_backward")]
-    kept = [op.tables for op in ops]
-    try:
-        for op in ops:
-            op.tables = {"cpu": [], "cuda": []}
-            op._rows.clear()
-        yield
-    finally:
-        for op, tables in zip(ops, kept, strict=True):
-            op.tables = tables
-            op._rows.clear()
-
-
-@pytest.mark.parametrize("p", cases(products, 60, 1400, seed=101))
+@pytest.mark.parametrize("p", cases(products, 60, 1400, seed=111))
 def test_products_are_within_the_bound(p: Product) -> None:
     def draw(number: int) -> tuple[list[Tensor], list[Tensor]]:
         args = p.make(generator(number))
-        return [exact_product(*args)], [quant_matmul_ref(*args)]
+        return [exact_product(*args)], [peer_product(*args)]
 
-    args, judge = p.make(generator()), Judge(draw)
+    args, judge = p.make(generator()), Judge(draw, draws=draws_of(p))
     variant = p.format if p.format in layout.DENSE else f"{p.format}/{p.mode}"
     native = native_row(OPS["quant_matmul"], args, variant)
     if native is not None:
@@ -124,11 +114,10 @@ def test_gradients_of_products_are_within_the_bound(p: Product) -> None:
 
     def draw(number: int) -> tuple[list[Tensor], list[Tensor]]:
         args = p.make(generator(number))
-        with definitions():
-            return gradients(args, exact_product, True), gradients(args, run, False)
+        return gradients(args, exact_product, True), gradients(args, peer_product, False)
 
     args = p.make(generator())
-    judge = Judge(draw)
+    judge = Judge(draw, draws=draws_of(p))
     for isa in _C.isas():
         _C.set_isa(isa)
         got = gradients(args, run, False)
@@ -149,7 +138,7 @@ def test_input_gradients_are_within_the_bound(p: Product) -> None:
         exact = args[0].double() @ weight64(args[1], args[2], p.format, p.n, p.k)
         return [exact], [quant_matmul_input_grad_ref(*args)]
 
-    args, judge = arguments(0), Judge(draw)
+    args, judge = arguments(0), Judge(draw, draws=draws_of(p))
     native = native_row(OPS["quant_matmul_input_grad"], args, p.format)
     if native is not None:
         check_all_levels(judge, lambda: native(*args))
@@ -159,7 +148,7 @@ def test_input_gradients_are_within_the_bound(p: Product) -> None:
 
 
 def test_the_full_run_holds_two_thousand_problems_of_every_format_and_mode() -> None:
-    forward = [c.values[0] for c in cases(products, 60, 1400, seed=101)]
+    forward = [c.values[0] for c in cases(products, 60, 1400, seed=111)]
     others = len(cases(products, 15, 450, seed=201)) + len(cases(gradient_rows, 12, 400, seed=301))
     assert len(forward) + others >= 2000
     pairs = {(p.format, p.mode) for p in forward[:60]}

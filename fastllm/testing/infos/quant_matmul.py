@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,12 +17,13 @@ from ..opinfo import Case, OpInfo
 from ..packed_weights import random_packed, weight64
 from ..quant_problem import Product, products
 
-__all__ = ["INFOS", "VARIANTS", "exact_product", "random_packed", "weight64"]
+__all__ = ["INFOS", "VARIANTS", "exact_product", "peer_product", "random_packed", "weight64"]
 
 FORMATS = NATIVE_FORMATS["quant_matmul"]
 VARIANTS = variants(FORMATS)
 # Per (format, mode): how many problems of the covering set every run and the full run see.
 QUICK, FULL = 3, 9
+MANY = 16  # rows
 DENSE_SHAPES = ((0, 17, 3), (1, 100, 33), (3, 16, 1), (5, 17, 31), (13, 33, 576), (33, 15, 3))
 BENCH_SHAPES = tuple(
     (m, n, k) for m in (1, 8, 512) for n, k in ((576, 576), (3072, 576), (576, 1536), (49152, 576))
@@ -87,7 +89,7 @@ def exact_product(
     return finished_ref(y, torch.float64, None, residual, gated)
 
 
-def _peer(
+def peer_product(
     x: Tensor,
     data: Tensor,
     scales: Tensor,
@@ -95,17 +97,25 @@ def _peer(
     n: int,
     bias: Tensor | None,
     activation: str,
-    out_dtype: torch.dtype | None,
+    out_dtype: torch.dtype | None = None,
     residual: Tensor | None = None,
     gated: str = "",
 ) -> Tensor:
-    packed = data, scales, format, n, bias, activation
-    if not x.requires_grad:
-        return quant_matmul_ref(x, *packed, out_dtype, residual, gated)
-    sums = quant_matmul_ref(x.detach(), *packed, torch.float32)
-    weight = layout.dequantize(data, scales, format, n, x.shape[-1]).to(x.dtype)
-    slope = x.float() @ weight.float().T
-    return finished_ref(sums + (slope - slope.detach()), x.dtype, out_dtype, residual, gated)
+    """The definition of `quant_matmul`, differentiable, at the accuracy that it has of many rows.
+
+    torch multiplies one row by another routine than many, in more partial sums, whose error is half
+    as large: what one row may err by is what it errs by among others.
+    """
+    rows = x.detach().reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    copies = rows.repeat(-(-MANY // max(1, len(rows))), 1)
+    sums = quant_matmul_ref(copies, data, scales, format, n, None, activation, torch.float32)
+    sums = sums[: len(rows)].reshape(*x.shape[:-1], n)
+    sums = sums if bias is None else sums + bias.float()
+    if x.requires_grad:
+        weight = layout.dequantize(data, scales, format, n, x.shape[-1]).to(x.dtype)
+        slope = x.float() @ weight.float().T
+        sums = sums + (slope - slope.detach())
+    return finished_ref(sums, x.dtype, out_dtype, residual, gated)
 
 
 INFOS = [
@@ -113,7 +123,7 @@ INFOS = [
         name="quant_matmul",
         cases=_cases,
         exact=exact_product,
-        peer=_peer,
+        peer=peer_product,
         grad_args=(0, 8),
         bench_cases=lambda dtype: (
             _bench_case(shape, dtype, variant)
