@@ -1,9 +1,9 @@
 """llama.cpp's importance matrices: for each matrix the squares of its inputs, in a GGUF file.
 
-    general.type          "imatrix"
-    imatrix.datasets, imatrix.chunk_count, imatrix.chunk_size    what was measured
-    NAME.in_sum2, NAME.counts    F32: the sum of x^2 of every input channel, and the tokens;
-                                 of experts [E, K] and [E, 1]; NAME is the tensor's GGUF name
+general.type          "imatrix"
+imatrix.datasets, imatrix.chunk_count, imatrix.chunk_size    what was measured
+NAME.in_sum2, NAME.counts    F32: the sum of x^2 of every input channel, and the tokens;
+                             of experts [E, K] and [E, 1]; NAME is the tensor's GGUF name
 """
 
 from __future__ import annotations

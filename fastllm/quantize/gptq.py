@@ -22,6 +22,7 @@ from ..errors import NumericalError
 from ..ops import packed_layout as layout
 from ..ops.quant_format import QUANT_FORMATS
 from .packed import PackedWeight
+from .pieces import unpacked_pieces
 
 _BLOCK = 128  # columns whose corrections are made one by one; those of others are one product
 _PANEL = 256  # columns of the factorization that are worked on at once
@@ -77,18 +78,17 @@ class Rounding:
                 left[i] -= value
         return with_codes(start, codes.t())
 
-    def output_error(self, weight: Tensor, values: Tensor | None = None) -> float:
-        """The sum of (x d^T)^2 over the inputs, of d = weight - values, float32 `[n, k]`."""
-        total = 0.0
-        for first in range(0, len(weight), _PANEL):
-            d = weight[first : first + _PANEL]
-            if values is not None:
-                d = d - values[first : first + _PANEL]
-            total += self._of_rows(d.t()[self._order])
-        return max(total, 0.0)
+    def output_error(self, weight: Tensor, packed: PackedWeight) -> tuple[float, float]:
+        """Sums over the inputs x: (of (x (w - q)^T)^2, of (x w^T)^2), w float32 `[n, k]`."""
+        error = total = 0.0
+        for rows, values in unpacked_pieces(packed):
+            own = weight[rows]
+            error += self._of_rows((own - values).t()[self._order])
+            total += self._of_rows(own.t()[self._order])
+        return max(error, 0.0), max(total, 0.0)
 
     def _of_rows(self, d: Tensor) -> float:
-        """`output_error` of a few rows, `[k, rows]` in the order of rounding."""
+        """The sum of (x d^T)^2 of a few rows, d `[k, rows]` in the order of rounding."""
         total = float((d.square().sum(1) * self._diagonal).sum())
         for first in range(0, len(d), _PANEL):
             above = self._factor[first : first + _PANEL, first:].triu(1)
@@ -197,6 +197,11 @@ class Grid:
 
 def with_codes(packed: PackedWeight, codes: Tensor) -> PackedWeight:
     """The scales of a packed weight with other stored codes, uint8 [n, k]."""
-    words = layout.code_words(codes.contiguous(), packed.format)
-    data = layout.interleave(words, packed.rows_per_group)
-    return PackedWeight(data, packed.scales, packed.format, packed.n, packed.k)
+    step = _PANEL // packed.rows_per_group * packed.rows_per_group
+    data = [
+        layout.interleave(
+            layout.code_words(rows.contiguous(), packed.format), packed.rows_per_group
+        )
+        for rows in codes.split(step)
+    ]
+    return PackedWeight(torch.cat(data), packed.scales, packed.format, packed.n, packed.k)

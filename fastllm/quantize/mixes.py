@@ -106,9 +106,7 @@ class Plan:
 
     def lines(self) -> list[str]:
         """The rule as text: how many matrices of each kind have which format."""
-        lines = [
-            f"{kind}: {_counted(formats)}" for kind, formats in _by_kind(self.formats).items()
-        ]
+        lines = [f"{kind}: {_counted(formats)}" for kind, formats in _by_kind(self.formats).items()]
         if self.dense:
             lines.append(f"left as they are: {', '.join(_by_kind(dict.fromkeys(self.dense, '')))}")
         fallen: dict[tuple[str, str], list[str]] = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -19,13 +21,20 @@ def in_pieces(weight: Tensor, format: str, importance: Tensor | None) -> PackedW
     return concat([quantize_weight(part, format, importance) for part in weight.split(rows)])
 
 
-def values_of(packed: PackedWeight) -> Tensor:
-    """`unpack`, some rows at a time."""
-    values = torch.empty(packed.n, packed.k)
+def unpacked_pieces(packed: PackedWeight) -> Iterator[tuple[slice, Tensor]]:
+    """Rows one after another: which they are, and their values, float32 [rows, k]."""
     own = packed.rows_per_group
     groups = max(_VALUES // packed.k // own, 1)
     for first in range(0, packed.data.shape[0], groups):
-        rows = values[first * own : (first + groups) * own]
+        rows = slice(first * own, min((first + groups) * own, packed.n))
         data, scales = (t[first : first + groups] for t in (packed.data, packed.scales))
-        rows.copy_(unpack(PackedWeight(data, scales, packed.format, len(rows), packed.k)))
+        piece = PackedWeight(data, scales, packed.format, rows.stop - rows.start, packed.k)
+        yield rows, unpack(piece)
+
+
+def values_of(packed: PackedWeight) -> Tensor:
+    """`unpack`, some rows at a time."""
+    values = torch.empty(packed.n, packed.k)
+    for rows, piece in unpacked_pieces(packed):
+        values[rows] = piece
     return values

@@ -146,9 +146,7 @@ def test_what_awq_scales_leaves_the_model_s_function(
         return found[-1]
 
     monkeypatch.setattr(methods.awq, "search_scales", search)
-    monkeypatch.setattr(
-        methods, "in_pieces", lambda w, *_: pack("f32", w.contiguous(), *w.shape)
-    )
+    monkeypatch.setattr(methods, "in_pieces", lambda w, *_: pack("f32", w.contiguous(), *w.shape))
     monkeypatch.setattr(methods, "clipped", lambda w, *_: w)
     settings = Settings(format="int4", method="awq")
     block = Block(source, 0, torch.float32, 32)
@@ -307,6 +305,7 @@ def test_importance_matrices_of_other_models_are_refused(llama: Path, tmp_path: 
         read_imatrix(tmp_path / "m.gguf", open_weights(llama).config)
 
 
+@pytest.mark.full
 def test_memory_stays_below_two_layers_and_the_calibration(tmp_path: Path) -> None:
     """Measured in a process of its own: nothing that tests leave behind is counted or reused."""
     source = make(

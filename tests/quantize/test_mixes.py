@@ -125,7 +125,11 @@ def test_embeddings_heads_and_routers_keep_their_values_in_our_formats() -> None
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("q4_km", "did you mean q4_k_m"), ("bf16", "not known"), ("q3_k_m", "did you mean q5_k_m or q4_k_m")],
+    [
+        ("q4_km", "did you mean q4_k_m"),
+        ("bf16", "not known"),
+        ("q3_k_m", "did you mean q5_k_m or q4_k_m"),
+    ],
 )
 def test_unknown_formats_are_named_with_the_nearest(name: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):

@@ -22,7 +22,7 @@ from fastllm.quantize.gptq import Rounding
 from fastllm.quantize.mixes import Plan
 from fastllm.quantize.moments import Moments, output_error
 from fastllm.quantize.packed import PackedWeight
-from fastllm.quantize.pieces import in_pieces, values_of
+from fastllm.quantize.pieces import in_pieces, unpacked_pieces
 
 METHODS = ("rtn", "gptq", "awq", "imatrix")
 CALIBRATED = ("gptq", "awq", "imatrix")
@@ -159,10 +159,8 @@ class Gptq(Method):
                 packed = round_with(rounding, weight, self.given(name), moments.importance)
                 self.replace(name, packed)
                 self.result.packs[name] = packed
-                values = values_of(packed)
-                self.result.errors[name] = rounding.output_error(weight, values) / max(
-                    rounding.output_error(weight), 1e-30
-                )
+                error, total = rounding.output_error(weight, packed)
+                self.result.errors[name] = error / max(total, 1e-30)
 
     def rounding(self, moments: Moments) -> Rounding:
         """The factored gram matrix of an input, which it takes from `moments`."""
@@ -234,18 +232,18 @@ class Awq(Method):
         format = self.given(name)
         packed = in_pieces(clipped(weight, format, importance), format, importance)
         self.result.packs[name] = packed
-        values = values_of(packed)
         assert seen.gram is not None, "measured with gram"
         undo = 1.0 if columns is None else 1 / columns
-        self.result.errors[name] = output_error((values - weight) * undo, seen.gram) / max(
-            output_error(weight * undo, seen.gram), 1e-30
-        )
+        error = total = 0.0
+        for rows, values in unpacked_pieces(packed):
+            own = weight[rows]
+            error += output_error((values - own) * undo, seen.gram)
+            total += output_error(own * undo, seen.gram)
+        self.result.errors[name] = error / max(total, 1e-30)
         self.replace(name, packed)
 
 
-def round_with(
-    rounding: Rounding, weight: Tensor, format: str, importance: Tensor
-) -> PackedWeight:
+def round_with(rounding: Rounding, weight: Tensor, format: str, importance: Tensor) -> PackedWeight:
     """GPTQ's choice of codes, with the scales of a weighted clip search."""
     start = in_pieces(clipped(weight, format, importance), format, importance)
     return rounding.round(weight, start)
@@ -255,9 +253,10 @@ def weighted_error(weight: Tensor, packed: PackedWeight, importance: Tensor | No
     """Squared error of a packed weight as a share of its squares, columns weighted."""
     weights = torch.ones(()) if importance is None else importance
     error = total = 0.0
-    for rows, values in zip(weight.split(512), values_of(packed).split(512), strict=True):
-        error += float(((values - rows).square() * weights).sum())
-        total += float((rows.square() * weights).sum())
+    for rows, values in unpacked_pieces(packed):
+        own = weight[rows]
+        error += float(((values - own).square() * weights).sum())
+        total += float((own.square() * weights).sum())
     return error / max(total, 1e-30)
 
 
