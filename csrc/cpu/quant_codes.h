@@ -216,10 +216,15 @@ FASTLLM_INLINE void decode_pairs(vi raw, vi* out) {
 
 // VL bytes, one to a lane.
 FASTLLM_INLINE vi vload_u8(const uint8_t* p) {
-  typedef uint8_t vb __attribute__((vector_size(VL)));
-  vb bytes;
+#if defined(__AVX512F__)
+  return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__AVX2__)
+  return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
+  int32_t bytes;
   __builtin_memcpy(&bytes, p, sizeof bytes);
-  return __builtin_convertvector(bytes, vi);
+  return (vi)_mm_cvtepu8_epi32(_mm_cvtsi32_si128(bytes));
+#endif
 }
 FASTLLM_INLINE vi vload_i8(const uint8_t* p) { return vload_u8(p) << 24 >> 24; }
 

@@ -2,6 +2,7 @@
 #include "cpu/quant_kernels.h"
 
 #include "common/scratch.h"
+#include "cpu/quant_few.h"
 #include "cpu/quant_rows.h"
 #include "cpu/quant_tiles.h"
 #include "cpu/quant_unpack.h"
@@ -54,6 +55,7 @@ void choose_int8(QuantKernel& q) {
   if (__is_same(C, NormalFloat)) q.factor = 1.f / 127;
   q.unpack_codes = unpack_codes<C, Int8Words>;
   q.prepare_row = prepare_int8;
+  q.few = FewTiles<F>::int8;
   q.tiles = Tiles<Int8Tiles<kind, C::is_signed && !kUnsignedDots>::template Tile>::all;
 }
 
@@ -71,6 +73,7 @@ void choose_float(QuantKernel& q, Activation mode) {
     q.unpack_codes = unpack_codes<C, PairWordsOf>;
     q.prepare_row = prepare_words<2, C::paired_by_two>;
     q.tiles = Tiles<PairTile>::all;
+    q.few = FewPairTiles<F>::all;
     return;
   }
 #endif
@@ -124,6 +127,11 @@ QuantKernel quant_kernel(Format format, Activation mode, int64_t k) {
   q.factor = 1.f;
   q.panel_codes = row_code_bytes(format, k) * kPanelRows;
   q.panel_scales = row_scale_bytes(format, k) * kPanelRows;
+  if (k) {
+    q.codes_ahead = prefetch_distance(q.panel_codes);
+    q.scales_ahead = q.codes_ahead * q.panel_scales / q.panel_codes;
+    q.scale_step = q.panel_scales * kBlock / k;
+  }
   with_format(format, [&](auto f) {
     using F = decltype(f);
     q.shift = f.shift;
@@ -134,6 +142,13 @@ QuantKernel quant_kernel(Format format, Activation mode, int64_t k) {
     choose_float<F>(q, mode);
   });
   return q;
+}
+
+int few_width(int64_t rows) { return rows <= 2 ? (rows < 2 ? 1 : 2) : rows <= 4 ? 4 : 8; }
+
+void multiply_few(const QuantKernel& q, const Panel& panel, const char* x, int64_t width,
+                  float* sums) {
+  q.few[width == 8 ? 3 : width / 2](q, panel, x, width, sums);
 }
 
 TileShape few_tile(int64_t rows) {

@@ -52,16 +52,21 @@ struct Panel {
   const uint8_t *codes, *scales;
 };
 
+struct QuantKernel;
+// sums[MR][16] = rows of x, prepared and `width` interleaved, times a whole panel.
+using FewTile = void(const QuantKernel&, const Panel&, const char* x, int64_t width, float* sums);
+
 struct QuantKernel {
   int64_t k, chunk;
   Sums sums;
   Format format;
-  int shift;                          // log2 of the columns under one scale
-  int word_columns;                   // of the canonical form: 4, 2 or 1
-  int words_per_block;                // of the packed form
-  int32_t offset;                     // int8: what makes codes unsigned
-  float factor;                       // of d
-  int64_t panel_codes, panel_scales;  // bytes of a packed panel
+  int shift;                                      // log2 of the columns under one scale
+  int word_columns;                               // of the canonical form: 4, 2 or 1
+  int words_per_block;                            // of the packed form
+  int32_t offset;                                 // int8: what makes codes unsigned
+  float factor;                                   // of d
+  int64_t panel_codes, panel_scales;              // bytes of a packed panel
+  int64_t codes_ahead, scales_ahead, scale_step;  // what few-row tiles prefetch; step: of a block
 
   // Columns of one panel of a strip of `panels`.
   void (*unpack_codes)(const uint8_t* from, int64_t columns, int64_t ahead, int panels,
@@ -70,7 +75,8 @@ struct QuantKernel {
                         int panels, float* to);
   // One row of x of k columns to its prepared form, words `width` apart; x null: zeros.
   void (*prepare_row)(const QuantKernel&, const void* x, DType type, char* to, int64_t width);
-  SegmentTile* const* tiles;  // by tile_index
+  SegmentTile* const* tiles;  // by shape
+  FewTile* const* few;        // of 1, 2, 4, 8 rows; null: few rows take strips too
 
   bool valid() const { return unpack_codes != nullptr; }
   int64_t segment_codes() const { return kSegment / word_columns * 4 * kPanelRows; }  // of a panel
@@ -93,6 +99,12 @@ struct TileShape {
 TileShape few_tile(int64_t rows);   // rows <= kFewRows
 TileShape wide_tile(int64_t rows);  // rows <= kWideRows; of kWideStrip panels
 SegmentTile* tile_of(const QuantKernel& kernel, TileShape shape);
+
+// The rows of the few-row tile for so many, and sums[width][16] = rows of x (one group, `width` what
+// few_width says) times a panel. Only of kernels with few-row tiles.
+int few_width(int64_t rows);
+void multiply_few(const QuantKernel& kernel, const Panel& panel, const char* x, int64_t width,
+                  float* sums);
 
 // A strip of up to kMaxStrip panels (those without codes are none), and which panels will be read
 // next, for prefetching.

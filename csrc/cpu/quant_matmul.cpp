@@ -84,7 +84,9 @@ class QuantizedProduct {
         kernel_(quant_kernel(a.format, a.activation, a.k)),
         few_(a.m <= kFewRows),
         panels_(divide_up(gated_ ? a.out.n / 2 : a.out.n, kPanelRows)),
-        wide_(few_ ? few_tile(a.m).panels : kWideStrip) {}
+        wide_(!few_         ? kWideStrip
+              : kernel_.few ? 1
+                            : few_tile(a.m).panels) {}
 
   void run() {
     if (a_.m == 0) return;
@@ -139,8 +141,11 @@ class QuantizedProduct {
 
   // Few rows, or no scratch: every thread prepares its own copy. Else all prepare one together.
   void prepare() {
-    x_ = {a_.m, few_ ? few_tile(a_.m).rows : kWideRows, kernel_.row_bytes(),
-          static_cast<char*>(a_.scratch)};
+    x_ = {a_.m,
+          !few_         ? kWideRows
+          : kernel_.few ? few_width(a_.m)
+                        : few_tile(a_.m).rows,
+          kernel_.row_bytes(), static_cast<char*>(a_.scratch)};
     const int64_t padded = x_.groups() * x_.width;
     int64_t begin = 0, end = padded;
     const bool shared = a_.scratch && !few_;
@@ -163,8 +168,11 @@ class QuantizedProduct {
       for (int side = 0; side < sides; ++side) {
         const bool more = side + 1 < sides || index + 1 < all;
         const StripPanels next = side + 1 < sides ? strip(index, side + 1) : strip(index + 1, 0);
-        multiply_strip(kernel_, here, more ? &next : nullptr, x_.base, x_.width, a_.m, first, last,
-                       few_, sums + side * size);
+        if (few_ && kernel_.few)
+          multiply_few(kernel_, here.panels[0], x_.base, x_.width, sums + side * size);
+        else
+          multiply_strip(kernel_, here, more ? &next : nullptr, x_.base, x_.width, a_.m, first,
+                         last, few_, sums + side * size);
         here = next;
       }
       for (int64_t g = first; g < last; ++g)

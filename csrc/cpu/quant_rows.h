@@ -24,7 +24,6 @@ struct QuantizedBlock {
 template <class X>
 FASTLLM_INLINE QuantizedBlock quantize_block(const X* x, int8_t* q) {
   constexpr int parts = kBlock / VL;
-  typedef int8_t vb __attribute__((vector_size(VL)));
   vf v[parts];
   vi top = vi{};
 #pragma GCC unroll 8
@@ -41,8 +40,13 @@ FASTLLM_INLINE QuantizedBlock quantize_block(const X* x, int8_t* q) {
 #pragma GCC unroll 8
   for (int i = 0; i < parts; ++i) {
     const vi codes = vbits(v[i] * inverse + magic) - vbits(magic);
+#if defined(__AVX512F__)  // GCC converts vectors of bytes by many shuffles
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(q + i * VL), _mm512_cvtepi32_epi8((__m512i)codes));
+#else
+    typedef int8_t vb __attribute__((vector_size(VL)));
     const vb bytes = __builtin_convertvector(codes, vb);
     __builtin_memcpy(q + i * VL, &bytes, sizeof bytes);
+#endif
     total[i * VL / 16] += codes;
   }
   return {amax / 127.f, {reduce_add(total[0]), reduce_add(total[1])}};
