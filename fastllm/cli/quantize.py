@@ -214,9 +214,13 @@ def _progress() -> Progress:
     from rich.progress import Progress as Bars
 
     bars = Bars(
-        TextColumn("quantizing"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"),
-        TimeRemainingColumn(), console=Console(stderr=True),
-    )  # fmt: skip
+        TextColumn("quantizing"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
 
     class Bar(Progress):
         def begin(self, layers: int) -> None:

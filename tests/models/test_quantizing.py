@@ -28,6 +28,7 @@ from fastllm.models.tokenizer import Tokenizer
 from fastllm.models.trainable import initialize
 from fastllm.models.weights import open_weights
 from fastllm.nn.batch import Documents
+from fastllm.nn.moe import Experts
 from fastllm.quantize.packed import PackedWeight, pack, unpack
 
 SIZES: dict[str, Any] = {
@@ -116,7 +117,7 @@ def test_directories_say_how_they_are_quantized_and_are_read_back(
     assert config["quantization_config"]["quant_method"] == quant_method
     exact, found = logits(llama), logits(tmp_path / "out")
     assert 0 < float((found - exact).square().mean()) < 0.2 * float(exact.square().mean())
-    packed = load_model(tmp_path / "out").model.layers[0].mlp.down_proj.packed
+    packed = load_model(tmp_path / "out").get_submodule("model.layers.0.mlp.down_proj").packed
     assert isinstance(packed, PackedWeight) and packed.format == format
 
 
@@ -181,8 +182,12 @@ def test_experts_that_few_tokens_come_to_are_rounded_to_nearest_and_named(tmp_pa
         "nearest"
     ]
     made(source, tmp_path / "plain", "int4", "rtn")
-    few, plain = (load_model(tmp_path / name).model.layers[0].mlp.experts  # type: ignore[union-attr]
-                  for name in ("few", "plain"))  # fmt: skip
+    few, plain = (
+        load_model(tmp_path / name).get_submodule("model.layers.0.mlp.experts")
+        for name in ("few", "plain")
+    )
+    assert isinstance(few, Experts) and isinstance(plain, Experts)
+    assert few.packed_down is not None and plain.packed_down is not None
     assert torch.equal(few.packed_down.data, plain.packed_down.data)
 
 
@@ -371,7 +376,7 @@ def test_broken_weights_are_named(tmp_path: Path) -> None:
     source = make(tmp_path / "model")
     model = initialize(open_weights(source).config, dtype=torch.float32)
     with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")  # type: ignore[union-attr,index]
+        model.get_parameter("model.layers.1.mlp.up_proj.weight")[3, 5] = float("nan")
     save_pretrained(model, tmp_path / "broken")
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight holds NaN or infinity"):
         made(tmp_path / "broken", tmp_path / "out", "int8", "rtn")

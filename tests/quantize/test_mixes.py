@@ -57,7 +57,7 @@ def assert_same_formats(llama_cpp: Any, source: Path, target: Path, mix: str) ->
     file = theirs(llama_cpp, source, target, own.file_type)
     assert file.metadata["general.file_type"] == own.file_type
     plan = plan_of(open_weights(source).config, Settings(format=mix))
-    ours = {}
+    ours: dict[str, str] = {}
     for name, format in plan.formats.items():
         parts = stacks(name) if holds_experts(name) else [name]
         ours |= {gguf_name(part): format for part in parts}
@@ -128,7 +128,7 @@ def test_embeddings_heads_and_routers_keep_their_values_in_our_formats() -> None
     [
         ("q4_km", "did you mean q4_k_m"),
         ("bf16", "not known"),
-        ("q3_k_m", "did you mean q5_k_m or q4_k_m"),
+        ("q3_k_m", "mean q5_k_m or q4_k_m"),
     ],
 )
 def test_unknown_formats_are_named_with_the_nearest(name: str, words: str) -> None:

@@ -14,6 +14,7 @@ from fastllm.models.quantizing.stages import Stage
 from fastllm.models.rope_scaling import rope_tables
 from fastllm.models.weights import WeightSource
 from fastllm.nn.batch import Documents
+from fastllm.nn.linear import Linear
 from fastllm.nn.moe import Experts
 from fastllm.quantize.moments import Moments
 
@@ -90,6 +91,7 @@ class Block:
         found, handles = [], []
         for stage in stages:
             module = self.layer.get_submodule(stage.linears[0])
+            assert isinstance(module, Linear), "stages name linear layers"
             seen = Moments(module.in_features, gram=gram)
             found.append(seen)
             last = stage is stages[-1]

@@ -125,6 +125,7 @@ def quantize_files(
         extra = run.layout.quantization_config()
         write_directory(target, source.config, extra, run.work, run.parts(), tokenizer, overwrite)
     run.work.remove()
+    report.path = target
     files = [target] if target.is_file() else [f for f in target.iterdir() if f.is_file()]
     report.nbytes = sum(file.stat().st_size for file in files)
     return report
@@ -264,7 +265,7 @@ class _Run:
                     yield from self.layout.dense(prefix + name, self._dense(prefix + name, data))
 
         notes: dict[str, Any] = {"errors": result.errors}
-        extra = {}
+        extra: dict[str, Tensor] = {}
         for name, (squares, counts) in result.sums.items():
             extra |= {f"{name}/squares": squares, f"{name}/counts": counts}
         self._write(_part(index), named(), notes, extra)

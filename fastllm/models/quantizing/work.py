@@ -57,7 +57,7 @@ class WorkFolder:
         """A finished part, its tensors mapped."""
         with safe_open(self._file(name), framework="pt") as file:
             notes = json.loads(file.metadata()["notes"])
-            return Part({key: file.get_tensor(key) for key in file.keys()}, notes)  # noqa: SIM118
+            return Part({key: file.get_tensor(key) for key in file.keys()}, notes)
 
     def read_one(self, name: str, key: str) -> Tensor:
         """One tensor of a finished part, mapped."""
