@@ -64,13 +64,16 @@ def fill_b(model: nn.Module) -> None:
                 parameter.copy_(torch.randn(parameter.shape, generator=g) * 0.1)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    ("case", "format"),
+    [("llama", format) for format in FORMATS] + [("qwen3 moe", "nf4"), ("mixtral", "q4_k")],
+)
 def test_generation_has_the_bits_of_training_in_every_format(
-    format: str, model_of: Callable[[str], Path]
+    case: str, format: str, model_of: Callable[[str], Path]
 ) -> None:
-    model = load_trainable(model_of("llama"), quantization=format)
+    model = load_trainable(model_of(case), quantization=format)
     assert model.activation == "bf16" and not any(p.requires_grad for p in model.parameters())
-    add_lora(model, LoraConfig(r=4, target_modules=("q_proj", "down_proj")))
+    add_lora(model, LoraConfig(r=4, target_modules=("q_proj", "o_proj")))
     fill_b(model)
     ids, found = generated(LLM.from_model(model))
     targets = torch.tensor([-100] * (len(PROMPT) - 1) + ids)

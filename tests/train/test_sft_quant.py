@@ -48,7 +48,7 @@ def fine_tune(model: Path, data: Path, out: Path, *more: str) -> sft.SftResult:
 
 
 @pytest.mark.parametrize(
-    ("case", "quant"), [("llama", "nf4"), ("qwen3 moe", "q4_1"), ("deepseek v3 experts", "q8_0")]
+    ("case", "quant"), [("llama", "nf4"), ("qwen3 moe", "int4"), ("deepseek v3 experts", "q4_k")]
 )
 def test_an_adapter_learns_on_weights_quantized_at_load_and_is_served_on_them(
     case: str, quant: str, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
