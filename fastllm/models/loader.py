@@ -254,8 +254,8 @@ class _Loader:
                 module.e_score_correction_bias = bias.detach().float()
 
     def _matrix(self, name: str) -> nn.Parameter:
-        """A weight that is used as it lies, in the compute dtype."""
-        data = self.source.get(name).data.to(self.device, self.dtype, copy=True)
+        """A weight that is used as it lies, in the compute dtype; its numbers if quantized."""
+        data = _values(self.source.get(name)).to(self.device, self.dtype, copy=True)
         self.source.release(name)
         return nn.Parameter(data, requires_grad=False)
 

@@ -18,6 +18,7 @@ from fastllm.errors import ModelFileError
 from fastllm.models.config import ModelConfig
 from fastllm.models.expert_files import to_files as expert_matrices
 from fastllm.models.gguf_export import export_gguf, weights_of
+from fastllm.models.mla_config import MlaConfig
 from fastllm.models.moe_config import MoeConfig
 from fastllm.models.weights import SafetensorsWeights, open_weights
 from fastllm.ops import packed_layout as layout
@@ -209,6 +210,24 @@ def test_experts_one_by_one_and_modules_left_out(tmp_path: Path) -> None:
     assert mixed
     with pytest.raises(ModelFileError, match=r"expert 2 is stored as f32.*experts have one format"):
         LLM(tmp_path / "mixed")
+
+
+def test_latent_attention_in_blocks_of_fp8(tmp_path: Path) -> None:
+    mla = MlaConfig(
+        q_lora_rank=64, kv_lora_rank=96, qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=32
+    )  # fmt: skip
+    config = dense_config(model_type="deepseek_v3", mla=mla, head_dim=64, num_key_value_heads=HEADS)
+    format, to_files, quantization = CASES["fp8"]
+    values = write(tmp_path / "m", config, format, to_files, quantization)
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    save_file(values, plain / "model.safetensors")
+    (plain / "config.json").write_text(json.dumps(config.to_hf()))
+    options: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "max_model_len": 16}
+    served = LLM(tmp_path / "m", activation="fp32", **options)
+    assert served.model.model.layers[0].self_attn.o_proj.packed.format == format
+    expected = LLM(plain, **options).logits(IDS)
+    torch.testing.assert_close(served.logits(IDS), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_biases_of_zeros_that_the_model_has_not_are_passed_over(tmp_path: Path) -> None:
