@@ -63,7 +63,8 @@ def add_model_options(parser: Parser) -> None:
         "--activation",
         choices=["int8", "bf16", "fp32"],
         default=None,
-        help="what quantized weights are multiplied with (default: int8)",
+        help="what quantized weights are multiplied with (default: int8; with an adapter, as it "
+        "was trained, the compute dtype)",
     )
     group.add_argument(
         "--quant",

@@ -145,7 +145,8 @@ def shard(model: Decoder, expert_parallel: int = 1) -> Decoder:
     Each attention and each feed-forward is gathered for its turn; embedding, norms and LM head stay
     whole within a step. Gradients are summed, not averaged: the loop divides by the tokens of all
     processes. bfloat16 parameters become float32 ones, which blocks read as bfloat16: each process
-    holds its part of the masters, and no bfloat16 copy beside them.
+    holds its part of the masters, and no bfloat16 copy beside them. Packed weights are no
+    parameters: each process holds all of a quantized base, and a part of the adapters.
 
     expert_parallel: so many processes in a row share out the experts of each layer, see
         `expert_parallel.ExpertGroup`; an expert is then gathered among those alone that hold it.
