@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +14,8 @@ from fastllm.models.config import ModelConfig
 from fastllm.models.loader import load_model, save_pretrained
 from fastllm.models.tokenizer_training import train_tokenizer
 from fastllm.models.trainable import initialize
+from fastllm.nn.batch import Documents
+from fastllm.nn.linear import Linear
 
 TEXT = "The cat sat on the mat, and the dog barked at 1234 cats. " * 40
 
@@ -64,8 +68,10 @@ def test_an_importance_matrix_is_kept_and_used_again(
     assert main([*base, *first, "--out", str(tmp_path / "a.gguf")]) == 0
     assert main([*base, "--imatrix", kept, "--out", str(tmp_path / "b.gguf")]) == 0
     a, b = (load_model(tmp_path / f"{name}.gguf") for name in "ab")
-    found = [m.get_submodule("model.layers.1.mlp.down_proj").packed.data for m in (a, b)]
-    assert torch.equal(*found)
+    first_down, again = (m.get_submodule("model.layers.1.mlp.down_proj") for m in (a, b))
+    assert isinstance(first_down, Linear) and isinstance(again, Linear)
+    assert first_down.packed is not None and again.packed is not None
+    assert torch.equal(first_down.packed.data, again.packed.data)
     assert "the importance matrix" in capsys.readouterr().err
 
 
@@ -96,3 +102,60 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
     assert main(["quantize", str(model), *given, "--out", str(out)]) == 2
     assert message in capsys.readouterr().err
     assert not out.exists() and not list(tmp_path.glob(".*"))
+
+
+@torch.no_grad()
+def log_probs(path: Path, rows: torch.Tensor) -> torch.Tensor:
+    """Of every next token, [tokens, vocab], in float32."""
+    model = load_model(path, dtype="float32", activation="fp32")
+    found = [model.logits(model.train_hidden(Documents.pack(list(part)))) for part in rows.split(8)]
+    return torch.cat(found).log_softmax(-1)
+
+
+def cost(exact: torch.Tensor, found: torch.Tensor, rows: torch.Tensor) -> tuple[float, float]:
+    """(held-out loss above the exact model's, divergence from it), both a token."""
+    counted = torch.ones(rows.shape, dtype=torch.bool)
+    counted[:, -1] = False
+    targets = rows.roll(-1, 1)[counted].unsqueeze(1)
+    exact, found = exact[counted.flatten()], found[counted.flatten()]
+    gap = (exact - found).gather(1, targets).mean()
+    return float(gap), float((exact.exp() * (exact - found)).sum(-1).mean())
+
+
+@pytest.mark.full
+def test_gptq_recovers_most_of_what_rounding_a_trained_model_costs(tmp_path: Path) -> None:
+    """A model that the project trains on its own sources, in 4 bits of groups of 128."""
+    source = str(Path(__file__).parent.parent.parent / "fastllm")
+    tokens, store, trained = (str(tmp_path / name) for name in ("tokens", "store", "run"))
+    assert main(["tokenizer", "train", source, "--vocab-size", "1024", "--out", tokens]) == 0
+    prepare = ["--tokenizer", tokens, "--out", store, "--holdout", "0.08", "--processes", "1"]
+    assert main(["data", "prepare", source, *prepare]) == 0
+    shape = ["model.layers=3", "model.width=128", "model.head_dim=32", "model.heads=4",
+             "model.kv_heads=4", "model.inner=384", "model.context=128"]  # fmt: skip
+    rest = ["data.seq_len=128", "data.batch_tokens=4096", "loop.schedule.final=0.0"]
+    steps = ["--steps", "500", "--out", trained, "loop.metrics.progress=none"]
+    assert main(["pretrain", "--store", store, *shape, *rest, *steps]) == 0
+    (checkpoint,) = sorted(Path(trained, "checkpoints").iterdir())[-1:]
+    rows = held_out_rows(Path(store))
+    exact = log_probs(checkpoint, rows)
+    gap, divergence = {}, {}
+    for method in ("rtn", "imatrix", "awq", "gptq"):
+        out = tmp_path / method
+        words = ["--format", "int4", "--method", method, "--out", str(out), "--length", "128"]
+        text = [] if method == "rtn" else ["--calibration", source, "--samples", "384"]
+        assert main(["quantize", str(checkpoint), *words, *text]) == 0
+        gap[method], divergence[method] = cost(exact, log_probs(out, rows), rows)
+    assert gap["rtn"] > 0 and gap["gptq"] < 0.6 * gap["rtn"], (gap, divergence)
+    assert divergence["gptq"] < 0.6 * divergence["rtn"], (gap, divergence)
+    assert gap["awq"] < gap["rtn"], (gap, divergence)
+    assert divergence["awq"] < divergence["rtn"], (gap, divergence)
+    assert divergence["imatrix"] < divergence["rtn"], (gap, divergence)
+    print(gap, divergence)
+
+
+def held_out_rows(store: Path) -> torch.Tensor:
+    """Tokens of documents that training has not seen, int64 [rows, 128]."""
+    index = json.loads((store / "index.json").read_text())
+    ids = np.fromfile(store / "tokens.bin", dtype=index["dtype"]).astype(np.int64)
+    held = torch.from_numpy(ids[index["splits"]["train"]["tokens"] :])
+    return held[: len(held) // 128 * 128].view(-1, 128)[:160]
