@@ -156,6 +156,13 @@ def _replace(
     format = quantizer.format_for(names[0], tuple(weight.shape))
     if format is None:
         return
+    if weight.is_meta:
+        raise ValueError(f"{names[0]}: its weight is on meta: load the model's weights first")
+    if type(weight) is not Tensor:
+        kind = type(weight).__name__
+        raise ValueError(
+            f"{names[0]}: its weight is a {kind}: quantize a model before it is sharded"
+        )
     mode = activation or ("fp32" if weight.dtype == torch.float32 else "bf16")
     packed = quantizer.pack(names[0], weight, format, weight.device)
     layer = QuantLinear.from_packed(packed, linear.bias, mode, weight.dtype)

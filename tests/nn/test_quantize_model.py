@@ -99,6 +99,10 @@ def test_a_weight_that_cannot_be_quantized_is_named() -> None:
     nn.init.constant_(model.mlp["down"].weight, float("inf"))
     with pytest.raises(ValueError, match=r"mlp\.down: .*infinity"):
         fastllm.quantize_model(model, "q8_0")
+    with pytest.raises(ValueError, match=r"mlp\.up: its weight is on meta"):
+        fastllm.quantize_model(Block().to("meta"), "q8_0")
+    with pytest.raises(ValueError, match=r"mlp\.up: .*float64"):
+        fastllm.quantize_model(Block(torch.float64), "q8_0")
 
 
 def test_one_dense_layer_at_a_time_is_beside_its_codes(monkeypatch: pytest.MonkeyPatch) -> None:
