@@ -156,9 +156,15 @@ _QUANT_GATED_FEW = {
     16: ProductTile(64, 16, 64, 4, 4),
     32: ProductTile(64, 32, 32, 4, 3),
 }
+# fp32: 32 x 32 takes 90 to 134 registers at 4 warps. Wide units of bytes, gated or not, spill 8
+# bytes at 64 x 32 and 12 at 4 warps.
 _QUANT_GATED_FP32 = {
     16: ProductTile(32, 16, 32, 4, 2),
     64: ProductTile(32, 32, 32, 4, 2),
+}
+_QUANT_FP32_BYTES = {
+    16: ProductTile(32, 16, 32, 8, 2),
+    64: ProductTile(32, 32, 32, 8, 2),
 }
 
 # Input gradient of a packed weight: n columns of dx, m rows, k rows of W a step. Codes and scales
@@ -179,12 +185,16 @@ def linear_tile(m: int, dtype: torch.dtype) -> ProductTile:
 def quant_tile(m: int, format: str, mode: str, gated: bool, device: torch.device) -> ProductTile:
     """Tile of a packed product of m tokens; of n rows of gate and n of up if gated."""
     if mode == "fp32":
+        if FORMATS[format].bits == 8 and int(unit_columns(format, mode)) > 32:
+            return _for_tokens(_QUANT_FP32_BYTES, m)
         return _for_tokens(_QUANT_GATED_FP32 if gated else _QUANT_FP32, m)
     few = _QUANT_GATED_FEW if gated else _QUANT_FEW
-    if m <= max(few):
+    columns, tokens = (_gated_size if gated else _product_size)(
+        format, mode, architecture(device) == 90
+    )
+    if m <= min(max(few), tokens):
         return _for_tokens(few, m)
-    n, m = (_gated_size if gated else _product_size)(format, mode, architecture(device) == 90)
-    return ProductTile(n, m, 32, 8, 3)
+    return ProductTile(columns, tokens, 32, 8, 3)
 
 
 def _product_size(format: str, mode: str, hopper: bool) -> tuple[int, int]:
