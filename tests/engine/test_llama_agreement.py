@@ -211,4 +211,8 @@ def test_llama_cpp_predicts_alike_on_a_real_model(
     ids = Tokenizer.from_gguf(open_weights(path).file.metadata, file=path).encode(text)[:TOKENS]  # type: ignore[union-attr]
     found, entropy = divergences(llama_cpp, path, ids)
     print(f"{format} smollm2: entropy {entropy:.2f}, KL {found}")
-    assert all(0 <= kl < LIMIT for kl in found.values()), found
+    # On float32 weights the two differ by 1e-6. Here llama.cpp's rounding of activations costs it
+    # 0.0042 (q4_1) to 0.0085 (q5_k) against exact products, our int8 mode's about as much: where
+    # both round, in blocks of other sizes, the two add up.
+    limits = {"int8": 2 * LIMIT, "bf16": LIMIT, "fp32": LIMIT}
+    assert all(0 <= kl < limits[mode] for mode, kl in found.items()), found
