@@ -16,7 +16,7 @@ FASTLLM_INLINE Activation mode_of(Format format, Activation mode) {
 class QuantExperts {
  public:
   static constexpr bool by_strips = true;
-  static constexpr int few = kFewRows, strip = kWideStrip;
+  static constexpr int strip = kWideStrip;
 
   // `prepared`: rows come as prepare() makes them, not as values of the layer's dtype.
   QuantExperts(const ExpertWeights& w, int64_t n, int64_t k, DType type, Activation mode,
@@ -28,8 +28,18 @@ class QuantExperts {
         type_(type),
         prepared_(prepared) {}
 
-  static int wide(int64_t rows) { return rows <= few ? few_tile(rows).panels : kWideStrip; }
-  static int64_t width(int64_t rows) { return rows <= few ? few_tile(rows).rows : kWideRows; }
+  // Rows of an expert whose weight is decoded in registers, twice for more than kFewRows: unpacking
+  // it first costs as much as the products of 12 rows.
+  int few_rows() const { return kernel_.few ? 2 * kFewRows : kFewRows; }
+  int wide(int64_t rows) const {
+    if (rows > few_rows()) return kWideStrip;
+    return kernel_.few ? 1 : few_tile(rows).panels;
+  }
+  int64_t width(int64_t rows) const {
+    if (rows > few_rows()) return kWideRows;
+    if (!kernel_.few) return few_tile(rows).rows;
+    return rows > kFewRows ? kFewRows : few_width(rows);
+  }
   int64_t row_bytes() const { return kernel_.row_bytes(); }
   // One row of values as products want it.
   void prepare(const char* row, char* to) const { kernel_.prepare_row(kernel_, row, type_, to, 1); }
@@ -92,6 +102,16 @@ class QuantExperts {
   void times_panels(int64_t panel, const StripPanels* next, const MoeTask& task, const char* x,
                     float* sums) const {
     if (panel >= panels_) return;  // nobody reads these sums
+    if (task.few && kernel_.few) {
+      const Panel from = panels_from(panel, 1).panels[0];
+      const int64_t group = task.width * row_bytes();
+      for (int64_t left = task.rows.size(); left > 0; left -= task.width) {
+        multiply_few(kernel_, from, smaller(left, task.width), x, task.width, sums);
+        x += group;
+        sums += task.width * kPanelRows;
+      }
+      return;
+    }
     multiply_strip(kernel_, panels_from(panel, task.wide), next, x, task.width, task.rows.size(), 0,
                    divide_up(task.rows.size(), task.width), task.few, sums);
   }

@@ -39,7 +39,7 @@ class MoeTasks {
     }
     const int64_t cost = rows + kMoeWeightRows * active;
     unit_ = larger(divide_up(cost, kMoeTasksPerThread * team.size), 1);
-    streams_ = rows <= active * W::few;
+    streams_ = rows <= active * w.few_rows();
     begin_ = cost * panels_ * team.thread / team.size;
     end_ = cost * panels_ * (team.thread + 1) / team.size;
   }
@@ -98,9 +98,9 @@ class MoeTasks {
   }
 
   void size(int64_t rows) {
-    few_ = rows <= W::few;
-    wide_ = W::wide(rows);
-    width_ = W::width(rows);
+    few_ = rows <= w_.few_rows();
+    wide_ = w_.wide(rows);
+    width_ = w_.width(rows);
   }
   void cut() {
     span_ = expert_span(a.offsets, expert_, a.count());

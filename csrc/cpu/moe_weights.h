@@ -63,6 +63,7 @@ class PlainExperts {
         panels_(static_cast<uint32_t*>(
             thread_scratch(Scratch::panels, static_cast<size_t>(side_words_ * sides) * 4))) {}
 
+  static int few_rows() { return few; }
   static int wide(int64_t rows) { return rows <= few ? 1 : strip; }
   static int64_t width(int64_t) { return kDenseRows; }
   int64_t row_bytes() const { return words_ * D::steps * 4; }
@@ -174,6 +175,7 @@ class DensePanels {
   DensePanels(const ExpertWeights& w, int64_t n, int64_t k)
       : w_(w), k_(k), words_(words_of<D>(k)), panels_(divide_up(n, kPanelRows)) {}
 
+  static int few_rows() { return few; }
   static int wide(int64_t rows) { return rows <= few ? 1 : strip; }
   static int64_t width(int64_t) { return kDenseRows; }
   int64_t row_bytes() const { return words_ * D::steps * 4; }

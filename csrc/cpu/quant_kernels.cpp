@@ -146,9 +146,10 @@ QuantKernel quant_kernel(Format format, Activation mode, int64_t k) {
 
 int few_width(int64_t rows) { return rows <= 2 ? (rows < 2 ? 1 : 2) : rows <= 4 ? 4 : 8; }
 
-void multiply_few(const QuantKernel& q, const Panel& panel, const char* x, int64_t width,
-                  float* sums) {
-  q.few[width == 8 ? 3 : width / 2](q, panel, x, width, sums);
+void multiply_few(const QuantKernel& q, const Panel& panel, int64_t rows, const char* x,
+                  int64_t width, float* sums) {
+  const int tile = few_width(rows);
+  q.few[tile == 8 ? 3 : tile / 2](q, panel, x, width, sums);
 }
 
 TileShape few_tile(int64_t rows) {

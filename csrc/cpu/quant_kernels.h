@@ -100,11 +100,11 @@ TileShape few_tile(int64_t rows);   // rows <= kFewRows
 TileShape wide_tile(int64_t rows);  // rows <= kWideRows; of kWideStrip panels
 SegmentTile* tile_of(const QuantKernel& kernel, TileShape shape);
 
-// The rows of the few-row tile for so many, and sums[width][16] = rows of x (one group, `width` what
-// few_width says) times a panel. Only of kernels with few-row tiles.
+// The rows of the few-row tile for so many, and sums[rows][16] = rows of x (of a group of `width`, at
+// least few_width(rows)) times a panel. Only of kernels with few-row tiles.
 int few_width(int64_t rows);
-void multiply_few(const QuantKernel& kernel, const Panel& panel, const char* x, int64_t width,
-                  float* sums);
+void multiply_few(const QuantKernel& kernel, const Panel& panel, int64_t rows, const char* x,
+                  int64_t width, float* sums);
 
 // A strip of up to kMaxStrip panels (those without codes are none), and which panels will be read
 // next, for prefetching.

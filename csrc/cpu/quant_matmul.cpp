@@ -169,7 +169,7 @@ class QuantizedProduct {
         const bool more = side + 1 < sides || index + 1 < all;
         const StripPanels next = side + 1 < sides ? strip(index, side + 1) : strip(index + 1, 0);
         if (few_ && kernel_.few)
-          multiply_few(kernel_, here.panels[0], x_.base, x_.width, sums + side * size);
+          multiply_few(kernel_, here.panels[0], a_.m, x_.base, x_.width, sums + side * size);
         else
           multiply_strip(kernel_, here, more ? &next : nullptr, x_.base, x_.width, a_.m, first,
                          last, few_, sums + side * size);
