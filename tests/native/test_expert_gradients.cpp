@@ -1,6 +1,6 @@
 // The grouped products and the gradients of experts, against plain sums in double: empty experts,
 // all rows on one, rows of none, slots that do not exist.
-#include "harness.h"
+#include "packs.h"
 
 namespace fastllm::test {
 namespace {
@@ -167,33 +167,26 @@ void dense_experts(const Experts& s, DType dtype, DType gradients) {
       });
 }
 
-// Frozen experts in packed bf16 and f32 give the bits that dense ones do; quantized ones run.
-void packed_experts(const Experts& s, DType dtype) {
+// Frozen experts in packed formats run.
+void packed_experts(const Experts& s, DType dtype, int64_t inner) {
   Random random(34);
-  const int64_t hidden = 64, inner = 32, slots = s.tokens * s.per_token, rows = s.begin(s.count);
+  const int64_t hidden = 2 * inner, slots = s.tokens * s.per_token, rows = s.begin(s.count);
   Owned dy = random.tensor(dtype, {s.tokens, hidden}, 0.3f);
   Owned w = random.tensor(DType::f32, {s.tokens, s.per_token});
   Owned pre = random.tensor(dtype, {slots, 2 * inner});
   Owned dx(dtype, {s.tokens, hidden}), dw(DType::f32, {s.tokens, s.per_token});
   Owned dpre(dtype, {rows, 2 * inner}), dx_rows(DType::f32, {rows, hidden});
   Owned row_of(DType::i32, {slots});
-  for (Format format : {Format::q4_0, Format::q4_1, Format::q8_0}) {
-    const int64_t words = format == Format::q8_0 ? 8 : 4, sides = format == Format::q4_1 ? 2 : 1;
-    const auto scales_of = [&](int64_t groups, int64_t blocks) {
-      Owned scales(DType::f16, {s.count, groups, blocks, sides, 16});
-      for (int64_t i = 0; i < scales.view.numel(); ++i) scales.set(i, 0.01f * random.value());
-      return scales;
-    };
-    Owned gate_up = random.bytes({s.count, inner / 8, hidden / 32, words, 16, 4});
-    Owned down = random.bytes({s.count, hidden / 16, inner / 32, words, 16, 4});
-    Owned gate_up_scales = scales_of(inner / 8, hidden / 32);
-    Owned down_scales = scales_of(hidden / 16, inner / 32);
+  for (Format format : all_formats()) {
+    if (inner != whole(format, 32)) continue;
+    Packed gate_up = random_experts(random, format, s.count, 2 * inner, hidden);
+    Packed down = random_experts(random, format, s.count, hidden, inner);
     const int64_t code = static_cast<int64_t>(format);
-    for (int64_t gating = 0; gating < 4; ++gating)
+    for (int64_t gating = 0; gating < (inner == 32 ? 4 : 1); ++gating)
       run_everywhere("quant_moe_backward", &Kernels::quant_moe_backward,
-                     quant_moe_backward_args(dx, dw, dy, gate_up, gate_up_scales, code, down,
-                                             down_scales, code, w, s.offsets, s.slots, pre, {},
-                                             dpre, dx_rows, row_of, gating),
+                     quant_moe_backward_args(dx, dw, dy, gate_up.data, gate_up.scales, code,
+                                             down.data, down.scales, code, w, s.offsets, s.slots,
+                                             pre, {}, dpre, dx_rows, row_of, gating),
                      {&dx, &dw}, tolerance_of(dtype));
   }
 }
@@ -212,14 +205,14 @@ void test_expert_gradients() {
     const Experts s = sorted(29, 2, 4, choice);
     for (DType dtype : {DType::f32, DType::bf16}) {
       dense_experts(s, dtype, DType::f32);
-      packed_experts(s, dtype);
+      for (int64_t inner : {32, 64, 128, 256}) packed_experts(s, dtype, inner);
     }
     dense_experts(s, DType::bf16, DType::bf16);
   }
   Experts broken = sorted(29, 2, 4, choices[0]);  // slots of no token: nothing out of bounds
   broken.slots.view.as<int32_t>()[3] = 58;
   broken.slots.view.as<int32_t>()[5] = -7;
-  packed_experts(broken, DType::f32);
+  packed_experts(broken, DType::f32, 32);
 }
 
 }  // namespace fastllm::test

@@ -1,6 +1,6 @@
 // moe_dispatch, moe, quant_moe: sorted slots against a list, a layer against the products of its
 // experts one by one, to the bit.
-#include "harness.h"
+#include "packs.h"
 
 namespace fastllm::test {
 namespace {
@@ -113,32 +113,20 @@ void plain_layers() {
     }
 }
 
-struct Panels {
-  Owned data, scales;
-  Format format;
-  int64_t n;
-};
-
-Panels random_panels(Random& random, Format format, int64_t experts, int64_t n, int64_t k) {
-  const int64_t groups = (n + 15) / 16;
-  if (format == Format::bf16)
-    return {random.tensor(DType::bf16, {experts, groups, (k + 1) / 2, 16, 2}, 0.3f),
-            Owned(DType::f16, {experts, 0}), format, n};
-  if (format == Format::f32)
-    return {random.tensor(DType::f32, {experts, groups, k, 16}, 0.3f),
-            Owned(DType::f16, {experts, 0}), format, n};
-  const int64_t words = format == Format::q8_0 ? 8 : 4, sides = format == Format::q4_1 ? 2 : 1;
-  const float size = format == Format::q8_0 ? 0.002f : 0.03f;
-  return {random.bytes({experts, groups, k / 32, words, 16, 4}),
-          random.tensor(DType::f16, {experts, groups, k / 32, sides, 16}, size), format, n};
+// e4m3 codes have mode fp8 where others have int8.
+int64_t mode_of(Format format, int64_t mode) {
+  const bool float8 = format == Format::fp8 || format == Format::fp8_block;
+  return float8 && mode == static_cast<int64_t>(Activation::int8)
+             ? static_cast<int64_t>(Activation::fp8)
+             : mode;
 }
 
 void packed_layer(Random& random, Format first, Format second, Activation mode, DType dtype,
                   int64_t tokens, int64_t hidden, int64_t inner) {
   const int64_t k = 2, experts = 4, code = static_cast<int64_t>(mode);
   const Routes r = route(random, tokens, k, experts, 0);
-  Panels gate_up = random_panels(random, first, experts, 2 * inner, hidden);
-  Panels down = random_panels(random, second, experts, hidden, inner);
+  Packed gate_up = random_experts(random, first, experts, 2 * inner, hidden);
+  Packed down = random_experts(random, second, experts, hidden, inner);
   Owned x = random.tensor(dtype, {tokens, hidden}), y(DType::f32, {tokens, hidden});
   Owned weights = random.tensor(DType::f32, {tokens, k});
   Owned base = random.tensor(DType::f32, {tokens, hidden});
@@ -146,11 +134,12 @@ void packed_layer(Random& random, Format first, Format second, Activation mode, 
   Owned pre(dtype, {tokens * k, 2 * inner});
   Owned scratch(DType::u8, {moe_scratch(tokens, hidden, tokens * k, inner)});
   const Product product = [&](int64_t e, bool last, Owned& from, Owned& to) {
-    const Panels& w = last ? down : gate_up;
+    const Packed& w = last ? down : gate_up;
     const Tensor bias = last ? Tensor{} : part(b1, e);
-    run_call(Call("quant_matmul", active_kernels().quant_matmul,
-                  quant_matmul_args(to, from, part(w.data, e), part(w.scales, e),
-                                    static_cast<int64_t>(w.format), w.n, bias, code, {})));
+    run_call(Call(
+        "quant_matmul", active_kernels().quant_matmul,
+        quant_matmul_args(to, from, part(w.data, e), part(w.scales, e),
+                          static_cast<int64_t>(w.format), w.n, bias, mode_of(w.format, code), {})));
   };
   run_everywhere(
       "quant_moe", &Kernels::quant_moe,
@@ -163,12 +152,16 @@ void packed_layer(Random& random, Format first, Format second, Activation mode, 
 
 void packed_layers() {
   Random random(32);
-  for (Format format : {Format::q4_0, Format::q4_1, Format::q8_0})
+  for (Format format : all_formats()) {
+    if (is_dense(format)) continue;
     for (int64_t tokens : {2, 37})
       for (Activation mode : {Activation::int8, Activation::bf16, Activation::fp32}) {
         const DType dtype = mode == Activation::bf16 ? DType::bf16 : DType::f32;
-        packed_layer(random, format, Format::q8_0, mode, dtype, tokens, 64, 32);
+        const Format other = tokens == 2 ? Format::q8_0 : format;
+        packed_layer(random, format, other, mode, dtype, tokens, whole(format, 64),
+                     whole(other, 32));
       }
+  }
   for (int64_t tokens : {1, 25}) {
     packed_layer(random, Format::bf16, Format::bf16, Activation::int8, DType::bf16, tokens, 37, 21);
     packed_layer(random, Format::f32, Format::f32, Activation::int8, DType::f32, tokens, 37, 21);
