@@ -194,6 +194,8 @@ PYBIND11_MODULE(_C, m) {
   op(m, "pack_rows", &Kernels::pack, pack_rows_args);
   op(m, "unpack_rows", &Kernels::unpack, unpack_rows_args);
   op(m, "unpack_blocks", &Kernels::unpack, unpack_blocks_args);
+  op(m, "quantize", &Kernels::quantize, quantize_args);
+  op(m, "dequantize", &Kernels::dequantize, dequantize_args);
   op(m, "log_probs", &Kernels::log_probs, log_probs_args);
   op(m, "top_log_probs", &Kernels::top_log_probs, top_log_probs_args);
   op(m, "sampling", &Kernels::sampling, sampling_args);

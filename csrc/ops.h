@@ -1,11 +1,12 @@
 // Every native op: its argument struct (plain pointers and numbers: a graph keeps a copy), the
 // function that checks tensors and fills it, and its place in the kernel table. Adding an op: a
-// struct and a *_args function in ops_core.h, ops_moe.h or ops_quant.h, its checks in api/<op>.cpp, its kernel in
+// struct and a *_args function in an ops_*.h, its checks in api/<op>.cpp, its kernel in
 // cpu/<op>.cpp, a row here and in cpu/kernels.cpp, a line in bindings.cpp.
 #pragma once
 #include "ops_core.h"
 #include "ops_moe.h"
 #include "ops_quant.h"
+#include "ops_quantize.h"
 
 namespace fastllm {
 
@@ -33,6 +34,8 @@ struct Kernels {
   Kernel<SumOfSquaresArgs>* sum_of_squares;
   Kernel<PackArgs>* pack;
   Kernel<UnpackArgs>* unpack;
+  Kernel<QuantizeArgs>* quantize;
+  Kernel<DequantizeArgs>* dequantize;
   Kernel<LogProbsArgs>* log_probs;
   Kernel<TopLogProbsArgs>* top_log_probs;
   Kernel<SamplingArgs>* sampling;

@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import embedding, quant_activation, quant_matmul, quant_matmul_input_grad
+from . import (
+    dequantize,
+    embedding,
+    quant_activation,
+    quant_matmul,
+    quant_matmul_input_grad,
+    quantize,
+)
 from .quant_format import FORMATS, kernel_format, modes
 
 KERNEL_FORMATS = tuple(dict.fromkeys(map(kernel_format, FORMATS)))
@@ -29,6 +36,12 @@ def quant_launches() -> dict[str, Callable[[], Any]]:
     def add(name: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         calls[name] = lambda: call(*args, **kwargs)
 
+    for format in KERNEL_FORMATS:
+        add(f"dequantize {format}", _dequantize, format)
+    for format in FORMATS:  # formats of one layout differ in what is searched
+        add(f"quantize {format}", _quantize, format, None)
+    for format in ("q4_0", "q5_1", "int4_asym_g32", "q4_k", "q6_k"):
+        add(f"quantize {format} importance", _quantize, format, _meta(4096, dtype=torch.float32))
     for format in KERNEL_FORMATS:
         add(f"quant_embedding {format}", _embedding, format)
         add(f"quant_matmul_input_grad {format}", _input_grad, format)
@@ -71,6 +84,15 @@ def packed(format: str, n: int, k: int, *experts: int) -> tuple[Tensor, Tensor]:
 
 def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _dequantize(format: str) -> Tensor:
+    data, scales = packed(format, 4096, 4096)
+    return dequantize.dequantize(data, scales, format, 4096, torch.bfloat16)
+
+
+def _quantize(format: str, importance: Tensor | None) -> None:
+    quantize.quantize(_meta(4096, 4096), format, importance, *packed(format, 4096, 4096))
 
 
 def _embedding(format: str) -> Tensor:

@@ -26,6 +26,8 @@ Kernel<AdamwStepArgs> adamw_step;
 Kernel<SumOfSquaresArgs> sum_of_squares;
 Kernel<PackArgs> pack;
 Kernel<UnpackArgs> unpack;
+Kernel<QuantizeArgs> quantize;
+Kernel<DequantizeArgs> dequantize;
 Kernel<LogProbsArgs> log_probs;
 Kernel<TopLogProbsArgs> top_log_probs;
 Kernel<SamplingArgs> sampling;
@@ -67,6 +69,8 @@ const Kernels kernels = {
     .sum_of_squares = sum_of_squares,
     .pack = pack,
     .unpack = unpack,
+    .quantize = quantize,
+    .dequantize = dequantize,
     .log_probs = log_probs,
     .top_log_probs = top_log_probs,
     .sampling = sampling,

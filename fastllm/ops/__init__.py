@@ -11,6 +11,7 @@ from . import (  # noqa: F401 (they add their rows to the tables)
 from .adamw import adamw_step_
 from .append_kv import append_kv, rope_append_kv
 from .attention import attention
+from .dequantize import dequantize
 from .embedding import embedding, quant_embedding
 from .grouped_matmul import grouped_matmul, grouped_weight_grad
 from .head_linear import head_linear
@@ -29,6 +30,7 @@ from .paged_cache import KvCache, new_cache
 from .quant_matmul import quant_matmul
 from .quant_matmul_input_grad import quant_matmul_input_grad
 from .quant_moe import quant_moe
+from .quantize import quantize
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import rope
 from .sampling import log_probs, sampling, top_log_probs
@@ -44,6 +46,7 @@ __all__ = [
     "append_kv",
     "append_mla",
     "attention",
+    "dequantize",
     "embedding",
     "grouped_matmul",
     "grouped_weight_grad",
@@ -66,6 +69,7 @@ __all__ = [
     "quant_matmul",
     "quant_matmul_input_grad",
     "quant_moe",
+    "quantize",
     "rms_norm",
     "rope",
     "rope_append_kv",

@@ -7,13 +7,16 @@ kernel's bits are the reference's at every instruction-set level.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from .. import _C
 from . import packed_layout as layout
 from .quant_format import QUANT_FORMATS
 from .quantize_rules import encode
-from .registry import FLOATS
+from .registry import FLOATS, Op
 
 TOO_LARGE = 2.0**32  # no fp16 scale of any format reaches values like this
 
@@ -26,22 +29,73 @@ def quantize_ref(
     bad: int64 [2]: the first row that is not finite and the first with a scale too large for fp16;
     n where there is none.
     """
-    n, device = w.shape[0], w.device
-    x = w.float() + 0.0  # negative zeros become zeros
-    coded, parts = encode(x, format, importance)
-    peaks = x.abs().amax(1) if x.shape[1] else x.new_zeros(n)
+    per_group = layout.ROWS_PER_GROUP[w.device.type]
+    # Negative zeros become zeros.
+    codes, parts = encode(w.float() + 0.0, format, importance)
+    return *layout.pack_parts(codes, parts, format, per_group), _bad_rows(w, format, parts)
+
+
+def _bad_rows(w: Tensor, format: str, parts: Sequence[Tensor]) -> Tensor:
+    """`bad` of a weight and the parts of its scales."""
+    n, k = w.shape
+    peaks = w.abs().amax(1) if k else w.new_zeros(n)
     finite = torch.isfinite(peaks)
     too_large = torch.zeros_like(finite)
-    if QUANT_FORMATS[format].scale_fields(x.shape[1])[0][0] == torch.float16:
-        too_large = finite & (peaks >= TOO_LARGE)
+    if QUANT_FORMATS[format].scale_fields(k)[0][0] == torch.float16:
+        too_large = finite & (peaks.float() >= TOO_LARGE)
         for part in parts:
             if part.is_floating_point():
                 too_large |= finite & ~torch.isfinite(part).flatten(1).all(1)
-    rows = torch.arange(n + 1, device=device)
-    bad = [torch.where(mask, rows[:n], n) for mask in (~finite, too_large)]
-    first = torch.stack([torch.cat([found, rows[n:]]).min() for found in bad])
-    data, scales = layout.pack_parts(coded, parts, format, layout.ROWS_PER_GROUP[device.type])
-    return data, scales, first
+    rows = torch.arange(n + 1, device=w.device)
+    found = [torch.where(mask, rows[:n], n) for mask in (~finite, too_large)]
+    return torch.stack([torch.cat([each, rows[n:]]).min() for each in found])
+
+
+def _outputs(w: Tensor, format: str) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (*w.shape, layout.ROWS_PER_GROUP[w.device.type])
+    return (
+        w.new_empty(layout.data_shape(format, *shape), dtype=torch.uint8),
+        w.new_empty(layout.scales_shape(format, *shape), dtype=layout.scales_dtype(format)),
+        w.new_empty(2, dtype=torch.int64),
+    )
+
+
+def _fake(w: Tensor, format: str, importance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    return _outputs(w, format)
+
+
+_quantize = Op(
+    "quantize(Tensor w, str format, Tensor? importance) -> (Tensor, Tensor, Tensor)",
+    quantize_ref,
+    fake=_fake,
+    variant=lambda w, format, importance: format,
+)
+
+
+def _rows_contiguous(w: Tensor, format: str, importance: Tensor | None) -> bool:
+    return w.stride(1) == 1 and (importance is None or importance.stride(-1) == 1)
+
+
+@_quantize.impl("native", "cpu", dtypes=FLOATS, variants=layout.QUANTIZED, when=_rows_contiguous)
+def _quantize_cpu(
+    w: Tensor, format: str, importance: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    data, scales, bad = _outputs(w, format)
+    bad.fill_(w.shape[0])
+    _C.quantize(data, scales, bad, w, importance, layout.FORMATS.index(format))
+    return data, scales, bad
+
+
+@_quantize.impl("triton", "cuda", dtypes=FLOATS, variants=layout.QUANTIZED, when=_rows_contiguous)
+def _quantize_cuda(
+    w: Tensor, format: str, importance: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    from ..kernels import quantize as kernel
+
+    data, scales, _ = _outputs(w, format)
+    kernel.quantize(w, format, importance, data, scales)
+    parts = layout.split_scales(scales, format, *w.shape)
+    return data, scales, _bad_rows(w, format, parts)
 
 
 def quantize(w: Tensor, format: str, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -72,7 +126,9 @@ def quantize(w: Tensor, format: str, importance: Tensor | None = None) -> tuple[
     """
     name = _check(w, format)
     weights = None if importance is None else _normalized(importance, w)
-    data, scales, bad = quantize_ref(w, name, weights)
+    w = w.detach()
+    w = w if w.stride(1) == 1 else w.contiguous()
+    data, scales, bad = _quantize(w, name, weights)
     not_finite, too_large = bad.tolist()
     if not_finite < w.shape[0]:
         raise ValueError(f"row {not_finite} of w holds NaN or infinity and cannot be quantized")
@@ -115,6 +171,7 @@ def _normalized(importance: Tensor, w: Tensor) -> Tensor:
         )
     if not importance.numel():
         return importance
+    importance = importance.detach().contiguous()
     least, most = (float(bound) for bound in importance.aminmax())
     if not 0.0 <= least <= most < float("inf"):
         raise ValueError("importance must be finite and not negative")

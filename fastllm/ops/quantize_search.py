@@ -254,5 +254,6 @@ def fit_super(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         if round_ + 1 < ROUNDS:
             v = codes(sc)
             aa = column_sum((sc * sc) * column_sum((w * v) * v))
-            d = half(ratio(column_sum(sc * column_sum((w * v) * x)), aa))
+            refit = ratio(column_sum(sc * column_sum((w * v) * x)), aa)
+            d = half(torch.where(aa > 0, refit, d))  # an infinite d stays
     return best[1], best[2]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import _C
 from ..ops import packed_layout as layout
+from ..ops.dequantize import dequantize
 from ..ops.pages import Arena
 from ..ops.quant_format import QUANT_FORMATS, QuantFormat, format_of
 from ..ops.quantize import quantize
@@ -350,7 +351,7 @@ def gguf_rows(packed: PackedWeight) -> Tensor:
 
 def unpack(packed: PackedWeight) -> Tensor:
     """The weight as float32 `[n, k]`."""
-    return layout.dequantize(packed.data, packed.scales, packed.format, packed.n, packed.k)
+    return dequantize(packed.data, packed.scales, packed.format, packed.n, packed.k)
 
 
 def concat(packs: Sequence[PackedWeight], arena: Arena | None = None) -> PackedWeight:

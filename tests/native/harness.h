@@ -190,5 +190,6 @@ void test_latent();
 void test_experts();
 void test_moe_gate();
 void test_expert_gradients();
+void test_quantize();
 
 }  // namespace fastllm::test

@@ -23,7 +23,8 @@ int main(int argc, char** argv) {
                 {"latent", test_latent},
                 {"experts", test_experts},
                 {"moe_gate", test_moe_gate},
-                {"expert_gradients", test_expert_gradients}};
+                {"expert_gradients", test_expert_gradients},
+                {"quantize", test_quantize}};
   std::printf("runtime: %s; levels:", thread_runtime());
   for (const std::string& level : supported_isas()) std::printf(" %s", level.c_str());
   std::printf("\n");
