@@ -7,13 +7,19 @@ from torch import Tensor
 
 from fastllm.models.expert_files import members
 from fastllm.models.quantizing.block import finite
-from fastllm.models.quantizing.methods import Awq, Gptq, Method, round_with, weighted_error
+from fastllm.models.quantizing.methods import (
+    Awq,
+    Gptq,
+    Method,
+    round_with,
+    weighted,
+    weighted_error,
+)
 from fastllm.ops.swiglu import swiglu
 from fastllm.quantize import awq
-from fastllm.quantize.clip import clipped
 from fastllm.quantize.moments import Moments
 from fastllm.quantize.packed import PackedWeight
-from fastllm.quantize.pieces import in_pieces, values_of
+from fastllm.quantize.pieces import values_of
 
 GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 
@@ -114,11 +120,7 @@ class _Experts:
             rounding = self.method.rounding(moments)
             packs = [round_with(rounding, part, format, known) for part in parts]
         else:
-            for part in parts:
-                cut = part
-                if issubclass(kind, Awq) and importance is not None:
-                    cut = clipped(part, format, importance)
-                packs.append(in_pieces(cut, format, importance))
+            packs = [weighted(part, format, importance) for part in parts]
         self.method.result.experts[name].append(packs)
         self.errors[name] += [
             weighted_error(part, packed, importance)

@@ -104,7 +104,7 @@ class Method:
             for name in self.chosen(stage):
                 weight = self.block.matrix(name)
                 known = self.importance.get(f"{self.block.prefix}{name}.weight")
-                self.keep(name, weight, in_pieces(weight, self.given(name), known), known)
+                self.keep(name, weight, weighted(weight, self.given(name), known), known)
 
     def given(self, name: str) -> str:
         """`format` of a layer that has one."""
@@ -138,7 +138,7 @@ class Importance(Method):
         for stage, seen in zip(used, moments, strict=True):
             for name in self.chosen(stage):
                 weight, known = self.block.matrix(name), seen.importance
-                self.keep(name, weight, in_pieces(weight, self.given(name), known), known)
+                self.keep(name, weight, weighted(weight, self.given(name), known), known)
                 squares = seen.squares.clone()  # files hold no tensor twice
                 self.result.sums[name] = squares, torch.tensor([float(seen.count)])
 
@@ -230,7 +230,7 @@ class Awq(Method):
         if columns is not None:
             weight, importance = weight * columns, importance / columns.square()
         format = self.given(name)
-        packed = in_pieces(clipped(weight, format, importance), format, importance)
+        packed = weighted(weight, format, importance)
         self.result.packs[name] = packed
         assert seen.gram is not None, "measured with gram"
         undo = 1.0 if columns is None else 1 / columns
@@ -245,8 +245,13 @@ class Awq(Method):
 
 def round_with(rounding: Rounding, weight: Tensor, format: str, importance: Tensor) -> PackedWeight:
     """GPTQ's choice of codes, with the scales of a weighted clip search."""
-    start = in_pieces(clipped(weight, format, importance), format, importance)
-    return rounding.round(weight, start)
+    return rounding.round(weight, weighted(weight, format, importance))
+
+
+def weighted(weight: Tensor, format: str, importance: Tensor | None) -> PackedWeight:
+    """To nearest, with scales (of nf4: clipped outliers) that importance chooses, if given."""
+    cut = weight if importance is None else clipped(weight, format, importance)
+    return in_pieces(cut, format, importance)
 
 
 def weighted_error(weight: Tensor, packed: PackedWeight, importance: Tensor | None) -> float:

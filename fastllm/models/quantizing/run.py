@@ -116,6 +116,9 @@ def quantize_files(
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} exists; remove it, or give overwrite (--overwrite)")
     _check_inputs(settings, calibration, importance)
+    formats = plan_of(source.config, settings).formats.values()
+    if settings.method == "imatrix" and all(map(_rounds_alone, formats)):
+        progress.note("note: 8-bit scales follow from the largest magnitude: imatrix changes none")
     run = _Run(source, target, settings, calibration, importance or {}, progress)
     report = run.layers()
     if run.plan.is_gguf:
@@ -129,6 +132,11 @@ def quantize_files(
     files = [target] if target.is_file() else [f for f in target.iterdir() if f.is_file()]
     report.nbytes = sum(file.stat().st_size for file in files)
     return report
+
+
+def _rounds_alone(format: str) -> bool:
+    """Whether a format's scales do not depend on importance."""
+    return format in ("int8", "fp8", "fp8_block")
 
 
 def _check_inputs(
