@@ -15,10 +15,11 @@ from torch import Tensor
 from .. import _C
 from . import packed_layout as layout
 from .embedding_backward import embedding_backward
-from .quant_format import NATIVE_FORMATS, TRITON_FORMATS
 from .registry import Op, gradient_dtype
 
 _TABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Of scales or dense values; of the ids where codes and scales are bytes.
+_PACKED_DTYPES = (*_TABLE_DTYPES, torch.int32, torch.int64)
 
 
 def embedding_ref(ids: Tensor, weight: Tensor, out_dtype: torch.dtype) -> Tensor:
@@ -99,8 +100,8 @@ def _native_layout(ids: Tensor, data: Tensor, scales: Tensor, format: str, *_: A
 @_quant_embedding.impl(
     "native",
     "cpu",
-    dtypes=_TABLE_DTYPES,
-    variants=NATIVE_FORMATS["quant_embedding"],
+    dtypes=_PACKED_DTYPES,
+    variants=layout.FORMATS,
     when=_native_layout,
 )
 def _quant_embedding_cpu(
@@ -118,8 +119,8 @@ def _one_row_per_group(ids: Tensor, data: Tensor, scales: Tensor, format: str, *
 @_quant_embedding.impl(
     "triton",
     "cuda",
-    dtypes=_TABLE_DTYPES,
-    variants=TRITON_FORMATS["quant_embedding"],
+    dtypes=_PACKED_DTYPES,
+    variants=layout.FORMATS,
     when=_one_row_per_group,
 )
 def _quant_embedding_cuda(

@@ -14,7 +14,6 @@ from .linear_kl import KINDS
 from .lm_head import PLAIN, Head
 from .lm_head_backend import CrossEntropy, Scaling
 from .lm_head_chunks import add_rows
-from .quant_format import NATIVE_FORMATS
 from .quant_matmul import ACTIVATIONS
 from .quant_matmul_input_grad import quant_matmul_input_grad
 
@@ -105,8 +104,7 @@ class NativeHead:
 def _fits(x: Tensor, weight: Tensor, scales: Any, format: str) -> bool:
     if format == PLAIN:
         return weight.stride(1) == 1 or weight.shape[1] == 1
-    served = format in NATIVE_FORMATS["lm_head"]
-    return served and layout.rows_of(weight, format) == layout.ROWS_PER_GROUP["cpu"]
+    return layout.rows_of(weight, format) == layout.ROWS_PER_GROUP["cpu"]
 
 
 add_rows("native", "cpu", NativeHead(), _fits)

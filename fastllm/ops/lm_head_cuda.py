@@ -12,7 +12,6 @@ from .linear_cross_entropy import cross_entropy_coefficients
 from .lm_head import PLAIN, Head
 from .lm_head_backend import CrossEntropy, Scaling
 from .lm_head_chunks import add_rows
-from .quant_format import TRITON_FORMATS
 from .registry import batch_invariant
 
 _LOGITS = 1 << 26  # in the workspace, 256 MB: enough rows to fill the GPU with any vocabulary
@@ -153,8 +152,7 @@ def _copy(out: Tensor | None, value: Tensor, lse: Tensor | None, sums: Tensor) -
 def _fits(x: Tensor, weight: Tensor, scales: Any, format: str) -> bool:
     if format == PLAIN:
         return weight.stride(1) == 1 or weight.shape[1] == 1
-    served = format in TRITON_FORMATS["lm_head"]
-    return served and layout.rows_of(weight, format) == layout.ROWS_PER_GROUP["cuda"]
+    return layout.rows_of(weight, format) == layout.ROWS_PER_GROUP["cuda"]
 
 
 add_rows("triton", "cuda", TritonHead(), _fits)

@@ -174,28 +174,6 @@ QUANT_FORMATS: Mapping[str, QuantFormat] = {
 }
 ALIASES: Mapping[str, str] = {"int4": "int4_g128", "int4_asym": "int4_asym_g128"}
 
-_FIRST = ("q4_0", "q4_1", "q8_0", "bf16", "f32")
-# What the rows of an op's backend table serve; the reference serves the rest.
-NATIVE_FORMATS: Mapping[str, tuple[str, ...]] = {
-    "quant_matmul": tuple(QUANT_FORMATS),
-    "quant_matmul_input_grad": tuple(QUANT_FORMATS),
-    "quant_embedding": tuple(QUANT_FORMATS),
-    "quant_moe": tuple(QUANT_FORMATS),
-    "quant_moe_backward": tuple(QUANT_FORMATS),
-    "lm_head": _FIRST,
-}
-TRITON_FORMATS: Mapping[str, tuple[str, ...]] = dict.fromkeys(
-    (
-        "quant_matmul",
-        "quant_matmul_input_grad",
-        "quant_embedding",
-        "quant_moe",
-        "quant_moe_backward",
-        "lm_head",
-    ),
-    tuple(QUANT_FORMATS),
-)
-
 
 def format_of(name: str) -> QuantFormat:
     """The format of that name or alias (any case).

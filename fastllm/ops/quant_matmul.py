@@ -18,11 +18,11 @@ from torch import Tensor
 from .. import _C
 from . import packed_layout as layout
 from .gated_activation import gated_activation, gated_gradients
-from .linear import as_rows, check_output, linear_ref, prepared_rows
-from .quant_format import NATIVE_FORMATS, QUANT_FORMATS, TRITON_FORMATS
+from .linear import as_rows, check_output, prepared_rows
+from .quant_format import QUANT_FORMATS
 from .quant_matmul_cuda import CUDA_FORMATS, fits_cuda, launch
 from .quant_matmul_input_grad import packed_input_grad
-from .quant_products import products_ref
+from .quant_products import dot_ref, products_ref
 from .registry import Op, batch_invariant
 from .swiglu import swiglu
 from .swiglu_backward import swiglu_backward
@@ -30,8 +30,6 @@ from .swiglu_backward import swiglu_backward
 ACTIVATIONS = ("int8", "bf16", "fp32", "fp8")  # in the order of the codes of csrc's enum
 GATED = ("silu", "gelu_tanh")
 # Of "", "residual" and GATED, what a backend's row serves.
-NATIVE_OPTIONS: tuple[str, ...] = ("", "residual", *GATED)
-TRITON_OPTIONS: tuple[str, ...] = ("", "residual", *GATED)
 
 
 def variants(formats: Sequence[str]) -> tuple[str, ...]:
@@ -65,11 +63,11 @@ def quant_matmul_ref(
     """Plain PyTorch definition of `quant_matmul`."""
     if format in layout.DENSE:
         weight = layout.dense_rows(data, format, n, x.shape[-1])
-        sums = linear_ref(x, weight, bias, torch.float32)
+        sums = dot_ref(as_rows(x).float(), weight.float())
     else:
         sums = products_ref(as_rows(x), data, scales, format, n, activation)
-        sums = sums.reshape(*x.shape[:-1], n)
-        sums = sums if bias is None else sums + bias.float()
+    sums = sums.reshape(*x.shape[:-1], n)
+    sums = sums if bias is None else sums + bias.float()
     return finished_ref(sums, x.dtype, out_dtype, residual, gated)
 
 
@@ -166,9 +164,8 @@ _quant_matmul = Op(
 )
 
 
-def _native_layout(x: Tensor, data: Tensor, scales: Tensor, format: str, *rest: Any) -> bool:
-    fits = layout.rows_of(data, format) == layout.ROWS_PER_GROUP["cpu"] and x.stride(-1) == 1
-    return fits and _option(*rest) in NATIVE_OPTIONS
+def _native_layout(x: Tensor, data: Tensor, scales: Tensor, format: str, *_: Any) -> bool:
+    return layout.rows_of(data, format) == layout.ROWS_PER_GROUP["cpu"] and x.stride(-1) == 1
 
 
 def _option(
@@ -178,9 +175,7 @@ def _option(
     return gated if residual is None else "residual"
 
 
-@_quant_matmul.impl(
-    "native", "cpu", variants=variants(NATIVE_FORMATS["quant_matmul"]), when=_native_layout
-)
+@_quant_matmul.impl("native", "cpu", variants=VARIANTS, when=_native_layout)
 def _quant_matmul_cpu(
     x: Tensor,
     data: Tensor,
@@ -251,13 +246,11 @@ if hasattr(_C, "quant_matmul_cuda"):  # the extension was built with CUDA
         return launch(x, data, scales, format, n, bias, out_dtype)
 
 
-def _one_row_per_group(x: Tensor, data: Tensor, scales: Tensor, format: str, *rest: Any) -> bool:
-    return layout.rows_of(data, format) == 1 and _option(*rest) in TRITON_OPTIONS
+def _one_row_per_group(x: Tensor, data: Tensor, scales: Tensor, format: str, *_: Any) -> bool:
+    return layout.rows_of(data, format) == 1
 
 
-@_quant_matmul.impl(
-    "triton", "cuda", variants=variants(TRITON_FORMATS["quant_matmul"]), when=_one_row_per_group
-)
+@_quant_matmul.impl("triton", "cuda", variants=VARIANTS, when=_one_row_per_group)
 def _quant_matmul_cuda(
     x: Tensor,
     data: Tensor,

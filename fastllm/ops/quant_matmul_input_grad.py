@@ -14,7 +14,6 @@ from torch import Tensor
 from .. import _C
 from . import packed_layout as layout
 from .linear import as_rows, prepared_rows
-from .quant_format import NATIVE_FORMATS, TRITON_FORMATS
 from .registry import Op
 
 
@@ -54,7 +53,7 @@ def _native_layout(dy: Tensor, data: Tensor, scales: Tensor, format: str, *_: An
 @_quant_matmul_input_grad.impl(
     "native",
     "cpu",
-    variants=NATIVE_FORMATS["quant_matmul_input_grad"],
+    variants=layout.QUANTIZED,
     when=_native_layout,
 )
 def _quant_matmul_input_grad_cpu(
@@ -77,7 +76,7 @@ def _one_row_per_group(dy: Tensor, data: Tensor, scales: Tensor, format: str, *_
 @_quant_matmul_input_grad.impl(
     "triton",
     "cuda",
-    variants=TRITON_FORMATS["quant_matmul_input_grad"],
+    variants=layout.QUANTIZED,
     when=_one_row_per_group,
 )
 def _quant_matmul_input_grad_cuda(

@@ -21,7 +21,7 @@ from .linear import contiguous_rows
 from .moe import activated, check_moe, combine_ref, records_gradient
 from .moe_dispatch import moe_dispatch
 from .pages import large_empty
-from .quant_format import NATIVE_FORMATS, QUANT_FORMATS, TRITON_FORMATS
+from .quant_format import QUANT_FORMATS
 from .quant_matmul import check_mode, quant_matmul_ref
 from .quant_moe_backward import quant_moe_backward
 from .registry import Op
@@ -142,9 +142,7 @@ def _native_layout(x: Tensor, d1: Tensor, _: Any, f1: str, d2: Tensor, *rest: An
     )
 
 
-@_quant_moe.impl(
-    "native", "cpu", variants=variants(NATIVE_FORMATS["quant_moe"]), when=_native_layout
-)
+@_quant_moe.impl("native", "cpu", variants=VARIANTS, when=_native_layout)
 def _quant_moe_cpu(
     x: Tensor, gate_up_data: Tensor, gate_up_scales: Tensor, gate_up_format: str,
     down_data: Tensor, down_scales: Tensor, down_format: str, inner: int,
@@ -170,9 +168,7 @@ def _one_row_per_group(x: Tensor, d1: Tensor, _: Any, f1: str, d2: Tensor, *rest
     return layout.rows_of_experts(d1, f1) == 1 and layout.rows_of_experts(d2, rest[1]) == 1
 
 
-@_quant_moe.impl(
-    "triton", "cuda", variants=variants(TRITON_FORMATS["quant_moe"]), when=_one_row_per_group
-)
+@_quant_moe.impl("triton", "cuda", variants=VARIANTS, when=_one_row_per_group)
 def _quant_moe_triton(*args: Any) -> tuple[Tensor, Tensor]:
     from ..kernels import quant_moe as kernel
 

@@ -19,7 +19,6 @@ from .grouped_matmul import expert_ranges
 from .linear import contiguous_rows
 from .moe_backward import expert_rows, slot_sums
 from .pages import large_empty
-from .quant_format import NATIVE_FORMATS, TRITON_FORMATS
 from .registry import Op
 
 
@@ -118,9 +117,7 @@ def _native_layout(
     return _rows_per_group(gate_up, format, down, other) == {layout.ROWS_PER_GROUP["cpu"]}
 
 
-@_quant_moe_backward.impl(
-    "native", "cpu", variants=variants(NATIVE_FORMATS["quant_moe_backward"]), when=_native_layout
-)
+@_quant_moe_backward.impl("native", "cpu", variants=variants(layout.FORMATS), when=_native_layout)
 def _quant_moe_backward_cpu(
     dy: Tensor,
     gate_up: Tensor,
@@ -175,7 +172,7 @@ def _one_row_per_group(
 @_quant_moe_backward.impl(
     "triton",
     "cuda",
-    variants=variants(TRITON_FORMATS["quant_moe_backward"]),
+    variants=variants(layout.FORMATS),
     when=_one_row_per_group,
 )
 def _quant_moe_backward_cuda(*args: Any) -> tuple[Tensor, Tensor]:

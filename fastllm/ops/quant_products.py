@@ -9,6 +9,7 @@ from . import packed_layout as layout
 from .quant_format import NF4_INT8, QUANT_FORMATS, SUPER_BLOCK, WIDEST_CHUNK
 
 E4M3_MAX = 448.0
+MANY = 16  # rows
 
 
 def quantize_activation_ref(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,6 +41,16 @@ def quantize_activation_fp8_ref(x: Tensor) -> tuple[Tensor, Tensor]:
     return q.flatten(1)[:, :k], amax / E4M3_MAX
 
 
+def dot_ref(a: Tensor, b: Tensor) -> Tensor:
+    """a `[M, C]` @ b.T, b `[N, C]`, both float32, as torch multiplies many rows."""
+    # torch multiplies a few rows by another routine, in more partial sums, than it does many. What
+    # a row is must not depend on how many others there are, nor what it may err by.
+    m, n = len(a), len(b)
+    if min(m, n) < MANY:
+        a, b = (t.repeat(-(-MANY // max(1, len(t))), 1) if len(t) < MANY else t for t in (a, b))
+    return (a @ b.T)[:m, :n]
+
+
 def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     # The product of two floats is exact in float64, so this is an fp32 FMA (up to double rounding).
     return (a.double() * b.double() + c.double()).float()
@@ -59,7 +70,7 @@ def products_ref(x: Tensor, data: Tensor, scales: Tensor, format: str, n: int, m
     chunk = QUANT_FORMATS[format].chunk(mode, k)
     for c, start in enumerate(range(0, k, chunk)):
         part = q[:, start : start + chunk]
-        dot = part @ codes[:, start : start + chunk].T  # exact for int8: below 2^24
+        dot = dot_ref(part, codes[:, start : start + chunk])  # exact for int8: below 2^24
         acc = _fma(dot, d[:, c] if dx is None else d[:, c] * dx[:, c, None], acc)
         if minimum is not None:
             total = _column_sums(part)

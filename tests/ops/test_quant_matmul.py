@@ -12,12 +12,12 @@ from fastllm import _C
 from fastllm.ops import packed_layout as layout
 from fastllm.ops import quant_matmul, swiglu
 from fastllm.ops.gated_activation import gated_activation
-from fastllm.ops.quant_format import NATIVE_FORMATS, QUANT_FORMATS
+from fastllm.ops.quant_format import QUANT_FORMATS
 from fastllm.ops.quant_matmul import quant_matmul_ref
 from fastllm.testing.infos.quant_matmul import VARIANTS, random_packed
 from fastllm.testing.opinfo import generator
 
-INTEGER = tuple(f for f in NATIVE_FORMATS["quant_matmul"] if "int8" in QUANT_FORMATS[f].modes)
+INTEGER = tuple(f for f in layout.QUANTIZED if "int8" in QUANT_FORMATS[f].modes)
 
 
 def _columns(format: str, k: int) -> int:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ...ops import packed_layout as layout
 from ...ops.embedding import quant_embedding_ref
-from ...ops.quant_format import NATIVE_FORMATS
 from ..opinfo import Args, Case, OpInfo
 from ..packed_weights import random_packed, whole
 
@@ -59,7 +58,7 @@ def _packed_case(format: str, n: int, k: int, out: torch.dtype) -> Case:
 
 
 def _packed_cases(dtype: torch.dtype) -> Iterator[Case]:
-    for format in NATIVE_FORMATS["quant_embedding"]:
+    for format in layout.FORMATS:
         for n, k in ((1, 32), (17, 64), (100, 96)):
             yield _packed_case(format, n, whole(format, k), dtype)
 
@@ -84,6 +83,6 @@ INFOS = [
         bitwise=True,
         bench_cases=lambda dtype: iter([_packed_case("q8_0", 49152, 576, dtype)]),
         bytes_moved=lambda ids, data, *_: ids.numel() * layout.columns_of(data, "q8_0") * 8,
-        variants=NATIVE_FORMATS["quant_embedding"],
+        variants=layout.FORMATS,
     ),
 ]

@@ -69,6 +69,9 @@ PROBLEMS = (
     Problem(rows=130, n=530, k=20, ignored=True, z_loss=0.1, reduction="none", softcap=5.0),
     Problem(rows=5, n=530, k=64, format="q4_1", activation="int8", made=INPUT, temperature=1.5),
     Problem(rows=5, n=40, k=64, format="q8_0", kind="js", reduction="none"),
+    Problem(rows=20, n=77, k=256, format="q6_k", activation="int8", made=INPUT, kind="reverse"),
+    Problem(rows=20, n=77, k=64, format="nf4", ignored=True),
+    Problem(rows=30, n=77, k=160, format="fp8", activation="fp8", made=INPUT, kind="js"),
     Problem(rows=3, n=40, k=31, format="bf16", bias=True, made=INPUT | BIAS, kind="reverse"),
 )  # fmt: skip
 
@@ -76,7 +79,7 @@ PROBLEMS = (
 def _dtypes_of(problem: Problem) -> tuple[torch.dtype, ...]:
     if problem.format in layout.DENSE:
         return (layout.DENSE[problem.format],)
-    if problem.format and problem.activation != "int8":
+    if problem.format and problem.activation not in ("int8", "fp8"):
         return (torch.bfloat16,)
     return torch.float32, torch.bfloat16
 

@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 
 from ...ops import packed_layout as layout
-from ...ops.quant_format import NATIVE_FORMATS
 from ..opinfo import Args, Case, OpInfo
 from ..packed_weights import FIRST_FORMATS, random_packed, weight64, whole
 
 # (m, n, k): tiles of few and many rows, groups of 16 rows cut anywhere, odd numbers of rows
 SHAPES = ((0, 17, 64), (1, 1, 32), (2, 100, 96), (5, 15, 64), (17, 33, 32), (40, 48, 96))
-QUANTIZED = tuple(f for f in NATIVE_FORMATS["quant_matmul_input_grad"] if f in layout.QUANTIZED)
 BENCH_SHAPES = ((1024, 576, 1536), (1024, 1536, 576), (1024, 960, 576))
 
 
@@ -32,7 +30,7 @@ def _case(shape: tuple[int, int, int], dtype: torch.dtype, format: str) -> Case:
 
 
 def _cases(dtype: torch.dtype) -> Iterator[Case]:
-    for format in QUANTIZED:
+    for format in layout.QUANTIZED:
         for i, shape in enumerate(SHAPES):
             full = format not in FIRST_FORMATS and i % 3 != 1
             yield replace(_case(shape, dtype, format), full=full)
@@ -74,6 +72,6 @@ INFOS = [
         bench_peer=(_bench_inputs, torch.matmul),
         bytes_moved=lambda dy, data, scales, *_: dy.nbytes + data.nbytes + scales.nbytes,
         flops=lambda dy, data, scales, format, *_: 2 * dy.numel() * layout.columns_of(data, format),
-        variants=QUANTIZED,
+        variants=layout.QUANTIZED,
     ),
 ]

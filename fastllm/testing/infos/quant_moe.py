@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ...ops import packed_layout as layout
 from ...ops.moe import moe_ref
-from ...ops.quant_format import NATIVE_FORMATS, QUANT_FORMATS
-from ...ops.quant_moe import quant_moe_ref, variant_name, variants
+from ...ops.quant_format import QUANT_FORMATS
+from ...ops.quant_moe import VARIANTS, quant_moe_ref, variant_name
 from ..moe_problem import MoeProblem
 from ..opinfo import Args, Case, OpInfo, generator
 from ..packed_weights import FIRST_FORMATS, random_packed, weight64, whole
@@ -28,8 +28,6 @@ DENSE_SHAPES: tuple[dict[str, Any], ...] = (
     {"tokens": 3, "hidden": 33, "inner": 17, "experts": 4, "k": 2, "biases": "both"},
     {"tokens": 70, "hidden": 70, "inner": 40, "experts": 4, "k": 2, "activation": "gelu"},
 )
-SERVED = NATIVE_FORMATS["quant_moe"]
-QUANTIZED = tuple(format for format in SERVED if format in layout.QUANTIZED)
 MIXED = (("q4_0", "q8_0"), ("q4_1", "q4_0"), ("q8_0", "q4_1"))
 BENCH_SHAPES: tuple[dict[str, Any], ...] = tuple(
     {"tokens": tokens, "hidden": 512, "inner": 256, "experts": 64, "k": 8}
@@ -84,7 +82,7 @@ def _cases(dtype: torch.dtype) -> Iterator[Case]:
     own = "bf16" if dtype == torch.bfloat16 else "fp32"
     dense = "bf16" if dtype == torch.bfloat16 else "f32"
     for mode in ("int8", own):
-        for format in QUANTIZED:
+        for format in layout.QUANTIZED:
             for i, shape in enumerate(SHAPES):
                 # With int8 activations the function is a staircase: it has no exact gradient.
                 full = i == 0 if format in FIRST_FORMATS else i != 1
@@ -150,6 +148,6 @@ INFOS = [
         ),
         bytes_moved=_bytes,
         flops=_flops,
-        variants=tuple(v for v in variants(SERVED) if "+" not in v),
+        variants=tuple(v for v in VARIANTS if "+" not in v),
     ),
 ]

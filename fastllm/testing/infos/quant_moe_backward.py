@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ...ops import packed_layout as layout
 from ...ops.gated_activation import ACTIVATIONS
-from ...ops.quant_format import NATIVE_FORMATS
 from ...ops.quant_moe_backward import variant_name
 from ..opinfo import Args, Case, OpInfo
 from ..packed_weights import FIRST_FORMATS, random_packed, weight64, whole
@@ -19,8 +18,7 @@ from .moe_backward import exact_gradients, random_ids, sorted_by_expert
 # (tokens, hidden, inner, experts, k)
 SHAPES = ((0, 32, 32, 4, 2), (3, 64, 32, 3, 2), (29, 96, 64, 5, 3))
 PAIRS = tuple(
-    (format, "q8_0" if format in ("q4_0", "q4_1") else format)
-    for format in NATIVE_FORMATS["quant_moe_backward"]
+    (format, "q8_0" if format in ("q4_0", "q4_1") else format) for format in layout.FORMATS
 )
 ODD_SHAPES = ((7, 33, 17, 3, 2), (5, 20, 40, 4, 1))  # of dense formats: no blocks of 32
 
