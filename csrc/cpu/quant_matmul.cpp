@@ -113,7 +113,7 @@ class QuantizedProduct {
   // Rows whose x stays in the L2 cache, but enough that unpacking a strip costs little beside them.
   int64_t row_block() const {
     const int64_t group = x_.group_bytes();
-    return clamped(kRowBlockBytes, divide_up(192, x_.width) * group,
+    return clamped(kRowBlockBytes, divide_up(512, x_.width) * group,
                    divide_up(1024, x_.width) * group);
   }
 
@@ -130,13 +130,26 @@ class QuantizedProduct {
     return s;
   }
 
-  void prepare_one(int64_t row) {
+  // Columns of one row; `part` is the kernel for so many.
+  void prepare_part(const QuantKernel& part, int64_t row, int64_t column) const {
     const int64_t element = a_.x_type == DType::bf16 ? 2 : 4;
-    const char* x =
-        row < a_.m ? static_cast<const char*>(a_.x) + row * a_.x_stride * element : nullptr;
+    const char* x = static_cast<const char*>(a_.x) + (row * a_.x_stride + column) * element;
     const int64_t word = kernel_.word_columns == 4 ? kernel_.row_offset(kBlock) : 4;
-    kernel_.prepare_row(kernel_, x, a_.x_type, x_.group(row / x_.width) + row % x_.width * word,
-                        x_.width);
+    kernel_.prepare_row(
+        part, row < a_.m ? x : nullptr, a_.x_type,
+        x_.group(row / x_.width) + kernel_.row_offset(column) * x_.width + row % x_.width * word,
+        x_.width);
+  }
+
+  // The rows of a group share the lines of its prepared form: a stretch of columns of all of them is
+  // written while it is in the L1 cache.
+  void prepare_group(int64_t group) const {
+    constexpr int64_t stretch = 512;
+    QuantKernel part = kernel_;
+    for (int64_t column = 0; column < a_.k; column += stretch) {
+      part.k = smaller(stretch, a_.k - column);
+      for (int64_t i = 0; i < x_.width; ++i) prepare_part(part, group * x_.width + i, column);
+    }
   }
 
   // Few rows, or no scratch: every thread prepares its own copy. Else all prepare one together.
@@ -153,7 +166,7 @@ class QuantizedProduct {
       my_share(team_, padded, x_.width, &begin, &end);
     else
       x_.base = static_cast<char*>(thread_scratch(Scratch::rows, padded * x_.row_bytes));
-    for (int64_t row = begin; row < end; ++row) prepare_one(row);
+    for (int64_t row = begin; row < end; row += x_.width) prepare_group(row / x_.width);
     if (shared) team_sync(team_);
   }
 

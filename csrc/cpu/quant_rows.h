@@ -126,16 +126,21 @@ FASTLLM_INLINE void half_words(const X* x, uint32_t* to, int64_t width) {
 #pragma GCC unroll 16
     for (int c = 0; c < 16; ++c) to[c * width] = __builtin_bit_cast(uint32_t, load1(x + c));
   } else {
-    uint16_t bits[16];
+    alignas(32) uint16_t bits[16];
     if constexpr (sizeof(X) == 2)
       __builtin_memcpy(bits, x, sizeof bits);
     else
-      for (int c = 0; c < 16; ++c) bits[c] = __builtin_bit_cast(uint32_t, x[c]) >> 16;  // exact
-#pragma GCC unroll 8
-    for (int w = 0; w < 8; ++w) {
-      const int first = BY_TWO ? w / 2 * 4 + w % 2 : 2 * w;
-      to[w * width] = bits[first] | static_cast<uint32_t>(bits[first + (BY_TWO ? 2 : 1)]) << 16;
+      for (int c = 0; c < 16; c += VL) vstore_bf16(bits + c, load(x + c));  // exact
+    if constexpr (BY_TWO) {
+      const __m128i order = _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        __m128i* at = reinterpret_cast<__m128i*>(bits) + i;
+        _mm_store_si128(at, _mm_shuffle_epi8(_mm_load_si128(at), order));
+      }
     }
+#pragma GCC unroll 8
+    for (int w = 0; w < 8; ++w) __builtin_memcpy(to + w * width, bits + 2 * w, 4);
   }
 }
 
