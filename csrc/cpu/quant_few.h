@@ -180,10 +180,12 @@ void few_pairs(const QuantKernel& q, const Panel& panel, const char* x, int64_t 
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) acc[m] = vf{};
   if constexpr (may_be_long) {
-    constexpr int units = MR <= 2 ? 4 : 2;
     if (const int64_t columns = q.chunk; columns > kBlock) {
-      while (at.column + units * columns <= q.k)
-        few_chunks<F, MR, units>(q, panel.scales, columns, width * 4, at, acc);
+      if constexpr (MR <= 2)
+        while (columns > 64 && at.column + 4 * columns <= q.k)
+          few_chunks<F, MR, 4>(q, panel.scales, columns, width * 4, at, acc);
+      while (at.column + 2 * columns <= q.k)
+        few_chunks<F, MR, 2>(q, panel.scales, columns, width * 4, at, acc);
       while (at.column < q.k)
         few_chunks<F, MR, 1>(q, panel.scales, q.k - at.column < columns ? q.k - at.column : columns,
                              width * 4, at, acc);
