@@ -46,6 +46,7 @@ def run(argv: Sequence[str]) -> int:
 def examine() -> dict[str, Any]:
     """Everything that the command knows, as plain data."""
     from .. import _C
+    from ..ops.quant_paths import quant_paths
     from ..ops.registry import backend_table
     from ..testing import machine
     from ..testing.selftest import self_test
@@ -67,11 +68,14 @@ def examine() -> dict[str, Any]:
         "versions": machine.versions(),
         "self_test": [asdict(outcome) for outcome in self_test()],
         "backends": backend_table(),
+        "quant_paths": quant_paths(),
     }
 
 
 def show(report: dict[str, Any], *, short: bool) -> None:
     """Print a report of `examine`."""
+    from ..ops.quant_paths import MEASURED
+
     heading("Machine")
     forced = report["isa_forced_by"]
     chosen = report["isa"] + (f" (forced by FASTLLM_ISA={forced})" if forced else "")
@@ -95,6 +99,9 @@ def show(report: dict[str, Any], *, short: bool) -> None:
         heading("Backends (the first row that supports the arguments serves a call)")
         columns = ["op", "device", "backend", "dtypes", "variants"]
         table(columns, [[row[c] for c in columns] for row in report["backends"]])
+        heading(f"Quantized products on the CPU ({MEASURED})")
+        columns = ["modes", "rows", "path", "measured"]
+        table(columns, [[row[c] for c in columns] for row in report["quant_paths"]])
     heading("Self-test against float64")
     _show_self_test(report["self_test"])
 
