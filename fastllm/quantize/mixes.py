@@ -12,7 +12,6 @@ head and routers stay as they are.
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -213,12 +212,6 @@ def _by_architecture(kind: str, chosen: str, mix: Mix, sizes: Sizes) -> str:
     if sizes.experts == 8 and kind == "o_proj" and mix.base == "q4_k":
         return "q5_k"
     return chosen
-
-
-def bits_per_weight(counts: Mapping[tuple[int, ...], int]) -> float:
-    """Bits of a value on average. counts: shape -> bytes of all tensors of that shape."""
-    values = sum(math.prod(shape) for shape in counts)
-    return 8 * sum(counts.values()) / values if values else 0.0
 
 
 def _by_kind(formats: Mapping[str, str]) -> dict[str, list[str]]:

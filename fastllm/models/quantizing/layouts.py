@@ -16,7 +16,6 @@ from fastllm.models.loader import in_file_order
 from fastllm.ops.quant_format import format_of
 from fastllm.quantize import bitsandbytes_files, compressed_tensors, fastllm_files
 from fastllm.quantize.coded import CodedWeight, coded
-from fastllm.quantize.gguf_blocks import DENSE_DTYPES
 from fastllm.quantize.mixes import Plan
 from fastllm.quantize.packed import PackedWeight, canonical, gguf_rows
 
@@ -145,11 +144,6 @@ def _in_order(codes: CodedWeight, order: Tensor, name: str) -> CodedWeight:
         )
     zeros = None if codes.zeros is None else codes.zeros[order]
     return replace(codes, codes=codes.codes[order], scales=codes.scales[order], zeros=zeros)
-
-
-def format_of_dense(data: Tensor) -> str:
-    """The name of a dense tensor's dtype."""
-    return next(name for name, dtype in DENSE_DTYPES.items() if dtype == data.dtype)
 
 
 def stored_bits(formats: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> float:
