@@ -79,7 +79,7 @@ def mixed(name: str) -> str:
 
 
 def logits(path: Path, activation: str) -> Tensor:
-    llm = LLM(path, dtype="float32", activation=activation, enforce_eager=True)
+    llm = LLM(path, dtype="float32", activation=activation)
     return llm.logits([5, 9, 301, 77, 12, 40, 3])
 
 
@@ -125,7 +125,7 @@ def test_llama_cpp_gives_the_same_greedy_tokens(
     format: str, plain: Path, llama_cpp: Any, tmp_path: Path
 ) -> None:
     path = rewritten(plain, tmp_path / "m.gguf", mixed if format == "mixed" else uniform(format))
-    prompt, answer = decided_answer(path, 12, prompts=16, enforce_eager=True)
+    prompt, answer = decided_answer(path, 12, prompts=16)
     assert greedy_llama_cpp(llama_cpp, path, prompt, 12) == answer
 
 
