@@ -15,8 +15,9 @@ from .. import _C
 from ..ops import packed_layout as layout
 from ..ops.dequantize import dequantize
 from ..ops.pages import Arena
-from ..ops.quant_format import QUANT_FORMATS, QuantFormat, format_of
+from ..ops.quant_format import QUANT_FORMATS, format_of
 from ..ops.quantize import quantize
+from .code_parts import scale_parts, stored_codes
 from .gguf_blocks import block_type, row_bytes
 from .gguf_codes import GGUF_FORMATS, join_blocks, split_blocks
 
@@ -180,78 +181,16 @@ def pack_codes(
     kind = format_of(format)
     if kind.dense or kind.name in GGUF_FORMATS:
         raise ValueError(f"format {kind.name!r} is packed by `pack`, from its rows")
-    stored = _stored_codes(kind, codes)
+    stored = stored_codes(kind, codes)
     n, k = stored.shape
     if k % kind.multiple:
         raise ValueError(f"codes of {kind.name} must have a multiple of {kind.multiple} columns")
-    parts = _parts(kind, scales, zeros, n, k)
+    parts = scale_parts(kind, scales, zeros, n, k)
     per_group = rows_per_group(device)
     data, packed = layout.pack_parts(
         stored.to(device), [part.to(device) for part in parts], kind.name, per_group
     )
     return PackedWeight(data, packed, kind.name, n, k)
-
-
-def _stored_codes(kind: QuantFormat, codes: Tensor) -> Tensor:
-    wanted = {"int8": (torch.int8,), "e4m3": (torch.float8_e4m3fn, torch.uint8)}
-    dtypes = wanted.get(kind.codes, (torch.uint8,))
-    if codes.dim() != 2 or codes.dtype not in dtypes:
-        raise ValueError(
-            f"codes of {kind.name} must be {' or '.join(map(str, dtypes))} [n, k], "
-            f"got {codes.dtype} of {tuple(codes.shape)}"
-        )
-    stored = codes.contiguous().view(torch.uint8)
-    if kind.bits < 8 and stored.numel() and int(stored.max()) >> kind.bits:
-        raise ValueError(f"codes of {kind.name} must be below {1 << kind.bits}")
-    return stored
-
-
-def _parts(
-    kind: QuantFormat, scales: Tensor | tuple[Tensor, Tensor], zeros: Tensor | None, n: int, k: int
-) -> list[Tensor]:
-    """The parts of records of scales, checked, each [n, records, count]."""
-    if (zeros is not None) != (kind.scales == "half_zero"):
-        raise ValueError(f"zeros are of int4_asym formats alone, format is {kind.name!r}")
-    if kind.scales == "double":
-        return _double_parts(kind, scales, n, k)
-    if not isinstance(scales, Tensor):
-        raise ValueError(f"scales of {kind.name} must be one tensor")
-    shape = (n, kind.scale_records(k))
-    _check_scales("scales", scales, shape)
-    d = scales.to(kind.scale_dtype)
-    if bool((d.isinf() & scales.isfinite()).any()):
-        raise ValueError(f"scales hold values too large for {kind.scale_dtype}")
-    if zeros is None:
-        return [d.unsqueeze(-1)]
-    if tuple(zeros.shape) != shape or bool(((zeros < 0) | (zeros > 15)).any()):
-        raise ValueError(f"zeros must be integers 0..15 of shape {shape}, got {tuple(zeros.shape)}")
-    if not torch.equal(zeros, zeros.round()):
-        raise ValueError("zeros must be integers: a fractional zero point would be rounded")
-    return [torch.stack([d, zeros.to(d.dtype)], -1)]
-
-
-def _double_parts(
-    kind: QuantFormat, scales: Tensor | tuple[Tensor, Tensor], n: int, k: int
-) -> list[Tensor]:
-    if isinstance(scales, Tensor) or len(scales) != 2:
-        raise ValueError(f"scales of {kind.name} must be a pair: uint8 [n, groups], float32 [n]")
-    groups, row = scales
-    count = k // kind.group
-    if tuple(groups.shape) != (n, count) or groups.dtype != torch.uint8:
-        raise ValueError(
-            f"scales[0] must be uint8 [{n}, {count}], got {groups.dtype} {tuple(groups.shape)}"
-        )
-    _check_scales("scales[1]", row, (n,))
-    padded = torch.nn.functional.pad(groups, (0, -count % 4))
-    return [row.float().view(n, 1, 1), padded.unsqueeze(1)]
-
-
-def _check_scales(name: str, scales: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(scales.shape) != shape or not scales.is_floating_point():
-        raise ValueError(
-            f"{name} must be a floating tensor of shape {shape}, "
-            f"got {scales.dtype} of {tuple(scales.shape)}"
-        )
 
 
 def quantize_weight(

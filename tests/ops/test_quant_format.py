@@ -31,8 +31,8 @@ from fastllm.quantize.packed import (
     pack_ref,
     unpack,
 )
-from fastllm.testing.infos.quant_matmul import random_packed, random_scales
 from fastllm.testing.opinfo import generator
+from fastllm.testing.packed_weights import random_packed, random_scales
 
 CODED = tuple(f for f in layout.QUANTIZED if f not in QUANTIZED_FORMATS)
 
