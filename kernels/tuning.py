@@ -157,7 +157,7 @@ _QUANT_GATED_FEW = {
     32: ProductTile(64, 32, 32, 4, 3),
 }
 # fp32: 32 x 32 takes 90 to 134 registers at 4 warps. Wide units of bytes, gated or not, spill 8
-# bytes at 64 x 32 and 12 at 4 warps.
+# bytes at 64 x 32 and 12 at 4 warps; q6_k 8 at 32 x 16 on sm_80.
 _QUANT_GATED_FP32 = {
     16: ProductTile(32, 16, 32, 4, 2),
     64: ProductTile(32, 32, 32, 4, 2),
@@ -187,6 +187,8 @@ def quant_tile(m: int, format: str, mode: str, gated: bool, device: torch.device
     if mode == "fp32":
         if FORMATS[format].bits == 8 and int(unit_columns(format, mode)) > 32:
             return _for_tokens(_QUANT_FP32_BYTES, m)
+        if gated and FORMATS[format].bits == 6:
+            return _QUANT_GATED_FP32[64]
         return _for_tokens(_QUANT_GATED_FP32 if gated else _QUANT_FP32, m)
     few = _QUANT_GATED_FEW if gated else _QUANT_FEW
     columns, tokens = (_gated_size if gated else _product_size)(
