@@ -33,6 +33,8 @@ enum class Format : uint8_t {
 };
 constexpr int kFormats = 21;
 
+// Functions are static: an inline one that is emitted in an ISA level could be the copy of all levels.
+//
 // A quantized format: codes in words of 4 bytes a block of 32 columns and row, scales under `group`
 // columns (0: all of a row).
 struct FormatLayout {
@@ -44,7 +46,7 @@ struct FormatLayout {
   int record;    // bytes a row of a record: of 256 columns; -1: nf4_dq's, of a whole row
 };
 
-constexpr FormatLayout layout_of(Format format) {
+static constexpr FormatLayout layout_of(Format format) {
   switch (format) {
     case Format::q4_0:
     case Format::int4_g32: return {4, 32, 32, DType::f16, 1, 0};
@@ -71,13 +73,13 @@ constexpr FormatLayout layout_of(Format format) {
   return {0, 0, 1, DType::f32, 0, 0};
 }
 
-constexpr bool is_dense(Format format) { return layout_of(format).words == 0; }
+static constexpr bool is_dense(Format format) { return layout_of(format).words == 0; }
 
 // Bytes of the codes and of the scales of one row of k columns; times R they are a panel's.
-constexpr int64_t row_code_bytes(Format format, int64_t k) {
+static constexpr int64_t row_code_bytes(Format format, int64_t k) {
   return k / 32 * layout_of(format).words * 4;
 }
-constexpr int64_t row_scale_bytes(Format format, int64_t k) {
+static constexpr int64_t row_scale_bytes(Format format, int64_t k) {
   const FormatLayout l = layout_of(format);
   if (l.words == 0) return 0;
   if (l.record > 0) return k / 256 * l.record;
