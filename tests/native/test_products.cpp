@@ -101,6 +101,41 @@ void quantized() {
     }
 }
 
+// What follows a product: a residual, or the gated activation of rows of gate and of up.
+void finished() {
+  Random random(7);
+  for (Format format : {Format::q4_1, Format::q8_0})
+    for (int64_t m : {1, 5, 14}) {
+      const int64_t n = 64, k = 96, code = static_cast<int64_t>(format);
+      Packed w = pack_random(random, format, n, k);
+      Owned x = random.tensor(DType::f32, {m, k}), bias = random.tensor(DType::f32, {n});
+      Owned residual = random.tensor(DType::f32, {m, n}), plain(DType::f32, {m, n});
+      Owned sum(DType::f32, {m, n}), gated(DType::f32, {m, n / 2});
+      run_everywhere("quant_matmul", &Kernels::quant_matmul,
+                     quant_matmul_args(plain, x, w.data, w.scales, code, n, bias, 2, {}), {&plain},
+                     1e-4f);
+      run_everywhere(
+          "finished_product", &Kernels::finished_product,
+          finished_product_args(sum, x, w.data, w.scales, code, n, bias, 2, {}, residual, 0),
+          {&sum}, 1e-4f, [&] {
+            for (int64_t i = 0; i < m * n; ++i) {
+              const double want = static_cast<double>(plain.get(i)) + residual.get(i);
+              CHECK(std::fabs(sum.get(i) - want) <= 1e-3 * (1 + std::fabs(want)));
+            }
+          });
+      run_everywhere("finished_product", &Kernels::finished_product,
+                     finished_product_args(gated, x, w.data, w.scales, code, n, bias, 2, {}, {}, 0),
+                     {&gated}, 1e-3f, [&] {
+                       for (int64_t i = 0; i < m * n / 2; ++i) {
+                         const double gate = plain.get(i / 32 * n + i % 32);
+                         const double up = plain.get(i / 32 * n + 32 + i % 32);
+                         const double want = gate / (1 + std::exp(-gate)) * up;
+                         CHECK(std::fabs(gated.get(i) - want) <= 1e-3 * (1 + std::fabs(want)));
+                       }
+                     });
+    }
+}
+
 void dense() {
   Random random(6);
   for (DType dtype : {DType::f32, DType::bf16})
@@ -133,6 +168,7 @@ void dense() {
 
 void test_products() {
   quantized();
+  finished();
   dense();
 }
 
