@@ -5,6 +5,7 @@
 #include "cpu/packed.h"
 
 namespace fastllm::FASTLLM_ISA {
+namespace {
 
 // A group of columns as kernels see it: column c of lane r at [c * kPanelRows + r].
 struct Columns {
@@ -189,4 +190,5 @@ static inline vf fit_step(const vf* values, const vf* weights, int count, float 
   return step;
 }
 
+}  // namespace
 }  // namespace fastllm::FASTLLM_ISA

@@ -6,6 +6,7 @@
 #include "cpu/quantize_write.h"
 
 namespace fastllm::FASTLLM_ISA {
+namespace {
 
 FASTLLM_INLINE vi vtruncate(vf x) { return __builtin_convertvector(x, vi); }
 FASTLLM_INLINE vi vclampi(vi x, int low, int high) {
@@ -132,4 +133,5 @@ FASTLLM_INLINE Affine searched_affine(const Columns& g, float levels, vi* codes)
   return {d, m};
 }
 
+}  // namespace
 }  // namespace fastllm::FASTLLM_ISA

@@ -4,6 +4,7 @@
 #include "cpu/quantize_fits.h"
 
 namespace fastllm::FASTLLM_ISA {
+namespace {
 
 // Values (d sc) u - (dmin mn) in 8 sub-blocks of 32 columns, u from 0 to levels.
 struct SuperMin {
@@ -205,4 +206,5 @@ static inline Super fit_super(const Columns& g) {
   return best;
 }
 
+}  // namespace
 }  // namespace fastllm::FASTLLM_ISA

@@ -4,6 +4,7 @@
 #include "cpu/packed.h"
 
 namespace fastllm::FASTLLM_ISA {
+namespace {
 
 // A panel: what has become of its rows. VL rows at a time are kernels' vectors, the v-th of NV.
 struct PanelOut {
@@ -63,4 +64,5 @@ FASTLLM_INLINE void store_codes(const vi* codes, vi live, uint8_t* block, int v)
     }
 }
 
+}  // namespace
 }  // namespace fastllm::FASTLLM_ISA
