@@ -17,15 +17,6 @@ constexpr int kStretch = 256;          // columns at a time
 constexpr int64_t kTileRows = 128;     // of an fp8_block scale
 constexpr int kTooLarge = 0x4f800000;  // 2^32: no fp16 scale of any format reaches it
 
-// Copies without a symbol: one of formats.h, emitted here, could serve other levels.
-[[gnu::flatten]] FormatLayout layout_here(Format format) { return layout_of(format); }
-[[gnu::flatten]] int64_t code_bytes_here(Format format, int64_t k) {
-  return row_code_bytes(format, k);
-}
-[[gnu::flatten]] int64_t scale_bytes_here(Format format, int64_t k) {
-  return row_scale_bytes(format, k);
-}
-
 struct Stretch {
   alignas(64) float x[kStretch * kPanelRows];
   alignas(64) float w[kStretch * kPanelRows];
@@ -221,7 +212,7 @@ void byte_rows(Panel& p, int64_t first, int64_t n, const Peaks& peaks) {
 
 void encode_stretch(Panel& p, int64_t first, int64_t n, const Peaks& peaks) {
   const bool plain = p.a.importance == nullptr;
-  const int group = layout_here(p.a.format).group;
+  const int group = layout_of(p.a.format).group;
   const auto one = [&](auto words, auto encode) {
     half_groups<words, 1>(p, first, n, group,
                           [&](const Columns& g, vi* codes, vf&) { return encode(g, codes); });
@@ -299,12 +290,12 @@ template <class From>
 void quantize_panel(const QuantizeArgs& a, const From* w, int64_t index, Stretch& s, Peaks& peaks) {
   const From* rows = w + index * kPanelRows * a.stride;
   const int64_t count = smaller(kPanelRows, a.n - index * kPanelRows);
-  const FormatLayout layout = layout_here(a.format);
+  const FormatLayout layout = layout_of(a.format);
   const bool halves = layout.scales == DType::f16 || layout.record > 0;
   Panel p = {a, index, {}, s};
-  p.out.data = static_cast<uint8_t*>(a.data) + index * kPanelRows * code_bytes_here(a.format, a.k);
+  p.out.data = static_cast<uint8_t*>(a.data) + index * kPanelRows * row_code_bytes(a.format, a.k);
   p.out.scales =
-      static_cast<uint8_t*>(a.scales) + index * kPanelRows * scale_bytes_here(a.format, a.k);
+      static_cast<uint8_t*>(a.scales) + index * kPanelRows * row_scale_bytes(a.format, a.k);
   for (int v = 0; v < NV; ++v)
     for (int i = 0; i < VL; ++i) p.out.live[v][i] = v * VL + i < count ? -1 : 0;
   if (peaks.tiles != nullptr)
