@@ -28,7 +28,8 @@ methods:
   gptq     rounding errors passed on to columns that are not yet rounded
 
 All but rtn read calibration text: text like the model's own, some 50,000 tokens of it. One layer is
-in memory at a time. A run that was killed goes on after its last finished layer.
+in memory at a time. A run that was killed goes on after its last finished layer, when it is given
+again: what is finished lies in .NAME.quantizing beside --out until the output is whole.
 """
 
 EXAMPLES = """
@@ -46,7 +47,7 @@ def run(argv: Sequence[str]) -> int:
     from ..models.loader import read_tokenizer
     from ..models.names import resolve
     from ..models.quantizing.methods import Settings
-    from ..models.quantizing.run import plan_of, quantize_files
+    from ..models.quantizing.run import check_target, plan_of, quantize_files
     from ..models.weights import open_weights
     from ..quantize.mixes import resolve_format
 
@@ -57,8 +58,8 @@ def run(argv: Sequence[str]) -> int:
         act_order=not options.no_act_order,
         min_expert_tokens=options.min_expert_tokens,
     )
-    if Path(options.out).exists() and not options.overwrite:
-        raise FileExistsError(f"{options.out} exists; remove it, or give --overwrite")
+    check_target(Path(options.out), settings.format, options.overwrite)
+    _check_options(options)
     source = open_weights(resolve(options.model))
     tokenizer = read_tokenizer(source)
     _say_plan(plan_of(source.config, settings).lines(), settings.format)
@@ -129,25 +130,29 @@ def _parser() -> Parser:
     return parser
 
 
+def _check_options(options: Any) -> None:
+    """Raise ValueError for options that do not go together, before files are read."""
+    for name in ("imatrix", "save_imatrix"):
+        if getattr(options, name) is not None and options.method != "imatrix":
+            raise ValueError(f"--{name.replace('_', '-')} goes with --method imatrix")
+    if options.imatrix is not None and (options.calibration or options.save_imatrix):
+        raise ValueError("--imatrix takes the place of --calibration: give one of them")
+    if options.method != "rtn" and options.imatrix is None and not options.calibration:
+        raise ValueError(f"--method {options.method} needs --calibration FILE")
+
+
 def _inputs(
     options: Any, config: Any, tokenizer: Tokenizer
 ) -> tuple[Tensor | None, Mapping[str, Tensor] | None]:
     """Calibration rows, or an importance matrix, or neither."""
-    for name in ("imatrix", "save_imatrix"):
-        if getattr(options, name) is not None and options.method != "imatrix":
-            raise ValueError(f"--{name.replace('_', '-')} goes with --method imatrix")
     if options.method == "rtn":
         if options.calibration:
             note("note: rtn reads no calibration text")
         return None, None
     if options.imatrix is not None:
-        if options.calibration or options.save_imatrix:
-            raise ValueError("--imatrix takes the place of --calibration: give one of them")
         from ..models.imatrix import read_imatrix
 
         return None, read_imatrix(options.imatrix, config)
-    if not options.calibration:
-        raise ValueError(f"--method {options.method} needs --calibration FILE")
     return _rows(options, config, tokenizer), None
 
 

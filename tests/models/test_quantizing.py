@@ -371,6 +371,42 @@ def test_output_that_exists_is_kept(llama: Path, tmp_path: Path) -> None:
         made(llama, tmp_path / "out", "int4", "rtn")
 
 
+@pytest.mark.parametrize(
+    ("name", "format", "error", "words"),
+    [
+        ("folder", "q8_0", FileExistsError, "is a directory and is not replaced by a file"),
+        ("file", "int8", FileExistsError, "is a file and is not replaced by a directory"),
+        ("new.gguf", "int8", ValueError, "int8 is written as a Hugging Face directory"),
+    ],
+)
+def test_places_that_do_not_fit_are_refused_before_any_work(
+    name: str, format: str, error: type[Exception], words: str, llama: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("kept")
+    settings = Settings(format=format, method="rtn")
+    with pytest.raises(error, match=words):
+        quantize_files(open_weights(llama), tmp_path / name, settings, None, overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"folder", "file"}
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_matrices_that_an_importance_matrix_leaves_out_are_told(
+    llama: Path, tmp_path: Path
+) -> None:
+    class Notes(Progress):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    notes: list[str] = []
+    source = open_weights(llama)
+    name = "model.layers.0.mlp.down_proj.weight"
+    known = {name: torch.ones(source.config.weight_shapes()[name][1])}
+    settings = Settings(format="q8_0", method="imatrix")
+    quantize_files(source, tmp_path / "m.gguf", settings, None, importance=known, progress=Notes())
+    assert any("leaves out" in note and "of 14 matrices" in note for note in notes), notes
+
+
 def test_broken_weights_are_named(tmp_path: Path) -> None:
     source = make(tmp_path / "model")
     model = initialize(open_weights(source).config, dtype=torch.float32)
@@ -379,7 +415,7 @@ def test_broken_weights_are_named(tmp_path: Path) -> None:
     save_pretrained(model, tmp_path / "broken")
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight holds NaN or infinity"):
         made(tmp_path / "broken", tmp_path / "out", "int8", "rtn")
-    assert not (tmp_path / "out").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "broken"}
 
 
 @pytest.mark.parametrize("method", ["rtn", "imatrix", "awq"])

@@ -29,7 +29,7 @@ from fastllm.models.quantizing.output import write_directory, write_gguf_file
 from fastllm.models.quantizing.work import WorkFolder, digest, fingerprint
 from fastllm.models.tokenizer import Tokenizer
 from fastllm.models.weights import WeightSource
-from fastllm.quantize.mixes import Plan, Sizes, plan
+from fastllm.quantize.mixes import MIXES, Plan, Sizes, plan
 from fastllm.quantize.packed import PackedWeight, concat
 from fastllm.quantize.pieces import in_pieces
 
@@ -108,19 +108,23 @@ def quantize_files(
         progress: is told what happens.
 
     Raises:
-        FileExistsError: if `out` exists and `overwrite` is false.
+        FileExistsError: if `out` exists and `overwrite` is false; see `check_target`.
         ValueError: for a format, method or model that does not fit, or calibration that is missing.
         OSError: if the disk is full or gone; what was finished is gone on with next time.
     """
     target, progress = Path(out), progress or Progress()
-    if target.exists() and not overwrite:
-        raise FileExistsError(f"{target} exists; remove it, or give overwrite (--overwrite)")
+    check_target(target, settings.format, overwrite)
     _check_inputs(settings, calibration, importance)
     formats = plan_of(source.config, settings).formats.values()
     if settings.method == "imatrix" and all(map(_rounds_alone, formats)):
         progress.note("note: 8-bit scales follow from the largest magnitude: imatrix changes none")
     run = _Run(source, target, settings, calibration, importance or {}, progress)
-    report = run.layers()
+    run.note_unmeasured()
+    try:
+        report = run.layers()
+    except (ValueError, ArithmeticError):  # of the model: it would fail again
+        run.work.remove()
+        raise
     if run.plan.is_gguf:
         write_gguf_file(target, source.config, run.plan, run.work, run.parts(), tokenizer)
     else:
@@ -132,6 +136,29 @@ def quantize_files(
     files = [target] if target.is_file() else [f for f in target.iterdir() if f.is_file()]
     report.nbytes = sum(file.stat().st_size for file in files)
     return report
+
+
+def check_target(target: Path, format: str, overwrite: bool) -> None:
+    """Raise if a model of that format (or mix) cannot be written there, before any work is done.
+
+    Raises:
+        FileExistsError: if it exists and is not to be replaced, or is a file where a directory
+            would be written, or a directory where a file would be.
+        ValueError: for a directory that is named like a GGUF file.
+    """
+    is_gguf = format in MIXES
+    if not is_gguf and target.suffix.lower() == ".gguf":
+        raise ValueError(
+            f"{target}: {format} is written as a Hugging Face directory; GGUF files hold "
+            f"{', '.join(MIXES)}"
+        )
+    if not target.exists():
+        return
+    if not overwrite:
+        raise FileExistsError(f"{target} exists; remove it, or give overwrite (--overwrite)")
+    if target.is_dir() == is_gguf:
+        found, wanted = ("directory", "file") if is_gguf else ("file", "directory")
+        raise FileExistsError(f"{target} is a {found} and is not replaced by a {wanted}")
 
 
 def _rounds_alone(format: str) -> bool:
@@ -185,6 +212,18 @@ class _Run:
             "importance": sums,
             "threads": torch.get_num_threads(),  # products of torch may depend on it
         }
+
+    def note_unmeasured(self) -> None:
+        """Say which matrices of layers an importance matrix from elsewhere leaves out."""
+        if not self.importance or self.calibration is not None:
+            return
+        wanted = [name for name in self.plan.formats if name.startswith("model.layers.")]
+        missing = [name for name in wanted if name not in self.importance]
+        if missing:
+            self.progress.note(
+                f"note: the importance matrix leaves out {len(missing)} of {len(wanted)} matrices, "
+                f"{missing[0]} for one: they are rounded to nearest"
+            )
 
     def parts(self) -> list[str]:
         """Names of the parts, in order."""
