@@ -36,7 +36,7 @@ class QuantExperts {
     return kernel_.few ? 1 : few_tile(rows).panels;
   }
   int64_t width(int64_t rows) const {
-    if (rows > few_rows()) return kWideRows;
+    if (rows > few_rows()) return kernel_.wide_rows();
     if (!kernel_.few) return few_tile(rows).rows;
     return rows > kFewRows ? kFewRows : few_width(rows);
   }

@@ -16,7 +16,7 @@ namespace {
 
 // Whether the fp32 sums of a segment are kept in registers beside the chunk's.
 #if defined(__AVX512F__)
-constexpr int kRegisterSums = 8;
+constexpr int kRegisterSums = 12;
 #else
 constexpr int kRegisterSums = 4;
 #endif
