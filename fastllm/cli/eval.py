@@ -70,8 +70,9 @@ def perplexity(argv: Sequence[str]) -> int:
     start = time.perf_counter()
     score = measured(llm.model, documents, nbytes, options)
     seconds = time.perf_counter() - start
+    length = window_length(options, llm.model)
     row = {"model": options.model, **numbers(score), "activation": llm.model.activation,
-           "length": window_length(options, llm.model), "stride": options.stride or options.length,
+           "length": length, "stride": options.stride or length,
            "tokens_per_second": score.tokens / seconds}  # fmt: skip
     if options.json:
         print(json.dumps(row))

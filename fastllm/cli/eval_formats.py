@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .console import human_bytes, note, table
-from .eval import measured, numbers, read_text
+from .eval import PERIOD, measured, numbers, read_text
 from .parsing import use_threads
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from ..engine.llm import LLM
     from ..engine.perplexity import Score
+    from ..models.quantizing.run import Progress
     from ..models.tokenizer import Tokenizer
     from ..models.weights import WeightSource
 
@@ -110,7 +112,7 @@ def _made(
     """The model in that format, on disk for a while."""
     from ..models.gguf_export import export_hf, weights_of
     from ..models.quantizing.methods import Settings
-    from ..models.quantizing.run import quantize_files
+    from ..models.quantizing.run import plan_of, quantize_files
     from ..quantize.mixes import MIXES
 
     with tempfile.TemporaryDirectory(prefix="fastllm-", dir=options.work) as folder:
@@ -118,18 +120,35 @@ def _made(
         if format in DENSE:
             export_hf(weights_of(source), path, format, tokenizer)
         else:
-            settings = Settings(format=format, method=_method(format, options.method))
-            quantize_files(source, path, settings, tokenizer, calibration=calibration)
+            settings = Settings(format=format, method=options.method)
+            for line in plan_of(source.config, settings).fallen_lines():
+                note(f"{format}: {line}")
+            quantize_files(
+                source, path, settings, tokenizer, calibration=calibration,
+                progress=_progress(format),
+            )  # fmt: skip
         yield path
 
 
-def _method(format: str, method: str) -> str:
-    """The method for a format: imatrix and rtn know all, gptq and awq those of Hugging Face."""
-    from ..quantize.mixes import MIXES
+def _progress(format: str) -> Progress:
+    """Notes at once, and a line about layers every 10 seconds."""
+    from ..models.quantizing.run import Progress
 
-    if method in ("gptq", "awq") and format in MIXES:
-        return "rtn"
-    return method
+    class Lines(Progress):
+        count, last = 0, time.monotonic()
+
+        def begin(self, layers: int) -> None:
+            self.count = layers
+
+        def note(self, text: str) -> None:
+            note(f"{format}: {text}")
+
+        def layer(self, index: int, errors: Mapping[str, float], resumed: bool) -> None:
+            if time.monotonic() - self.last >= PERIOD:
+                self.last = time.monotonic()
+                note(f"{format}: quantized {index + 1} of {self.count} layers")
+
+    return Lines()
 
 
 def _load(path: Path, format: str, options: Any) -> LLM:
@@ -140,12 +159,24 @@ def _load(path: Path, format: str, options: Any) -> LLM:
     dtype = options.dtype
     if format in DENSE:
         dtype = {"f32": "float32", "bf16": "bfloat16"}[format]
-    positions = open_weights(path).config.max_position_embeddings
-    longest = options.max_model_len or min(max(options.length, PROMPT + ANSWER), positions)
+    longest = _longest(options, open_weights(path).config.max_position_embeddings)
     return LLM(
         path, dtype=dtype, device=options.device, activation=activation,
         max_model_len=longest, max_num_seqs=1, kv_cache_dtype=options.kv_cache_dtype,
     )  # fmt: skip
+
+
+def _longest(options: Any, positions: int) -> int:
+    """Positions of a model that is loaded for its row."""
+    return options.max_model_len or min(max(options.length, PROMPT + ANSWER), positions)
+
+
+def _activation(format: str, llm: LLM) -> str:
+    """How a format's codes meet inputs: e4m3 has no int8 products."""
+    from ..ops.quant_format import QUANT_FORMATS
+
+    kind, own = QUANT_FORMATS.get(format), llm.model.activation
+    return own if kind is None or kind.dense else kind.mode(own)
 
 
 def _row(format: str, path: Path, llm: LLM, score: Score, first: Score, options: Any) -> Row:
@@ -154,7 +185,7 @@ def _row(format: str, path: Path, llm: LLM, score: Score, first: Score, options:
     decode, prefill = (None, None) if options.no_speed else speeds(llm)
     return Row(
         format=format,
-        method="" if format in DENSE else _method(format, options.method),
+        method="" if format in DENSE else options.method,
         bits_per_weight=8 * nbytes / values,
         nbytes=nbytes,
         perplexity=score.perplexity,
@@ -163,7 +194,7 @@ def _row(format: str, path: Path, llm: LLM, score: Score, first: Score, options:
         error=0.0 if excess == 0 else first.perplexity * error,
         decode=decode,
         prefill=prefill,
-        activation=llm.model.activation,
+        activation=_activation(format, llm),
     )
 
 
@@ -217,17 +248,17 @@ def _notes(
             f"{options.model} is itself quantized ({own}): f32 is its dequantized values, and "
             "formats whose grid is near that one look better than they are"
         )
+    longest = _longest(options, source.config.max_position_embeddings)
+    length = min(options.length, longest)
+    texts = "1 document" if documents == 1 else f"{documents} documents"
     lines.append(
-        f"windows of {options.length} tokens, stride {options.stride or options.length}, "
-        f"{documents} documents; activations "
+        f"windows of {length} tokens, stride {options.stride or length}, {texts}; activations "
         + ", ".join(f"{row.format} {row.activation}" for row in rows)
     )
-    if options.method in ("gptq", "awq") and any(r.method == "rtn" for r in rows):
-        lines.append(f"{options.method} does not make GGUF formats: their rows are rtn")
     if not options.no_speed:
         lines.append(
             f"speeds: best of {ROUNDS} rounds, {ANSWER} tokens after one token, and a prompt of "
-            f"{PROMPT}"
+            f"{min(PROMPT, longest - 1)}"
         )
     return lines
 

@@ -108,6 +108,11 @@ class Plan:
         lines = [f"{kind}: {_counted(formats)}" for kind, formats in _by_kind(self.formats).items()]
         if self.dense:
             lines.append(f"left as they are: {', '.join(_by_kind(dict.fromkeys(self.dense, '')))}")
+        return lines + self.fallen_lines()
+
+    def fallen_lines(self) -> list[str]:
+        """Which matrices have another format than the rule's, and why."""
+        lines = []
         fallen: dict[tuple[str, str], list[str]] = {}
         for name, change in self.fallen.items():
             fallen.setdefault(change, []).append(name)

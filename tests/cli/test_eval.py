@@ -17,6 +17,7 @@ from fastllm import LLM
 from fastllm.cli.eval_formats import format_names, markdown
 from fastllm.cli.main import main
 from fastllm.models.tokenizer import Tokenizer
+from fastllm.models.weights import open_weights
 
 
 def _helpers() -> ModuleType:
@@ -112,13 +113,27 @@ def test_a_method_that_reads_text_is_named_in_its_rows(
     model: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     status, out, _ = evaluate(
-        capsys, model, "--text", text, "--formats", "f32,int4_g32,q4_0", "--method", "gptq",
+        capsys, model, "--text", text, "--formats", "f32,int4_g32,q4_0,fp8", "--method", "gptq",
         "--calibration", text, "--no-speed", "--limit", 20,
     )  # fmt: skip
     lines = out.splitlines()
-    assert status == 0 and any(line.startswith("int4_g32 (gptq)") for line in lines)
-    assert any(line.startswith("q4_0 ") for line in lines)
-    assert any("gptq does not make GGUF formats" in line for line in lines)
+    assert status == 0
+    for format in ("int4_g32", "q4_0", "fp8"):
+        assert any(line.startswith(f"{format} (gptq)") for line in lines)
+    assert "int4_g32 int8, q4_0 int8, fp8 fp8" in out  # e4m3 codes have no int8 products
+
+
+def test_the_table_tells_the_windows_and_the_formats_of_rows_that_do_not_fit(
+    model: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    positions = open_weights(model).config.max_position_embeddings
+    status, out, err = evaluate(
+        capsys, model, "--text", text, "--formats", "f32,q4_k_m", "--no-speed", "--limit", 20,
+        "--length", 10 * positions,
+    )  # fmt: skip
+    assert status == 0
+    assert f"windows of {positions} tokens, stride {positions}, 1 document;" in out
+    assert "q4_k_m: q4_k does not fit the rows of " in err
 
 
 @pytest.mark.parametrize(
