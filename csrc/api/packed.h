@@ -11,11 +11,6 @@ inline Format parse_format(int64_t code, const char* op) {
   check(code >= 0 && code < kFormats, op, "unknown format");
   return static_cast<Format>(code);
 }
-// The formats that ops other than quant_matmul serve.
-inline Format parse_basic_format(int64_t code, const char* op) {
-  check(code >= 0 && code <= static_cast<int64_t>(Format::f32), op, "unknown format");
-  return static_cast<Format>(code);
-}
 inline int64_t float_bytes(DType dtype) { return dtype == DType::bf16 ? 2 : 4; }
 
 inline bool has_shape(const Tensor& t, std::initializer_list<int64_t> shape) {

@@ -9,25 +9,6 @@ constexpr int kPanelRows = 16;
 constexpr int NV = kPanelRows / VL;  // vectors to a panel
 constexpr int kBlock = 32;           // columns under one scale
 
-// Per format: words of 4 bytes a block and row, scales a block and row, what is added to a signed
-// code to make it unsigned.
-struct Q4_0 {
-  static constexpr bool nibbles = true;
-  static constexpr int words = 4, scales = 1, offset = 8;
-};
-struct Q4_1 {
-  static constexpr bool nibbles = true;
-  static constexpr int words = 4, scales = 2, offset = 0;
-};
-struct Q8_0 {
-  static constexpr bool nibbles = false;
-  static constexpr int words = 8, scales = 1, offset = 128;
-};
-template <class F>
-constexpr int64_t block_bytes = F::words * 4 * kPanelRows;
-template <class F>
-constexpr int64_t block_scales = F::scales * kPanelRows;
-
 // How far ahead of its reads a tile prefetches weights into the L2 cache: two panels, which hides
 // the short streams of small panels from the hardware prefetcher (one thread reads 26 GB/s without,
 // 36 with).
