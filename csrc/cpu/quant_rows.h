@@ -16,7 +16,7 @@ FASTLLM_INLINE int64_t record_bytes(Sums sums) { return sums == Sums::halves ? 4
 
 // 32 columns to int8: the codes, dx, and the sums of the two halves.
 // amax is found on the bit patterns, where NaN is above everything: it ends in the scale and is not
-// lost.
+// lost. The codes beside such a scale, and beside an infinite one, are zeros.
 struct QuantizedBlock {
   float scale;
   int32_t sums[2];
@@ -36,10 +36,11 @@ FASTLLM_INLINE QuantizedBlock quantize_block(const X* x, int8_t* q) {
   float inverse = 127.f / amax;
   if (!(inverse <= __FLT_MAX__)) inverse = 0.f;  // zero or too small a block
   const vf magic = vset(12582912.f);  // 1.5 * 2^23: adding it rounds to the nearest integer
+  const vi live = vseti(inverse > 0.f ? -1 : 0);
   vi total[2] = {};
 #pragma GCC unroll 8
   for (int i = 0; i < parts; ++i) {
-    const vi codes = vbits(v[i] * inverse + magic) - vbits(magic);
+    const vi codes = (vbits(v[i] * inverse + magic) - vbits(magic)) & live;
 #if defined(__AVX512F__)  // GCC converts vectors of bytes by many shuffles
     _mm_storeu_si128(reinterpret_cast<__m128i*>(q + i * VL), _mm512_cvtepi32_epi8((__m512i)codes));
 #else
