@@ -180,6 +180,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("attention_backward_scratch", attention_backward_scratch);
   op(m, "quant_matmul", &Kernels::quant_matmul, quant_matmul_args);
   op(m, "finished_product", &Kernels::finished_product, finished_product_args);
+  op(m, "finish_product", &Kernels::finish_product, finish_product_args);
   op(m, "quant_matmul_input_grad", &Kernels::quant_matmul_input_grad, quant_matmul_input_grad_args);
   op(m, "linear", &Kernels::linear, linear_args);
   op(m, "lora_add", &Kernels::linear, lora_add_args);

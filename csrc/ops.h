@@ -25,6 +25,7 @@ struct Kernels {
   Kernel<AttentionBackwardArgs>* attention_backward;
   Kernel<QuantMatmulArgs>* quant_matmul;
   Kernel<FinishedProductArgs>* finished_product;
+  Kernel<FinishProductArgs>* finish_product;
   Kernel<QuantMatmulInputGradArgs>* quant_matmul_input_grad;
   Kernel<LinearArgs>* linear;
   Kernel<HeadLinearArgs>* head_linear;

@@ -18,4 +18,15 @@ FinishedProductArgs finished_product_args(Tensor y, Tensor x, Tensor data, Tenso
                                           int64_t activation, Tensor scratch, Tensor residual,
                                           int64_t gating);
 
+// The same of a product that is in memory already: dense formats, or gate and up that share a panel.
+struct FinishProductArgs {
+  void* y;                // [m, columns] contiguous; f32, or in the dtype of `product` if gated
+  const void* product;    // [m, n] contiguous, rounded
+  const float* residual;  // [m, n] contiguous, or null: gated
+  DType type;
+  Gating gating;
+  int64_t m, columns;  // n, or n / 2 if gated
+};
+FinishProductArgs finish_product_args(Tensor y, Tensor product, Tensor residual, int64_t gating);
+
 }  // namespace fastllm

@@ -11,6 +11,8 @@ order, so results repeat, but they depend on the number of rows.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -18,6 +20,11 @@ from torch import Tensor
 
 from . import tuning
 from .triton_compat import cast, dot
+
+
+def columns_contiguous(t: Tensor) -> Tensor:
+    """t, or a copy where its columns do not lie side by side, as kernels read them."""
+    return t if t.stride(-1) == 1 else t.clone(memory_format=torch.contiguous_format)
 
 
 @triton.jit
@@ -116,13 +123,15 @@ def linear(
 ) -> Tensor:
     """y[..., N] = x @ weight.T + bias in `out_dtype` (default: x's), contiguous.
 
-    x[..., K], weight[N, K]: both f32 or both bf16, last dimension contiguous; bias[N]: any float.
+    x[..., K], weight[N, K]: both f32 or both bf16; bias[N]: any float.
     """
     n, k = weight.shape
+    weight = columns_contiguous(weight)
+    bias = bias if bias is None else bias.contiguous()
     y = torch.empty((*x.shape[:-1], n), dtype=out_dtype or x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    x2 = x.reshape(-1, x.shape[-1])
+    x2 = columns_contiguous(x.reshape(math.prod(x.shape[:-1]), k))
     m = x2.shape[0]
     tile = tuning.linear_tile(m, x.dtype)
     n_programs = triton.cdiv(n, tile.n) * triton.cdiv(m, tile.m)

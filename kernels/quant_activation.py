@@ -115,7 +115,7 @@ def quantize_activation(x: Tensor, paired: bool) -> tuple[Tensor, Tensor, Tensor
     n_blocks = k // 32
     q = torch.empty((m, k), dtype=torch.int8, device=x.device)
     scales, sums = (x.new_empty((m, n_blocks), dtype=torch.float32) for _ in range(2))
-    blocks = min(triton.next_power_of_2(n_blocks), tuning.ELEMENTWISE_BLOCK // 32)
+    blocks = min(triton.next_power_of_2(max(n_blocks, 1)), tuning.ELEMENTWISE_BLOCK // 32)
     quantize_activation_kernel[(m, triton.cdiv(n_blocks, blocks))](
         q,
         scales,
@@ -136,7 +136,7 @@ def sum_activation(x: Tensor, columns: int) -> Tensor:
     m, k = x.shape
     n_units = k // columns
     sums = x.new_empty((m, n_units), dtype=torch.float32)
-    units = min(triton.next_power_of_2(n_units), tuning.ELEMENTWISE_BLOCK // 32)
+    units = min(triton.next_power_of_2(max(n_units, 1)), tuning.ELEMENTWISE_BLOCK // 32)
     sum_activation_kernel[(m, triton.cdiv(n_units, units))](
         sums, x, x.stride(0), n_units, UNIT=columns, UNITS=units, num_warps=4
     )
@@ -155,7 +155,7 @@ def quantize_e4m3(x: Tensor, native: bool | None = None) -> tuple[Tensor, Tensor
         native = tuning.multiplies_e4m3(x.device)
     q = x.new_empty((m, k), dtype=torch.float8_e4m3fn if native else torch.bfloat16)
     scales = x.new_empty((m, n_units), dtype=torch.float32)
-    units = min(triton.next_power_of_2(n_units), tuning.ELEMENTWISE_BLOCK // 128)
+    units = min(triton.next_power_of_2(max(n_units, 1)), tuning.ELEMENTWISE_BLOCK // 128)
     quantize_e4m3_kernel[(m, triton.cdiv(n_units, units))](
         q.view(torch.uint8) if native else q,
         scales,

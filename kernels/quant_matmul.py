@@ -14,13 +14,15 @@ with the roundings of the separate ops.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .linear import linear, tile_of_program
+from .linear import columns_contiguous, linear, tile_of_program
 from .moe_activation import ACTIVATIONS, activate
 from .quant_activation import prepared
 from .quant_blocks import add_units, gate_up_units
@@ -216,7 +218,8 @@ def quant_matmul(
     width = n // 2 if gated else n
     dtype = torch.float32 if residual is not None else out_dtype or x.dtype
     y = torch.empty((*x.shape[:-1], width), dtype=dtype, device=x.device)
-    x2 = x.reshape(-1, x.shape[-1])
+    x2 = columns_contiguous(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
+    bias = bias if bias is None else bias.contiguous()
     y2 = y.view(x2.shape[0], width)
     rest = None if residual is None else residual.reshape(y2.shape).contiguous()
     if format in ("bf16", "f32"):

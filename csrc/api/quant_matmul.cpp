@@ -77,6 +77,19 @@ QuantMatmulArgs product_args(const Tensor& y, int64_t columns, const Tensor& x, 
           .x_stride = x.stride[0]};
 }
 
+Gating gating_of(int64_t code, const char* op) {
+  check(
+      code == static_cast<int64_t>(Gating::silu) || code == static_cast<int64_t>(Gating::gelu_tanh),
+      op, "the gated activation must be silu or gelu_tanh");
+  return static_cast<Gating>(code);
+}
+
+void check_residual(const Tensor& residual, int64_t m, int64_t n, const char* op) {
+  check(!residual.given() ||
+            (residual.dtype == DType::f32 && residual.contiguous() && has_shape(residual, {m, n})),
+        op, "residual must be f32, contiguous, [m, n]");
+}
+
 }  // namespace
 
 QuantMatmulArgs quant_matmul_args(Tensor y, Tensor x, Tensor data, Tensor scales,
@@ -96,16 +109,32 @@ FinishedProductArgs finished_product_args(Tensor y, Tensor x, Tensor data, Tenso
   const int64_t columns = gated ? n / 2 : n;
   const QuantMatmulArgs product =
       product_args(y, columns, x, data, scales, format_code, n, bias, activation, scratch, op);
-  const Gating act = static_cast<Gating>(gating);
-  check(!gated || act == Gating::silu || act == Gating::gelu_tanh, op,
-        "the gated activation must be silu or gelu_tanh");
+  const Gating act = gating_of(gating, op);
   check(!gated || n % 32 == 0, op, "gate and up must have multiples of 16 rows");
   check(y.dtype == (gated ? x.dtype : DType::f32), op,
         "y must be in the dtype of x if gated, else f32");
-  check(gated || (residual.dtype == DType::f32 && residual.contiguous() && residual.ndim == 2 &&
-                  residual.shape[0] == x.shape[0] && residual.shape[1] == n),
-        op, "residual must be f32, contiguous, [m, n]");
+  check_residual(residual, x.shape[0], n, op);
   return {.product = product, .residual = residual.as<float>(), .gating = act};
+}
+
+FinishProductArgs finish_product_args(Tensor y, Tensor product, Tensor residual, int64_t gating) {
+  const char* op = "finish_product";
+  check(is_float(product) && product.contiguous() && product.ndim == 2, op,
+        "product must be f32 or bf16, contiguous, [m, n]");
+  const bool gated = !residual.given();
+  const int64_t m = product.shape[0], n = product.shape[1], columns = gated ? n / 2 : n;
+  check(!gated || n % 2 == 0, op, "product must hold as many columns of up as of gate");
+  check_residual(residual, m, n, op);
+  check(y.dtype == (gated ? product.dtype : DType::f32) && y.contiguous() &&
+            has_shape(y, {m, columns}),
+        op, "y must be contiguous, [m, n] in f32, or [m, n / 2] in the dtype of product if gated");
+  return {.y = y.data,
+          .product = product.data,
+          .residual = gated ? nullptr : residual.as<float>(),
+          .type = product.dtype,
+          .gating = gating_of(gating, op),
+          .m = m,
+          .columns = columns};
 }
 
 }  // namespace fastllm

@@ -17,6 +17,7 @@ Kernel<PagedAttentionArgs> paged_attention;
 Kernel<AttentionBackwardArgs> attention_backward;
 Kernel<QuantMatmulArgs> quant_matmul;
 Kernel<FinishedProductArgs> finished_product;
+Kernel<FinishProductArgs> finish_product;
 Kernel<QuantMatmulInputGradArgs> quant_matmul_input_grad;
 Kernel<LinearArgs> linear;
 Kernel<HeadLinearArgs> head_linear;
@@ -60,6 +61,7 @@ const Kernels kernels = {
     .attention_backward = attention_backward,
     .quant_matmul = quant_matmul,
     .finished_product = finished_product,
+    .finish_product = finish_product,
     .quant_matmul_input_grad = quant_matmul_input_grad,
     .linear = linear,
     .head_linear = head_linear,

@@ -72,6 +72,28 @@ FASTLLM_INLINE void gate_columns(const FinishedProductArgs& f, const float* gate
   }
 }
 
+// n columns of what finish_product makes; up lies `inner` columns behind gate.
+template <class T>
+void residual_columns(float* y, const float* residual, const T* product, int64_t n) {
+  int64_t c = 0;
+  for (; c + VL <= n; c += VL) vstore(y + c, vload(residual + c) + load(product + c));
+  if (c < n) store_n(y + c, load_n(residual + c, n - c) + load_n(product + c, n - c), n - c);
+}
+template <class T>
+void gated_columns(Gating gating, T* y, const T* gate, int64_t inner, int64_t n) {
+  for (int64_t c = 0; c < n; c += VL) {
+    const int64_t left = n - c;
+    const vf g = left >= VL ? load(gate + c) : load_n(gate + c, left);
+    const vf u = left >= VL ? load(gate + inner + c) : load_n(gate + inner + c, left);
+    const vf v =
+        gating == Gating::silu ? gated<Gating::silu>(g, u) : gated<Gating::gelu_tanh>(g, u);
+    if (left >= VL)
+      store(y + c, v);
+    else
+      store_n(y + c, v, left);
+  }
+}
+
 // A product with a quantized weight: strips of panels times all rows. What follows it, if given,
 // reads a strip's sums while they are in the L1 or L2 cache; a gated activation those of two strips.
 class QuantizedProduct {
@@ -155,7 +177,7 @@ class QuantizedProduct {
   // Few rows, or no scratch: every thread prepares its own copy. Else all prepare one together.
   void prepare() {
     x_ = {a_.m,
-          !few_         ? kWideRows
+          !few_         ? kernel_.wide_rows()
           : kernel_.few ? few_width(a_.m)
                         : few_tile(a_.m).rows,
           kernel_.row_bytes(), static_cast<char*>(a_.scratch)};
@@ -228,6 +250,26 @@ void quant_matmul(const QuantMatmulArgs& a, const Team& team) {
 
 void finished_product(const FinishedProductArgs& a, const Team& team) {
   QuantizedProduct(a.product, &a, team).run();
+}
+
+void finish_product(const FinishProductArgs& a, const Team& team) {
+  constexpr int64_t kColumns = 256;
+  const int64_t runs = divide_up(a.columns, kColumns);
+  int64_t begin, end;
+  my_share(team, a.m * runs, 1, &begin, &end);
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t column = i % runs * kColumns, at = i / runs * a.columns + column;
+    const int64_t n = smaller(kColumns, a.columns - column);
+    dispatch_float(a.type, [&](auto type) {
+      using T = decltype(type);
+      const T* product = static_cast<const T*>(a.product);
+      if (a.residual)
+        residual_columns(static_cast<float*>(a.y) + at, a.residual + at, product + at, n);
+      else
+        gated_columns(a.gating, static_cast<T*>(a.y) + at, product + i / runs * a.columns + at,
+                      a.columns, n);
+    });
+  }
 }
 
 }  // namespace fastllm::FASTLLM_ISA

@@ -151,6 +151,7 @@ def linear(
         ValueError: on mismatched shapes or dtypes, naming the argument.
     """
     _check(x, weight, bias, out_dtype)
+    bias = bias if bias is None else bias.contiguous()
     return _linear(x, weight, bias, out_dtype)
 
 

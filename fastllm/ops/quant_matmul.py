@@ -18,18 +18,16 @@ from torch import Tensor
 from .. import _C
 from . import packed_layout as layout
 from .gated_activation import gated_activation, gated_gradients
-from .linear import as_rows, check_output, prepared_rows
+from .linear import as_rows, check_output, contiguous_rows, prepared_rows
 from .quant_format import QUANT_FORMATS
 from .quant_matmul_cuda import CUDA_FORMATS, fits_cuda, launch
 from .quant_matmul_input_grad import packed_input_grad
 from .quant_products import dot_ref, products_ref
 from .registry import Op, batch_invariant
-from .swiglu import swiglu
 from .swiglu_backward import swiglu_backward
 
 ACTIVATIONS = ("int8", "bf16", "fp32", "fp8")  # in the order of the codes of csrc's enum
 GATED = ("silu", "gelu_tanh")
-# Of "", "residual" and GATED, what a backend's row serves.
 
 
 def variants(formats: Sequence[str]) -> tuple[str, ...]:
@@ -165,7 +163,7 @@ _quant_matmul = Op(
 
 
 def _native_layout(x: Tensor, data: Tensor, scales: Tensor, format: str, *_: Any) -> bool:
-    return layout.rows_of(data, format) == layout.ROWS_PER_GROUP["cpu"] and x.stride(-1) == 1
+    return layout.rows_of(data, format) == layout.ROWS_PER_GROUP["cpu"]
 
 
 def _option(
@@ -188,22 +186,21 @@ def _quant_matmul_cpu(
     residual: Tensor | None = None,
     gated: str = "",
 ) -> Tensor:
-    x2 = as_rows(x)
+    x2 = contiguous_rows(as_rows(x))
     rows, code, mode = x2.shape[0], layout.FORMATS.index(format), ACTIVATIONS.index(activation)
     option = _option(n, bias, activation, out_dtype, residual, gated)
     if not option:
         y = torch.empty((rows, n), dtype=out_dtype or x.dtype)
         _C.quant_matmul(y, x2, data, scales, code, n, bias, mode, prepared_rows(x2))
         return y.view(*x.shape[:-1], n)
-    if not _fused(format, n, option):
-        plain = _quant_matmul_cpu(x, data, scales, format, n, bias, activation)
-        if gated == "silu":
-            return swiglu(*plain.chunk(2, dim=-1))
-        return finished_ref(plain.float(), x.dtype, out_dtype, residual, gated)
     columns = n // 2 if gated else n
     y = torch.empty((rows, columns), dtype=x.dtype if gated else torch.float32)
     base = None if residual is None else as_rows(residual).contiguous()
     act = _C_GATING.get(gated, 0)
+    if not _fused(format, n, option):
+        product = _quant_matmul_cpu(x2, data, scales, format, n, bias, activation)
+        _C.finish_product(y, product, base, act)
+        return y.view(*x.shape[:-1], columns)
     _C.finished_product(y, x2, data, scales, code, n, bias, mode, prepared_rows(x2), base, act)
     return y.view(*x.shape[:-1], columns)
 
@@ -221,7 +218,8 @@ if hasattr(_C, "quant_matmul_cuda"):  # the extension was built with CUDA
     def _few_rows(
         x: Tensor, data: Tensor, scales: Tensor, format: str, n: int, bias: Any, *rest: Any
     ) -> bool:
-        whole = bias is None or bias.is_contiguous()
+        # More rows are Triton's: in batch-invariant mode all must be summed in one order.
+        whole = (bias is None or bias.is_contiguous()) and not batch_invariant()
         return whole and _option(n, bias, *rest) == "" and fits_cuda(x, data, scales, format)
 
     @_quant_matmul.impl(
@@ -307,6 +305,7 @@ def quant_matmul(
         ValueError: on mismatched shapes, dtypes or names, naming the argument.
     """
     _check(x, data, scales, format, n, bias, activation, out_dtype)
+    bias = bias if bias is None else bias.contiguous()
     if residual is not None or gated:
         _check_options(x, n, out_dtype, residual, gated)
     return _quant_matmul(x, data, scales, format, n, bias, activation, out_dtype, residual, gated)

@@ -216,6 +216,24 @@ def not_finite_case(format: str, mode: str, value: float) -> float:
     return max(bad, same(y[::2], clean[::2]))
 
 
+def strides_case() -> float:
+    """Columns of x and a bias that do not lie side by side; a weight without columns."""
+    from fastllm.kernels.linear import linear
+    from fastllm.kernels.quant_matmul import quant_matmul
+
+    x, bias, worst = randn(160, 3).t(), randn(80)[::2], 0.0
+    for format, mode in (("q4_1", "int8"), ("q4_1", "fp32"), ("fp8", "fp8")):
+        data, scales = pack(format, 40, 160)
+        y = quant_matmul(x, data, scales, format, 40, bias, mode)
+        whole = (x.contiguous(), data, scales, format, 40, bias.contiguous(), mode)
+        worst = max(worst, same(y, quant_matmul(*whole)))
+        none = quant_matmul(x[:, :0], *pack(format, 40, 0), format, 40, bias, mode)
+        worst = max(worst, same(none, bias.expand(3, 40)))
+    weight = randn(160, 40).t()
+    want = linear(x.contiguous(), weight.contiguous(), bias.contiguous())
+    return max(worst, same(linear(x, weight, bias), want))
+
+
 def quick_cases() -> dict[str, Case]:
     """Every format, each mode in turn; every mode, epilogue and quantizer."""
     cases: dict[str, Case] = {}
@@ -249,6 +267,7 @@ def quick_cases() -> dict[str, Case]:
         not_finite_case("q6_k", "int8", math.inf),
         not_finite_case("fp8", "fp8", math.nan),
     )
+    cases["quant_matmul strides"] = strides_case
     cases["quant_matmul_input_grad empty"] = lambda: input_grad_case("q4_0", F32, 0, 20)
     cases["quantize_activation"] = int8_activation_exact
     cases["quantize_e4m3"] = e4m3_activation_exact

@@ -133,6 +133,18 @@ void finished() {
                          CHECK(std::fabs(gated.get(i) - want) <= 1e-3 * (1 + std::fabs(want)));
                        }
                      });
+      // The same from a product in memory.
+      Owned sum_after(DType::f32, {m, n}), gated_after(DType::f32, {m, n / 2});
+      run_everywhere("finish_product", &Kernels::finish_product,
+                     finish_product_args(sum_after, plain, residual, 0), {&sum_after}, 0.f, [&] {
+                       for (int64_t i = 0; i < m * n; ++i)
+                         CHECK(sum_after.get(i) == plain.get(i) + residual.get(i));
+                     });
+      run_everywhere("finish_product", &Kernels::finish_product,
+                     finish_product_args(gated_after, plain, {}, 0), {&gated_after}, 1e-5f, [&] {
+                       for (int64_t i = 0; i < m * n / 2; ++i)
+                         CHECK(std::fabs(gated_after.get(i) - gated.get(i)) <= 1e-3);
+                     });
     }
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -9,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastllm import _C
+from fastllm.ops import linear, quant_matmul, swiglu
 from fastllm.ops import packed_layout as layout
-from fastllm.ops import quant_matmul, swiglu
 from fastllm.ops.gated_activation import gated_activation
 from fastllm.ops.quant_format import QUANT_FORMATS
 from fastllm.ops.quant_matmul import quant_matmul_ref
@@ -78,6 +79,35 @@ def test_extreme_codes_do_not_saturate() -> None:
                 for isa in _C.isas():
                     _C.set_isa(isa)
                     assert torch.equal(quant_matmul(x, data, scales, format, 16), want)
+
+
+def test_strides_of_x_and_bias_do_not_matter() -> None:
+    g = generator(5)
+    data, scales = random_packed(g, "q4_1", 20, 64, 16)
+    x, bias = torch.randn(64, 5, generator=g).t(), torch.randn(40, generator=g)[::2]
+    want = quant_matmul(x.contiguous(), data, scales, "q4_1", 20, bias.contiguous())
+    assert torch.equal(quant_matmul(x, data, scales, "q4_1", 20, bias), want)
+    weight = torch.randn(20, 64, generator=g)
+    assert torch.equal(linear(x, weight, bias), linear(x, weight, bias.contiguous()))
+
+
+@pytest.mark.parametrize("gated", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("n", [2, 34, 602])
+def test_gate_and_up_may_share_a_panel(n: int, gated: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the reference was called")
+
+    module = importlib.import_module("fastllm.ops.quant_matmul")
+    monkeypatch.setattr(module, "finished_ref", refuse)
+    g = generator(6)
+    data, scales = random_packed(g, "q4_1", n, 64, 16)
+    x = torch.randn(13, 64, generator=g)
+    for isa in _C.isas():
+        _C.set_isa(isa)
+        gate, up = quant_matmul(x, data, scales, "q4_1", n).chunk(2, dim=-1)
+        y = quant_matmul(x, data, scales, "q4_1", n, gated=gated)
+        torch.testing.assert_close(y, gated_activation(gate, up, gated), rtol=1e-5, atol=1e-5)
+        assert torch.equal(quant_matmul(x[5:6], data, scales, "q4_1", n, gated=gated), y[5:6])
 
 
 def test_nan_and_infinity_stay_in_their_row() -> None:
