@@ -57,6 +57,9 @@ class QuantLinear(nn.Linear):
             raise ValueError(f"format {packed.format!r} is not quantized: keep nn.Linear")
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
+        kind = QUANT_FORMATS[packed.format]
+        if kind.mode(activation) not in kind.modes:
+            raise ValueError(f"activation {activation!r} is none of {packed.format}'s")
         self.in_features, self.out_features = packed.k, packed.n
         self.format, self.activation, self.dtype = packed.format, activation, dtype
         self._shapes = _shapes(packed.format, packed.n, packed.k)

@@ -87,7 +87,7 @@ def dequantize(
         ValueError: if data and scales are not an `[n, k]` weight of that format, or on another
             dtype.
     """
-    layout.check_packed(data, scales, format, n, k)
+    layout.check_packed(data, scales, format, n, k, "k is")
     if dtype not in FLOATS:
         raise ValueError(f"dtype must be torch.float32, bfloat16 or float16, got {dtype}")
     if format in layout.DENSE:

@@ -276,8 +276,13 @@ def pack_parts(
     return data, join_scales(parts, format, per_group)
 
 
-def check_packed(data: Tensor, scales: Tensor, format: str, n: int, k: int | None = None) -> None:
-    """Raise ValueError unless data and scales are a packed weight of `n` rows (and k columns)."""
+def check_packed(
+    data: Tensor, scales: Tensor, format: str, n: int, k: int | None = None, of: str = "x has"
+) -> None:
+    """Raise ValueError unless data and scales are a packed weight of `n` rows (and k columns).
+
+    `of` says in the message where k comes from.
+    """
     check_format(format)
     if n < 0:
         raise ValueError(f"n must not be negative, got {n}")
@@ -295,7 +300,7 @@ def check_packed(data: Tensor, scales: Tensor, format: str, n: int, k: int | Non
     if rows < 1 or tuple(data.shape) != data_shape(format, n, columns, rows):
         raise ValueError(f"data of shape {tuple(data.shape)} is not a {format} weight of {n} rows")
     if k is not None and columns != k:
-        raise ValueError(f"data holds rows of {columns} columns, x has {k}")
+        raise ValueError(f"data holds rows of {columns} columns, {of} {k}")
     multiple = QUANT_FORMATS[format].multiple
     if columns % multiple:
         raise ValueError(
