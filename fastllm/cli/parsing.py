@@ -63,8 +63,8 @@ def add_model_options(parser: Parser) -> None:
         "--activation",
         choices=["int8", "bf16", "fp32"],
         default=None,
-        help="what quantized weights are multiplied with (default: int8; with an adapter, as it "
-        "was trained, the compute dtype)",
+        help="what quantized weights are multiplied with (default: int8, which of fp8 weights is "
+        "e4m3; with an adapter, as it was trained, the compute dtype)",
     )
     group.add_argument(
         "--quant",

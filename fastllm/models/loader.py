@@ -67,7 +67,9 @@ def load_model(
             else what config.json says (float16 becomes bfloat16), else bfloat16.
         device: "cpu" (default) or "cuda".
         activation: how inputs meet quantized weights: "int8", "bf16", "fp32". Default: "int8" on
-            the CPU, `dtype` on a GPU. Dense weights know only their dtype.
+            the CPU, `dtype` on a GPU. Dense weights know only their dtype. With "int8" inputs of
+            fp8 weights become e4m3, one scale for 128 columns: as in the runtimes that such files
+            are made for, and coarser than int8 (transformers rounds to e4m3 too, a scale a token).
         max_positions: the longest sequence; default that of the configuration.
         quantization: round the matrices of layers and experts to this format as they are read, one
             at a time: a name of `fastllm.ops.quant_format`, a mix ("q4_k_m"), or a rule of one's

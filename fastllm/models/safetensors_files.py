@@ -254,7 +254,9 @@ def save_directory(
             (aside / name).write_bytes(content)
         text = json.dumps(dict(config), indent=2, sort_keys=True, allow_nan=False)
         (aside / "config.json").write_text(text + "\n", encoding="utf-8")
+        mode = (aside / "config.json").stat().st_mode & 0o777
         for file in aside.iterdir():
+            file.chmod(mode)  # the safetensors library makes its files private
             sync(file)
         sync(aside)
         aside.chmod(0o755)  # mkdtemp makes it private

@@ -68,6 +68,13 @@ def test_released_files_are_opened_again(tensors: dict[str, torch.Tensor], tmp_p
     assert torch.equal(files.get("a").data, kept)
 
 
+def test_files_can_be_read_by_those_who_may_read_the_folder(tmp_path: Path) -> None:
+    save_directory(tmp_path / "m", {"w": torch.ones(2)}, {})
+    (tmp_path / "plain").touch()  # as the umask has it
+    modes = {file.stat().st_mode for file in [*(tmp_path / "m").iterdir(), tmp_path / "plain"]}
+    assert len(modes) == 1
+
+
 def test_an_existing_directory_is_kept_unless_told(
     tensors: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
