@@ -7,7 +7,7 @@ read is an error that names the key and what is supported.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Protocol
 
 from torch import Tensor
@@ -94,6 +94,16 @@ def _shapes(parts: Entries, *required: str) -> dict[str, tuple[int, ...]]:
     return {name: entry.shape for name, entry in parts.items()}
 
 
+def _check_groups(k: int, groups: int, columns: Collection[int]) -> None:
+    """Raise ValueError if config.json, which may say nothing, says other groups of rows of k."""
+    if columns and not any(groups == (-(-k // c) if c > 0 else 1) for c in columns):
+        sizes = " or ".join(str(c) if c > 0 else "whole rows" for c in sorted(columns))
+        raise ValueError(
+            f"there are scales for {groups} groups in rows of {k} columns; group_size of "
+            f"config.json is {sizes}"
+        )
+
+
 def _matrix(parts: Entries) -> tuple[int, int]:
     """The shape of `weight`, codes of a byte each."""
     shape = _shapes(parts, "weight")["weight"]
@@ -129,11 +139,16 @@ class GptqLayout:
             )
         self._version = 2 if version == "gptq_v2" else 1
         self._symmetric = fields.boolean("sym", default=True)
+        self._columns = fields.integer("group_size", default=None)  # -1: a whole row
+        if fields.has("dynamic"):  # modules have groups of their own
+            self._columns = None
 
     def describe(self, module: str, parts: Entries, read: Reader) -> Described:
         shapes = _shapes(parts, *gptq_files.REQUIRED)
         n, k, bits = gptq_files.shape_of(shapes)
         groups = shapes["scales"][0]
+        if self._columns is not None:
+            _check_groups(k, groups, (self._columns,))
         if _out_of_order("g_idx", parts, read, k, groups):
             return (n, k), EXPANDED
         return (n, k), _format(bits, self._symmetric, groups, k)
@@ -212,6 +227,7 @@ class CompressedTensorsLayout:
 
     def __init__(self, fields: Fields) -> None:
         self._check_format(fields, fields.string("format", default="pack-quantized"))
+        self._columns: set[int] = set()  # under one scale; 0: whole rows
         groups = fields.section("config_groups") or Fields({}, fields.file)
         for name in groups.values:
             group = groups.section(name)
@@ -239,6 +255,7 @@ class CompressedTensorsLayout:
                 "num_bits", f"{bits} of type {describe(kind)} is not supported",
                 "Supported: int of 4 and 8 bits, float of 8",
             )  # fmt: skip
+        self._columns.add(weights.integer("group_size", default=None) or 0)
 
     def describe(self, module: str, parts: Entries, read: Reader) -> Described:
         shapes = _shapes(parts, "weight_scale")
@@ -247,6 +264,7 @@ class CompressedTensorsLayout:
         if "weight_packed" in shapes:
             _shapes(parts, "weight_shape")
             n, k = compressed_tensors.packed_shape({"weight_shape": read("weight_shape")})
+            _check_groups(k, groups, self._columns)
             if groups and not k % groups:
                 if _out_of_order("weight_g_idx", parts, read, k, groups):
                     return (n, k), EXPANDED

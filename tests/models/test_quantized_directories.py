@@ -301,11 +301,27 @@ BAD_FILES: list[tuple[str, Callable[[dict[str, Tensor]], None], str]] = [
     ("bitsandbytes", _drop(".quant_map"), r"weight\.quant_map is missing"),
     ("bitsandbytes", _set(f"weight.{bitsandbytes_files.STATE}", lambda t: t[:9]), "valid JSON"),
     ("pack-quantized", _drop("weight_shape"), r"weight_shape is missing"),
+    (
+        "pack-quantized",
+        _set("weight_scale", lambda t: t[:, :2].contiguous()),
+        r"up_proj\.weight: there are scales for 2 groups in rows of 128 columns; group_size of "
+        r"config\.json is 32",
+    ),
     ("float-quantized", _set("weight_scale", lambda t: t / 0), r"NaN or infinity"),
     ("fp8", _set("weight_scale_inv", lambda t: t[:1]), r"up_proj\.weight: .*scales of shape"),
     ("fastllm", _drop("weight_scales"), r"weight_scales is missing"),
     ("fastllm", _set("weight_scales", lambda t: t[:, :2]), r"weight_scales has shape"),
 ]
+
+
+def test_groups_of_gptq_are_those_that_the_config_names(tmp_path: Path) -> None:
+    format, to_files, quantization = CASES["gptq"]
+    other = {**quantization, "group_size": 128}
+    write(tmp_path / "m", dense_config(), format, to_files, other)
+    with pytest.raises(ModelFileError, match=r"groups in rows of .* config\.json is 128"):
+        open_weights(tmp_path / "m")
+    write(tmp_path / "d", dense_config(), format, to_files, {**other, "dynamic": {"+:x": {}}})
+    assert open_weights(tmp_path / "d").names
 
 
 @pytest.mark.parametrize(("case", "change", "message"), BAD_FILES)
