@@ -122,7 +122,8 @@ def write(kind: str, path: Path) -> None:
 def test_damaged_quantized_directories(kind: str, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of columns out of order, which damage can make
-        counts = fuzz_files.fuzz_directory(tmp_path, CASES, partial(write, kind))
+        counts = fuzz_files.fuzz_directory(tmp_path, 3 * CASES, partial(write, kind))
+    # one damage in some forty harms nothing: of so many cases, one at least
     assert counts["refused"] > CASES // 4 and counts["accepted"] > 0, counts
 
 
