@@ -213,6 +213,8 @@ def test_llama_cpp_predicts_alike_on_a_real_model(
     print(f"{format} smollm2: entropy {entropy:.2f}, KL {found}")
     # On float32 weights the two differ by 1e-6. Here llama.cpp's rounding of activations costs it
     # 0.0042 (q4_1) to 0.0085 (q5_k) against exact products, our int8 mode's about as much: where
-    # both round, in blocks of other sizes, the two add up.
-    limits = {"int8": 2 * LIMIT, "bf16": LIMIT, "fp32": LIMIT}
+    # both round, in blocks of other sizes, the two add up, to 0.0119 of q5_k and 0.0097 of q6_k,
+    # whose activations llama.cpp rounds in blocks of 256. All others stay below the limit.
+    wide = 1.5 if format in ("q5_k", "q6_k") else 1.0
+    limits = {"int8": wide * LIMIT, "bf16": LIMIT, "fp32": LIMIT}
     assert all(0 <= kl < limits[mode] for mode, kl in found.items()), found
