@@ -27,6 +27,7 @@ TABLES: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("decode", "prefill", "load"), ("",)),
     (("train",), ("10M full", "50M full", "135M full", "135M lora")),
     (("moe",), ("forward", "layer", "decode fine", "q4_0")),
+    (("quant",), ("q4_0 8B", "q4_k", "q6_k", "q8_0", "int4_g128", "int8", "nf4 8B", "fp8 8B")),
 )
 HIDDEN = ("memory", "count", "Zipf")  # words of cases that are not shown
 
