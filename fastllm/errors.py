@@ -1,8 +1,23 @@
-"""Exceptions of the package. All derive from FastLLMError, so one `except` catches them."""
+"""Exceptions of the package, all from FastLLMError, so that one `except` catches them; a hint."""
 
 from __future__ import annotations
 
+import difflib
 import os
+from collections.abc import Iterable
+
+
+def did_you_mean(name: str, known: Iterable[str], count: int = 1, cutoff: float = 0.6) -> str:
+    """`did you mean a or b?` of the nearest names, for the end of a message; "" if none is near.
+
+    Args:
+        name: what was given; what is behind 1,024 characters is not looked at.
+        known: what would have been right.
+        count: names, at most.
+        cutoff: how near they must be: 0 anything, 1 equal.
+    """
+    near = difflib.get_close_matches(name[:1024], list(known), n=count, cutoff=cutoff)
+    return f"did you mean {' or '.join(near)}?" if near else ""
 
 
 class FastLLMError(Exception):

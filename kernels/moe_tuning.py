@@ -22,7 +22,7 @@ from dataclasses import replace
 import torch
 
 from . import tuning
-from .tuning import ProductTile
+from .tuning import ProductTile, tile_for
 
 # Sorting slots. Few: all pairs, n^2 compares over n / 64 programs: 8,192 slots are 67 M, 3 us of
 # 132 SMs at 128 lanes a clock. Many: pairs inside a block only, 512 compares a slot.
@@ -85,10 +85,6 @@ COMBINE_BLOCK = 1024
 ROUTER_GRAD_BLOCK = 1024
 
 
-def _tile(table: dict[int, ProductTile], rows: int) -> ProductTile:
-    return next((tile for size, tile in table.items() if rows <= size), table[max(table)])
-
-
 def mean_rows(n_rows: int, n_experts: int) -> int:
     """Rows of the mean expert: it chooses tiles, so that no count is read back from the device."""
     return -(-n_rows // max(1, n_experts))
@@ -104,23 +100,23 @@ def _fitting(tile: ProductTile, device: torch.device) -> ProductTile:
 def product_tile(rows: int, dtype: torch.dtype, device: torch.device) -> ProductTile:
     """Tile of one product of experts of `rows` rows."""
     if dtype == torch.float32:
-        return _tile(_PRODUCT_FP32, rows)
+        return tile_for(_PRODUCT_FP32, rows)
     wide = tuning.architecture(device) == 90
-    return _fitting(_tile(_PRODUCT_BF16_90 if wide else _PRODUCT_BF16, rows), device)
+    return _fitting(tile_for(_PRODUCT_BF16_90 if wide else _PRODUCT_BF16, rows), device)
 
 
 def gate_up_tile(rows: int, dtype: torch.dtype, device: torch.device) -> ProductTile:
     """Tile of the first product: n rows of gate and n of up. Its m is that of `product_tile`."""
     if dtype == torch.float32:
-        return _tile(_GATE_UP_FP32, rows)
+        return tile_for(_GATE_UP_FP32, rows)
     wide = tuning.architecture(device) == 90
-    return _fitting(_tile(_GATE_UP_BF16_90 if wide else _GATE_UP_BF16, rows), device)
+    return _fitting(tile_for(_GATE_UP_BF16_90 if wide else _GATE_UP_BF16, rows), device)
 
 
 def down_grad_tile(rows: int, dtype: torch.dtype, device: torch.device) -> ProductTile:
     """Tile of the product of dy with the second weight."""
     table = _GATE_UP_FP32 if dtype == torch.float32 else _DOWN_GRAD_BF16
-    return _fitting(_tile(table, rows), device)
+    return _fitting(tile_for(table, rows), device)
 
 
 def weight_grad_tile(dtype: torch.dtype, device: torch.device) -> ProductTile:
@@ -152,4 +148,4 @@ def quant_input_grad_tile(
         table = _QUANT_DOWN_GRAD_FP32 if epilogue else _QUANT_INPUT_GRAD_FP32
     else:
         table = _QUANT_DOWN_GRAD if epilogue else _QUANT_INPUT_GRAD
-    return _fitting(_tile(table, rows), device)
+    return _fitting(tile_for(table, rows), device)

@@ -179,23 +179,23 @@ LORA_TILE = ProductTile(64, 64, 32, 4, 2)
 
 def linear_tile(m: int, dtype: torch.dtype) -> ProductTile:
     """Tile of a dense product of m tokens."""
-    return _for_tokens(_LINEAR_FP32 if dtype == torch.float32 else _LINEAR_BF16, m)
+    return tile_for(_LINEAR_FP32 if dtype == torch.float32 else _LINEAR_BF16, m)
 
 
 def quant_tile(m: int, format: str, mode: str, gated: bool, device: torch.device) -> ProductTile:
     """Tile of a packed product of m tokens; of n rows of gate and n of up if gated."""
     if mode == "fp32":
         if FORMATS[format].bits == 8 and int(unit_columns(format, mode)) > 32:
-            return _for_tokens(_QUANT_FP32_BYTES, m)
+            return tile_for(_QUANT_FP32_BYTES, m)
         if gated and FORMATS[format].bits == 6:
             return _QUANT_GATED_FP32[64]
-        return _for_tokens(_QUANT_GATED_FP32 if gated else _QUANT_FP32, m)
+        return tile_for(_QUANT_GATED_FP32 if gated else _QUANT_FP32, m)
     few = _QUANT_GATED_FEW if gated else _QUANT_FEW
     columns, tokens = (_gated_size if gated else _product_size)(
         format, mode, architecture(device) == 90
     )
     if m <= min(max(few), tokens):
-        return _for_tokens(few, m)
+        return tile_for(few, m)
     return ProductTile(columns, tokens, 32, 8, 3)
 
 
@@ -220,7 +220,8 @@ def _gated_size(format: str, mode: str, hopper: bool) -> tuple[int, int]:
     return 64, (32 if mode == "int8" or wide or minimum else 64)
 
 
-def _for_tokens(table: dict[int, ProductTile], m: int) -> ProductTile:
+def tile_for(table: dict[int, ProductTile], m: int) -> ProductTile:
+    """The tile of a table {most rows: tile}, ascending, for m rows; above all of them the last."""
     return next((tile for size, tile in table.items() if m <= size), table[max(table)])
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+PERIOD = 10.0  # seconds between lines of progress
 
 
 @functools.cache
@@ -73,6 +76,23 @@ def plain_table(
 def note(text: str) -> None:
     """A line beside the output proper, on stderr."""
     print(text, file=sys.stderr, flush=True)
+
+
+def paced_note(clock: Callable[[], float] = time.monotonic) -> Callable[[str], None]:
+    """A `note` for progress where no bar can be drawn.
+
+    It says one line in `PERIOD` seconds of `clock`, the first after as long, and no others.
+    """
+    last = clock()
+
+    def say(text: str) -> None:
+        nonlocal last
+        now = clock()
+        if now - last >= PERIOD:
+            last = now
+            note(text)
+
+    return say
 
 
 def human_bytes(count: float) -> str:

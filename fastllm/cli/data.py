@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from .console import note
+from .console import note, paced_note
 from .data_show import describe, show
 from .groups import run_group
 from .parsing import Parser, add_config, command_parser
@@ -45,7 +44,6 @@ fastllm data prepare hf:ORG/NAME --dataset-split train --tokenizer tokenizer --o
 """
 
 STAGES = {"read": "reading", "duplicates": "looking for duplicates", "write": "writing"}
-PERIOD = 10.0  # seconds between lines of progress where no bar can be drawn
 
 RULES = {
     "min_chars": "short: fewer characters that are not space",
@@ -153,7 +151,7 @@ def progress_bar() -> Iterator[Callable[[Progress], None]]:
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield plain_progress(time.monotonic)
+        yield plain_progress(paced_note())
         return
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
@@ -180,15 +178,11 @@ def progress_bar() -> Iterator[Callable[[Progress], None]]:
         yield draw
 
 
-def plain_progress(clock: Callable[[], float]) -> Callable[[Progress], None]:
-    """Progress as lines, at most one in `PERIOD` seconds of `clock`."""
-    last = clock()
+def plain_progress(say: Callable[[str], None]) -> Callable[[Progress], None]:
+    """Progress as lines for `say`."""
 
-    def say(at: Progress) -> None:
-        nonlocal last
-        if clock() - last >= PERIOD:
-            last = clock()
-            share = f" {100 * at.done / at.total:.0f}%" if at.total else ""
-            note(f"{STAGES[at.stage]}{share}, {at.documents:,} documents")
+    def tell(at: Progress) -> None:
+        share = f" {100 * at.done / at.total:.0f}%" if at.total else ""
+        say(f"{STAGES[at.stage]}{share}, {at.documents:,} documents")
 
-    return say
+    return tell

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from .console import facts, note
+from .console import facts, paced_note
 from .groups import run_group
 from .parsing import Parser, add_config, add_model_options, command_parser
+from .reading import add_method, add_text_field, texts
 
 if TYPE_CHECKING:
     from ..engine.perplexity import Score
@@ -43,8 +44,6 @@ fastllm eval perplexity ./my-model --text held-out.txt --formats f32,bf16,q8_0,q
 fastllm eval perplexity ./my-model --text held-out.txt --formats f32,int4 --method gptq
     --calibration train.txt --markdown
 """
-
-PERIOD = 10.0  # seconds between lines of progress where no bar can be drawn
 
 
 def run(argv: Sequence[str]) -> int:
@@ -93,10 +92,7 @@ def _parser() -> Parser:
         "--text", action="append", required=True, metavar="FILE",
         help="text, .jsonl, .parquet, a folder or hf:ORG/NAME; may be given again",
     )  # fmt: skip
-    parser.add_argument(
-        "--text-field", action="append", default=None, metavar="NAME",
-        help="field of records that holds the text; several are joined (default: text)",
-    )  # fmt: skip
+    add_text_field(parser)
     parser.add_argument(
         "--length", type=int, default=512, metavar="N",
         help="tokens that a window sees (default: 512)",
@@ -121,10 +117,7 @@ def _add_format_options(parser: Parser) -> None:
         "--formats", default=None, metavar="F,F,...",
         help="f32, bf16 and the formats of `fastllm quantize --help`, with commas between",
     )  # fmt: skip
-    group.add_argument(
-        "--method", choices=["rtn", "imatrix", "awq", "gptq"], default="rtn",
-        help="how values are rounded (default: rtn)",
-    )  # fmt: skip
+    add_method(group)
     group.add_argument(
         "--calibration", action="append", default=None, metavar="FILE",
         help="text for every method but rtn, other than --text; may be given again",
@@ -144,14 +137,9 @@ def _add_format_options(parser: Parser) -> None:
 def read_text(options: Any, tokenizer: Tokenizer) -> tuple[list[list[int]], int]:
     """Token ids of the documents that the options name, and their bytes."""
     from ..engine.perplexity import text_ids
-    from ..train.data.sources import Reader, SourceOptions
 
-    source = SourceOptions(text_fields=tuple(options.text_field or ("text",)))
-    reader = Reader(options.text, source, note)
-    try:
-        return text_ids((document.text for document in reader), tokenizer, options.limit)
-    except ValueError as error:
-        raise ValueError(f"{', '.join(options.text)}: {error}") from error
+    with texts(options.text, options) as documents:
+        return text_ids(documents, tokenizer, options.limit)
 
 
 def window_length(options: Any, model: Any) -> int:
@@ -191,7 +179,8 @@ def progress_bar(total: int, label: str) -> Iterator[Callable[[int], None]]:
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield _lines(total, label)
+        say = paced_note()
+        yield lambda done: say(f"{label}: {done:,} of {total:,} tokens")
         return
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -204,15 +193,3 @@ def progress_bar(total: int, label: str) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(label, total=total)
         yield lambda done: bar.update(task, completed=done)
-
-
-def _lines(total: int, label: str) -> Callable[[int], None]:
-    last = time.monotonic()
-
-    def say(done: int) -> None:
-        nonlocal last
-        if time.monotonic() - last >= PERIOD:
-            last = time.monotonic()
-            note(f"{label}: {done:,} of {total:,} tokens")
-
-    return say

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .console import human_bytes, note, table
-from .eval import PERIOD, measured, numbers, read_text
+from .console import human_bytes, note, paced_note, table
+from .eval import measured, numbers, read_text
 from .parsing import use_threads
+from .reading import calibration_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,13 +95,8 @@ def _calibration(
         return None
     if not options.calibration:
         raise ValueError(f"--method {options.method} needs --calibration FILE")
-    from ..models.quantizing.calibration import calibration_rows
-    from ..train.data.sources import Reader, SourceOptions
-
-    fields = SourceOptions(text_fields=tuple(options.text_field or ("text",)))
-    texts = (document.text for document in Reader(options.calibration, fields, note))
     length = min(512, source.config.max_position_embeddings)
-    return calibration_rows(texts, tokenizer, options.samples, length)
+    return calibration_tokens(options, tokenizer, length)
 
 
 @contextmanager
@@ -134,8 +129,10 @@ def _progress(format: str) -> Progress:
     """Notes at once, and a line about layers every 10 seconds."""
     from ..models.quantizing.run import Progress
 
+    say = paced_note()
+
     class Lines(Progress):
-        count, last = 0, time.monotonic()
+        count = 0
 
         def begin(self, layers: int) -> None:
             self.count = layers
@@ -144,9 +141,7 @@ def _progress(format: str) -> Progress:
             note(f"{format}: {text}")
 
         def layer(self, index: int, errors: Mapping[str, float], resumed: bool) -> None:
-            if time.monotonic() - self.last >= PERIOD:
-                self.last = time.monotonic()
-                note(f"{format}: quantized {index + 1} of {self.count} layers")
+            say(f"{format}: quantized {index + 1} of {self.count} layers")
 
     return Lines()
 

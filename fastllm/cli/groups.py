@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 
+from ..errors import did_you_mean
 from .parsing import command_parser
 
 Action = tuple[Callable[[Sequence[str]], int], str]  # what runs it, what it does
@@ -24,6 +24,5 @@ def run_group(
         parser.print_help()
         return 0
     chosen = parser.parse_args(list(argv[:1])).action
-    near = difflib.get_close_matches(chosen, actions, n=1)
-    hint = f"; did you mean {near[0]}?" if near else f" ({', '.join(actions)})"
-    parser.error(f"{name} has no action {chosen!r}{hint}")
+    hint = did_you_mean(chosen, actions) or f"there are {', '.join(actions)}"
+    parser.error(f"{name} has no action {chosen!r}; {hint}")

@@ -6,13 +6,12 @@ A subcommand is a module of this package with `run(argv) -> exit status`.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import sys
 from collections.abc import Sequence
 
-from ..errors import FastLLMError
+from ..errors import FastLLMError, did_you_mean
 
 # command -> what it does, in the order of `fastllm --help`: as the life of a model goes
 COMMANDS = {
@@ -104,6 +103,6 @@ def _fail(message: str) -> int:
 
 
 def _unknown(name: str) -> str:
-    near = difflib.get_close_matches(name, COMMANDS, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    hint = did_you_mean(name, COMMANDS)
+    hint = f"; {hint}" if hint else ""
     return f"no command named {name!r}{hint} (fastllm --help lists the commands)"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from typing import Any, NoReturn
 
 import jsonargparse
+
+from ..errors import did_you_mean
 
 MAX_THREADS = 1024  # a runtime that is asked for millions of threads ends the process
 
@@ -19,9 +20,8 @@ class Parser(jsonargparse.ArgumentParser):
         unknown = message.partition("unrecognized arguments: --")[2].split("=")[0].split()
         if unknown:
             known = [option for option in self._option_string_actions if option.startswith("--")]
-            near = difflib.get_close_matches("--" + unknown[0], known, n=1)
-            if near:
-                message += f" (did you mean {near[0]}?)"
+            hint = did_you_mean("--" + unknown[0], known)
+            message += f" ({hint})" if hint else ""
         super().error(message, ex)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .console import console, facts, human_bytes, note
 from .parsing import Parser, add_config, command_parser, use_threads
+from .reading import add_method, add_text_field, calibration_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,20 +84,14 @@ def _parser() -> Parser:
     parser.add_argument("model", help="a path, a name of `fastllm models`, or a Hugging Face id")
     parser.add_argument("--format", required=True, metavar="F", help="see above")
     parser.add_argument("--out", required=True, metavar="PATH", help="the file or directory")
-    parser.add_argument(
-        "--method", choices=["rtn", "imatrix", "awq", "gptq"], default="rtn",
-        help="how values are rounded (default: rtn)",
-    )  # fmt: skip
+    add_method(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace what is at --out")
     group: Any = parser.add_argument_group("calibration options")
     group.add_argument(
         "--calibration", action="append", default=None, metavar="FILE",
         help="text, .jsonl, .parquet or a folder; may be given again",
     )  # fmt: skip
-    group.add_argument(
-        "--text-field", action="append", default=None, metavar="NAME",
-        help="field of records that holds the text; several are joined (default: text)",
-    )  # fmt: skip
+    add_text_field(group)
     group.add_argument(
         "--samples", type=int, default=128, metavar="N", help="rows of tokens (default: 128)"
     )
@@ -153,26 +148,8 @@ def _inputs(
         from ..models.imatrix import read_imatrix
 
         return None, read_imatrix(options.imatrix, config)
-    return _rows(options, config, tokenizer), None
-
-
-def _rows(options: Any, config: Any, tokenizer: Tokenizer) -> Tensor:
-    from ..models.quantizing.calibration import calibration_rows
-    from ..train.data.sources import Reader, SourceOptions
-
-    source = SourceOptions(text_fields=tuple(options.text_field or ("text",)))
-    reader = Reader(options.calibration, source, note)
     length = min(options.length, config.max_position_embeddings)
-    try:
-        rows = calibration_rows(
-            (document.text for document in reader), tokenizer, options.samples, length
-        )
-    except ValueError as error:
-        raise ValueError(f"{', '.join(options.calibration)}: {error}") from error
-    note(f"calibration: {len(rows)} rows of {rows.shape[1]} tokens")
-    if len(rows) < options.samples:
-        note(f"note: the text has no more; {options.samples} rows were asked for")
-    return rows
+    return calibration_tokens(options, tokenizer, length), None
 
 
 def _say_plan(lines: Sequence[str], format: str) -> None:

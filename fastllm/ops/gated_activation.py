@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "swiglu_oai")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "swiglu_oai")  # in the order of csrc's enum Gating
 LIMIT, SLOPE = 7.0, 1.702  # of swiglu_oai
 
 

@@ -18,11 +18,12 @@ products in every mode exact in what they are computed in. An entry is within 2^
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+
+from fastllm.errors import did_you_mean
 
 BLOCK = 32  # columns of a block of codes, and of a block of int8 activations
 SUPER_BLOCK = 256  # columns of a K-quant's record of scales
@@ -186,8 +187,7 @@ def format_of(name: str) -> QuantFormat:
     if found is not None:
         return found
     known = [*QUANT_FORMATS, *ALIASES]
-    near = difflib.get_close_matches(lower, known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"formats are {', '.join(known)}"
+    hint = did_you_mean(lower, known, 3, 0.5) or f"formats are {', '.join(known)}"
     raise ValueError(f"format {str(name)!r:.80} does not exist; {hint}")
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import _C
 from . import packed_layout as layout
+from .gated_activation import ACTIVATIONS as GATED_ACTIVATIONS
 from .gated_activation import gated_activation, gated_gradients
 from .linear import as_rows, check_output, contiguous_rows, prepared_rows
 from .quant_format import QUANT_FORMATS
@@ -196,16 +197,13 @@ def _quant_matmul_cpu(
     columns = n // 2 if gated else n
     y = torch.empty((rows, columns), dtype=x.dtype if gated else torch.float32)
     base = None if residual is None else as_rows(residual).contiguous()
-    act = _C_GATING.get(gated, 0)
+    act = GATED_ACTIVATIONS.index(gated) if gated else 0
     if not _fused(format, n, option):
         product = _quant_matmul_cpu(x2, data, scales, format, n, bias, activation)
         _C.finish_product(y, product, base, act)
         return y.view(*x.shape[:-1], columns)
     _C.finished_product(y, x2, data, scales, code, n, bias, mode, prepared_rows(x2), base, act)
     return y.view(*x.shape[:-1], columns)
-
-
-_C_GATING = {"silu": 0, "gelu_tanh": 2}  # csrc's enum Gating
 
 
 def _fused(format: str, n: int, option: str) -> bool:

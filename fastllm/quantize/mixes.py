@@ -11,11 +11,11 @@ head and routers stay as they are.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from fastllm.errors import did_you_mean
 from fastllm.ops.quant_format import QUANT_FORMATS, fit, format_of
 
 Layers = Callable[[int, int], bool]  # (layer, layers) -> whether it is one of them
@@ -144,8 +144,7 @@ def resolve_format(name: str) -> str:
     known = known_formats()
     if lower in (*known, "int4", "int4_asym"):
         return format_of(lower).name
-    near = difflib.get_close_matches(lower, known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
+    hint = did_you_mean(lower, known, 3, 0.5) or f"known: {', '.join(known)}"
     raise ValueError(f"format {name!r:.80} is not known; {hint}")
 
 

@@ -12,7 +12,7 @@ from ..ops import packed_layout as layout
 from ..ops.pages import Arena
 from . import packed as packing
 from .packed import PackedWeight, unpack
-from .packed_experts import PackedExperts, empty_experts, pack_expert_
+from .packed_experts import PackedExperts, empty_experts, pack_expert_, set_expert_
 from .rule import QuantReport, QuantRule, squared_error
 
 
@@ -81,7 +81,7 @@ class Quantizer:
                 continue
             with naming(f"{name}, expert {e}"):
                 one = packing.quantize_weight(weight, format, None, device)
-            packed.data[e], packed.scales[e] = one.data, one.scales
+            set_expert_(packed, e, one)
             if self.measure:
                 errors.append(squared_error(weight, unpack(one).to(weight.device)))
         if format != dense:

@@ -21,6 +21,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 
+from fastllm.errors import did_you_mean
+
 T = TypeVar("T")
 
 _TRUE, _FALSE, _NONE = ("true", "yes", "on"), ("false", "no", "off"), ("none", "null", "~")
@@ -180,12 +182,12 @@ def _flatten(cls: type, values: Mapping[Any, Any], where: str) -> Iterator[tuple
 
 
 def _unknown(key: str, known: Mapping[str, Any], subject: str) -> str:
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    if not near:  # the section may be wrong or left out
+    hint = did_you_mean(key, known, cutoff=0.5)
+    if not hint:  # the section may be wrong or left out
         last = {k.rpartition(".")[2]: k for k in reversed(list(known))}
-        near = [last[n] for n in difflib.get_close_matches(key.rpartition(".")[2], last, n=1)]
-    hint = f": did you mean {near[0]}?" if near else f": there are {', '.join(known)}"
-    return f"{subject} is unknown{hint}"
+        near = difflib.get_close_matches(key.rpartition(".")[2], last, n=1)
+        hint = f"did you mean {last[near[0]]}?" if near else f"there are {', '.join(known)}"
+    return f"{subject} is unknown: {hint}"
 
 
 def _build(cls: type[T], values: Mapping[str, Any], prefix: str, base: T | None = None) -> T:
@@ -227,8 +229,8 @@ def convert(value: Any, kind: Any, key: str) -> Any:
     if origin is Literal:
         if value in arguments:
             return value
-        near = difflib.get_close_matches(str(value), map(str, arguments), n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
+        hint = did_you_mean(str(value), map(str, arguments))
+        hint = f" ({hint})" if hint else ""
         choices = ", ".join(map(str, arguments))
         raise ValueError(f"{key} must be one of {choices}{hint}, got {value!r:.80}")
     if origin is tuple:

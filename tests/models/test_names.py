@@ -123,7 +123,7 @@ def test_a_path_object_is_never_an_id() -> None:
 def test_near_names_are_suggested(tmp_path: Path) -> None:
     (tmp_path / "model-q4.gguf").touch()
     for wrong, near in [("smolm2", "smollm2"), (f"{tmp_path}/model-q5.gguf", "model-q4.gguf")]:
-        with pytest.raises(ModelNotFoundError, match=f"Did you mean .*{near}"):
+        with pytest.raises(ModelNotFoundError, match=f"did you mean .*{near}"):
             resolve(wrong)
     with pytest.raises(ModelNotFoundError, match="can be installed or used here: smollm2"):
         resolve("entirely different")

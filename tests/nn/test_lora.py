@@ -187,7 +187,7 @@ def test_a_copied_model_has_an_adapter_of_its_own() -> None:
 
 
 def test_an_unknown_target_is_named_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"'q_prj' names no layer.*Did you mean 'q_proj'.*o_proj"):
+    with pytest.raises(ValueError, match=r"'q_prj' names no layer.*did you mean q_proj\?.*o_proj"):
         add_lora(Block(torch.float32), LoraConfig(target_modules=("q_prj",)))
     with pytest.raises(ValueError, match="'lm_head' names no layer"):
         add_lora(Block(torch.float32), LoraConfig(target_modules=("lm_head",)))

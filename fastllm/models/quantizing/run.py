@@ -21,6 +21,7 @@ from torch import Tensor
 from fastllm.models.config import ModelConfig
 from fastllm.models.expert_files import holds_experts
 from fastllm.models.loader import choose_compute
+from fastllm.models.quantization import mix_sizes
 from fastllm.models.quantizing.block import Block, finite
 from fastllm.models.quantizing.experts import quantize_experts
 from fastllm.models.quantizing.layouts import GgufLayout, HfLayout, Layout, stored_bits
@@ -29,7 +30,7 @@ from fastllm.models.quantizing.output import write_directory, write_gguf_file
 from fastllm.models.quantizing.work import WorkFolder, digest, fingerprint
 from fastllm.models.tokenizer import Tokenizer
 from fastllm.models.weights import WeightSource
-from fastllm.quantize.mixes import MIXES, Plan, Sizes, plan
+from fastllm.quantize.mixes import MIXES, Plan, plan
 from fastllm.quantize.packed import PackedWeight, concat
 from fastllm.quantize.pieces import in_pieces
 
@@ -74,13 +75,7 @@ class Report:
 
 def plan_of(config: ModelConfig, settings: Settings) -> Plan:
     """Which format every matrix of a model gets. Raises ValueError for an unknown name."""
-    sizes = Sizes(
-        layers=config.num_hidden_layers,
-        experts=0 if config.experts is None else config.experts.num_experts,
-        many_queries=config.num_key_value_heads < config.num_attention_heads,
-        tied=config.tie_word_embeddings,
-    )
-    importance = settings.method == "imatrix"
+    sizes, importance = mix_sizes(config), settings.method == "imatrix"
     return plan(settings.format, config.weight_shapes(), sizes, importance=importance)
 
 

@@ -11,7 +11,6 @@ malformed one is named by file, line and field before any training starts.
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fastllm.errors import DataError
+from fastllm.errors import DataError, did_you_mean
 from fastllm.train.data.records import is_record_file, read_records
 
 FORMATS = ("messages", "prompt", "alpaca", "sharegpt")
@@ -352,5 +351,5 @@ def _is_str(value: Any) -> bool:
 
 def _one_of(value: Any, known: Iterable[str]) -> str:
     names = list(known)
-    near = difflib.get_close_matches(str(value), names, n=1)
-    return f"one of {', '.join(names)}" + (f" (did you mean {near[0]}?)" if near else "")
+    hint = did_you_mean(str(value), names)
+    return f"one of {', '.join(names)}" + (f" ({hint})" if hint else "")
