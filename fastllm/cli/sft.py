@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..errors import NumericalError
-from .console import heading, note
+from .console import heading
+from .training import Help, asks_for_help, parse, train
 
 if TYPE_CHECKING:
-    from ..train.sft import SftConfig, SftResult
+    from ..train.sft import SftResult
 
 USAGE = "fastllm sft MODEL DATA [DATA...] [--config FILE] [--KEY VALUE...]"
 
@@ -53,49 +50,17 @@ lr_multiplier. seq_len: 2,048 or the model's context. holdout auto: 5% of 20 con
 """
 
 
+HELP = Help(usage=USAGE, description=DESCRIPTION, examples=EXAMPLES, choices=CHOICES)
+
+
 def run(argv: Sequence[str]) -> int:
     """Run the command."""
-    if {"-h", "--help"} & set(argv):
-        print(help_text())
+    from ..train.sft import ALIASES, SftConfig, load, main
+
+    if asks_for_help(argv):
+        print(HELP.text(SftConfig, ALIASES))
         return 0
-    config = parse(argv)
-    from ..train.sft import main
-
-    try:
-        result = main(config, say=note)
-    except (NumericalError, OSError) as error:
-        if "--debug" in sys.argv or isinstance(error, FileNotFoundError):
-            raise
-        note(f"fastllm: error: {error}")
-        return 1
-    if os.environ.get("RANK", "0") == "0":  # one of torchrun's processes speaks
-        show(result)
-    return 0
-
-
-def parse(argv: Sequence[str]) -> SftConfig:
-    """The configuration of a command line. Raises ValueError naming what does not fit."""
-    from ..train.sft import load
-
-    words = list(argv)
-    named: list[str] = []
-    while words and not words[0].startswith("-") and "=" not in words[0]:
-        named.append(words.pop(0))
-    path = None
-    if "--config" in words:
-        at = words.index("--config")
-        if at + 1 == len(words):
-            raise ValueError("--config needs a file")
-        path = words[at + 1]
-        del words[at : at + 2]
-    given = [f"--model={named[0]}"] if named else []
-    if len(named) > 1:
-        given += ["--data", ",".join(named[1:])]
-    if len(named) == 1 and path is None:
-        raise ValueError(f"no data is given: {USAGE}")
-    if not named and path is None:
-        raise ValueError(f"a model and data, or --config, are needed: {USAGE}")
-    return load(path, [*given, *words])
+    return train(main, parse(argv, load, USAGE), show)
 
 
 def show(result: SftResult) -> None:
@@ -107,29 +72,6 @@ def show(result: SftResult) -> None:
         print(f"after:    {_short(answer.after)}")
         print(f"the data: {_short(answer.expected)}")
     print(f"\n{result.run.status} after {result.run.step} steps: {result.output}")
-
-
-def help_text() -> str:
-    """The text of `fastllm sft --help`."""
-    from ..train.config import describe
-    from ..train.sft import ALIASES, SftConfig
-
-    keys = [(f"--{key}", kind, default) for key, kind, default in describe(SftConfig)]
-    width = max(len(name) for name, _, _ in keys)
-    short = ", ".join(f"--{name} for --{key}" for name, key in ALIASES.items())
-    return "\n".join(
-        [
-            f"usage: {USAGE}",
-            DESCRIPTION,
-            "keys (also of the YAML file, nested), types and defaults:",
-            *(f"  {name:{width}}  {kind} = {default}" for name, kind, default in keys),
-            "",
-            *textwrap.wrap(f"short: {short}", 96),
-            CHOICES,
-            "examples:",
-            *(f"  {line}" for line in EXAMPLES.strip().splitlines()),
-        ]
-    )
 
 
 def _short(text: str, length: int = 400) -> str:

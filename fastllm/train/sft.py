@@ -20,11 +20,9 @@ from typing import Literal
 import torch
 
 from fastllm.models.config import ModelConfig
+from fastllm.models.loader import read_tokenizer
 from fastllm.models.names import resolve
-from fastllm.models.quantization import check_quantization
-from fastllm.models.tokenizer import Tokenizer
-from fastllm.models.weights import GGUFWeights, WeightSource, open_weights
-from fastllm.nn.lora import LoraConfig
+from fastllm.models.weights import open_weights
 from fastllm.train import distributed
 from fastllm.train.config import load_config, to_dict
 from fastllm.train.data.conversations import Conversation, read_conversations
@@ -33,41 +31,10 @@ from fastllm.train.data.masks import TEMPLATES, ConversationEncoder, Example
 from fastllm.train.data.order import permutation
 from fastllm.train.loop import LoopConfig, Result, ScheduleConfig, run
 from fastllm.train.sft_task import SftTask, question
+from fastllm.train.tune_config import ALIASES, TuneConfig
 
 MAX_HELD_OUT = 200  # conversations; more make evaluation slow and no steadier
-ALIASES = {
-    "rank": "lora.rank",
-    "out": "loop.out",
-    "resume": "loop.resume",
-    "seed": "loop.seed",
-    "steps": "loop.steps",
-    "tensorboard": "loop.metrics.tensorboard",
-    "trackio": "loop.metrics.trackio",
-    "wandb": "loop.metrics.wandb",
-}
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AdapterConfig:
-    """The adapter of method "lora"; PEFT's meanings."""
-
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-    targets: tuple[str, ...] = ("all-linear",)
-    rslora: bool = False
-
-    def build(self) -> LoraConfig:
-        """As `add_lora` wants it. Raises ValueError naming the field."""
-        everything = self.targets == ("all-linear",)
-        return LoraConfig(
-            r=self.rank,
-            alpha=self.alpha,
-            dropout=self.dropout,
-            target_modules="all-linear" if everything else self.targets,
-            rslora=self.rslora,
-        )
 
 
 def _loop() -> LoopConfig:
@@ -81,49 +48,29 @@ def _loop() -> LoopConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SftConfig:
+class SftConfig(TuneConfig):
     """What is learned from what, and how. None: chosen from the data.
 
     Raises ValueError naming the field.
     """
 
-    model: str = "smollm2"  # a GGUF file, a Hugging Face directory, a name or an id
     data: tuple[str, ...] = ()  # .jsonl, .json, .parquet files, or folders of them
     data_format: Literal["auto", "messages", "prompt", "alpaca", "sharegpt"] = "auto"
     holdout: str = "auto"  # auto (5%), none, a share such as 0.1, or a file
     chat_template: str = "model"  # the model's own; chatml, plain, or a Jinja file
     loss: Literal["assistant", "all"] = "assistant"
-    method: Literal["lora", "full"] = "lora"
-    quant: str | None = None  # of the frozen weights, as they are loaded: nf4, int4, q4_k, ...
-    lora: AdapterConfig = field(default_factory=AdapterConfig)
     seq_len: int | None = None  # the longest conversation, in tokens
     overlong: Literal["truncate", "drop"] = "truncate"
     epochs: float | None = None
     batch_size: int | None = None  # conversations of a step
-    lr: float | None = None
-    lr_multiplier: float = 1.0  # of the rate that is chosen
-    weight_decay: float = 0.0
-    warmup: float = 0.05  # share of the steps
-    micro_tokens: int | None = None  # that go through the model at once
-    checkpointing: bool = False  # recompute activations: less memory, a third more time
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    device: str = "cpu"
     samples: int = 2  # held-out questions that are answered before and after
     loop: LoopConfig = field(default_factory=_loop)
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "lr", "lr_multiplier", "micro_tokens"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} must be above 0, got {value}")
+        TuneConfig.__post_init__(self)
+        self.check_positive("epochs", "batch_size")
         if self.seq_len is not None and self.seq_len < 2:
             raise ValueError(f"seq_len must be at least 2, got {self.seq_len}")
-        if not 0 <= self.warmup <= 1:
-            raise ValueError(f"warmup must be a share from 0 to 1, got {self.warmup}")
-        if self.quant is not None:
-            check_quantization(self.quant)
-            if self.method == "full":
-                raise ValueError("quant freezes the weights, which method full trains: use lora")
         if self.samples < 0:
             raise ValueError(f"samples must be at least 0, got {self.samples}")
 
@@ -201,19 +148,7 @@ def _main(config: SftConfig, device: torch.device, say: Say) -> SftResult:
     seq_len = choose_length(config, source.config)
     data = read_data(config, encoder, seq_len)
     plan = choose(config, data.train, source.config.hidden_size)
-    task = SftTask(
-        source,
-        encoder,
-        dtype=None if config.dtype == "auto" else config.dtype,
-        device=device,
-        lora=config.lora.build() if config.method == "lora" else None,
-        lr=plan.lr,
-        weight_decay=config.weight_decay,
-        seed=config.loop.seed,
-        checkpointing=config.checkpointing,
-        base_name=config.model,
-        quant=config.quant,
-    )
+    task = SftTask(config, source, encoder, lr=plan.lr, device=device)
     task.set_data(
         ExampleBatches(
             data.train,
@@ -241,8 +176,7 @@ def train(config: SftConfig, plan: Plan, task: SftTask, say: Say) -> SftResult:
     result = run(task, loop_config(config, plan), settings=to_dict(config))
     loss_after = task.held_out_loss()
     after = task.answers()
-    output = Path(config.loop.out) / ("model" if task.lora is None else "adapter")
-    task.save(output)
+    output = task.save_result(config.loop.out)
     if loss_after is not None and loss_before is not None:
         say(f"loss on held-out conversations: {loss_before:.4f} before, {loss_after:.4f} after")
     say(f"saved to {output}")
@@ -281,16 +215,12 @@ def choose(config: SftConfig, examples: Sequence[Example], hidden: int) -> Plan:
     batch = config.batch_size
     if batch is None:
         batch = min(2 ** round(math.log2(min(max(0.4 * math.sqrt(n), 4), 64))), n)
-    rate = config.lr
-    if rate is None:
-        rate = 5e-5 * (2000 / hidden) ** 0.78 * (10 if config.method == "lora" else 1)
-        rate *= config.lr_multiplier
     longest = max(len(example.ids) for example in examples) - 1
     total = max(round(n * epochs), 1)
     return Plan(
         epochs=epochs,
         batch_size=batch,
-        lr=rate,
+        lr=config.learning_rate(hidden),
         micro_tokens=max(config.micro_tokens or 2048, longest),
         examples=total,
         steps=math.ceil(total / batch),
@@ -371,13 +301,6 @@ def read_template(name: str) -> str | None:
         return Path(name).read_text(encoding="utf-8")
     known = ", ".join(("model", *TEMPLATES))
     raise ValueError(f"chat_template must be {known} or a file that exists, got {name!r}")
-
-
-def read_tokenizer(source: WeightSource) -> Tokenizer:
-    """The tokenizer beside a model's weights. Raises ModelFileError."""
-    if isinstance(source, GGUFWeights):
-        return Tokenizer.from_gguf(source.file.metadata, file=source.path)
-    return Tokenizer.from_hf(source.path)
 
 
 def _say_nothing(text: str) -> None:

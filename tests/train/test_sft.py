@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 
 from fastllm import LLM, SamplingParams
 from fastllm.cli import sft as cli
+from fastllm.cli.training import parse
 from fastllm.errors import CheckpointError, DataError
 from fastllm.models.config import ModelConfig
-from fastllm.models.loader import save_pretrained
+from fastllm.models.loader import read_tokenizer, save_pretrained
 from fastllm.models.tokenizer import Tokenizer
 from fastllm.models.tokenizer_training import train_tokenizer
 from fastllm.models.trainable import initialize
@@ -164,7 +165,7 @@ def test_how_a_step_is_cut_changes_its_loss_by_rounding_only(
 
 
 def test_what_is_left_open_is_chosen_from_the_data(base: Path) -> None:
-    tokenizer = sft.read_tokenizer(open_weights(base))
+    tokenizer = read_tokenizer(open_weights(base))
     conversation = parse_record({"prompt": "a", "completion": "b"}, "prompt")
     (example,) = ConversationEncoder(tokenizer).encode([conversation])
     config = sft.SftConfig(data=("x",))
@@ -230,7 +231,9 @@ def test_what_cannot_be_trained_is_said(base: Path, chats: Path, tmp_path: Path)
         attempt("--seq_len=4096")
     with pytest.raises(DataError, match="all 4 examples are too long for 8 tokens"):
         attempt("--seq_len=8", "--overlong=drop")
-    with pytest.raises(ValueError, match=r"target_modules: 'q_porj' names no layer.*'q_proj'"):
+    with pytest.raises(
+        ValueError, match=r"target_modules: 'q_porj' names no layer.*did you mean q_proj"
+    ):
         attempt("--lora.targets=q_porj")
     endless = tmp_path / "endless.jinja"
     endless.write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}")
@@ -252,9 +255,9 @@ def test_the_command_takes_model_and_data_or_a_file(
     assert cli.run([*words, *QUIET, "--samples=1"]) == 0
     said = capsys.readouterr().out
     assert CHATS[0][1] in said and "finished after 1 steps" in said
-    again = cli.parse(["--config", str(out / "config.yaml"), "--out", "elsewhere"])
+    again = parse(["--config", str(out / "config.yaml"), "--out", "elsewhere"], sft.load, cli.USAGE)
     assert again == dataclasses.replace(
-        cli.parse([*words, *QUIET, "--samples=1"]),
+        parse([*words, *QUIET, "--samples=1"], sft.load, cli.USAGE),
         loop=dataclasses.replace(again.loop, out="elsewhere"),
     )
     for wrong, message in (
@@ -263,7 +266,7 @@ def test_the_command_takes_model_and_data_or_a_file(
         (["--config"], "--config needs a file"),
     ):
         with pytest.raises(ValueError, match=message):
-            cli.parse(wrong)
+            parse(wrong, sft.load, cli.USAGE)
     assert cli.run(["--help"]) == 0
     assert "--lora.rank" in capsys.readouterr().out
 
