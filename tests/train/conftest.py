@@ -1,4 +1,4 @@
-"""A token store of two minutes' work, and runs in forked processes that share one import."""
+"""A tiny token store; commands in forked processes that share one import; groups of processes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,46 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return Tiny(folder / "store", path)
 
 
+def group_environments(count: int) -> list[dict[str, str]]:
+    """What torchrun would put into the environment of each process of a group on this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    return [{**shared, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(count)]
+
+
+def run_group(program: str, timeout: float = 240.0, count: int = 2) -> list[str]:
+    """Run a Python program in each process of a group, one thread each; what each has printed.
+
+    Fails with the errors of the first process that did not end well; none is left running.
+    """
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program], env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for env in group_environments(count)
+    ]  # fmt: skip
+    deadline, printed = time.monotonic() + timeout, []
+    try:
+        for process in processes:
+            out, errors = process.communicate(timeout=max(deadline - time.monotonic(), 1.0))
+            assert process.returncode == 0, errors[-3000:]
+            printed.append(out)
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    return printed
+
+
+@pytest.fixture(scope="session")
+def group() -> Callable[..., list[str]]:
+    """`run_group`."""
+    return run_group
+
+
 _SERVER = """
 import json, os, sys
 import torch, torch._dynamo  # which torch's optimizers and DTensor import when they are first used
@@ -124,15 +165,7 @@ class Runner:
         """Run a command to its end, in so many processes of one group; the worst status."""
         if processes == 1:
             return self.wait(self.start(argv))
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        shared["WORLD_SIZE"] = str(processes)
-        pids = [
-            self.start(argv, {**shared, "RANK": str(r), "LOCAL_RANK": str(r)})
-            for r in range(processes)
-        ]
+        pids = [self.start(argv, env) for env in group_environments(processes)]
         return max(self.wait(pid) for pid in pids)
 
     def close(self) -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
+from typing import Any
 
 import pytest
 
@@ -133,25 +130,7 @@ DECODER = """
         pytest.param(PEFT + COMPARE, id="PEFT's adapters", marks=pytest.mark.full),
     ],
 )
-def test_sharded_adapters_on_quantized_weights_step_as_in_one_process(steps: str) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    environment |= {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", START + steps],
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=240)
-            assert process.returncode == 0, errors[-3000:]
-    finally:
-        for process in processes:
-            process.kill()
+def test_sharded_adapters_on_quantized_weights_step_as_in_one_process(
+    steps: str, group: Any
+) -> None:
+    group(START + steps)
