@@ -1,0 +1,1 @@
+"""Reinforcement learning: rollouts, advantages, objectives, the steps that they make."""
