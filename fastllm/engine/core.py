@@ -127,8 +127,7 @@ class Engine:
 
     def _decode(self) -> None:
         running = self.scheduler.running
-        id_array, logprob_array = self.runner.decode(len(running))
-        ids, logprobs = id_array.tolist(), logprob_array.tolist()
+        ids, logprobs, sampled = (a.tolist() for a in self.runner.decode(len(running)))
         wanted = any(s.logprobs is not None for s in running)
         logits = self.runner.last_logits(len(running)) if wanted else None
         ended = []
@@ -142,7 +141,7 @@ class Engine:
                 count, tokenizer = sequence.request.params.logprobs or 0, sequence.request.tokenizer
                 row = logits[slot : slot + 1]
                 sequence.logprobs += logprob_rows(row, [token], count, tokenizer)
-            sequence.append(token, logprobs[slot])
+            sequence.append(token, logprobs[slot], sampled[slot])
             if sequence.finish_reason is not None:
                 ended.append(sequence)
             elif len(sequence.token_ids) == sequence.request.params.min_tokens:

@@ -151,6 +151,10 @@ class LLM:
         self, model: Decoder, max_model_len: int, cache_dtype: torch.dtype, budget: float,
         max_num_seqs: int, batched_tokens: int, graphs: bool,
     ) -> None:  # fmt: skip
+        if model.config.scalar_head:
+            raise ValueError(
+                "a model with a scalar head gives scores, not text: it is a reward (model:DIR)"
+            )
         self.model = model
         self.config: ModelConfig = model.config
         self.max_model_len = max_model_len

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 MAX_SAMPLES = 128  # n: samples of one prompt that share its pages
@@ -112,12 +112,19 @@ class CompletionOutput:
     (all of it when not streaming). logprobs: per token, {token id: Logprob}. cumulative_logprob:
     sum of the tokens' raw log-probabilities. finish_reason: None (unfinished), "stop" or "length".
     stop_reason: the stop string or stop token id, None for the model's own end of sequence.
+
+    token_logprobs: each token's log-probability, raw. sampled_logprobs: the same at the request's
+    temperature, before penalties, min_tokens, min_p, top_k and top_p; greedy (temperature 0): the
+    raw one. Both are float32 values, and those of `Decoder.log_probs(..., temperature=...)` bit
+    for bit.
     """
 
     index: int
     text: str
     token_ids: list[int]
     cumulative_logprob: float
+    token_logprobs: list[float] = field(default_factory=list)
+    sampled_logprobs: list[float] = field(default_factory=list)
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None

@@ -14,7 +14,9 @@ from fastllm.engine.static import StaticArrays
 from fastllm.graph import record
 from fastllm.models.decoder import Decoder
 from fastllm.nn.batch import Batch
+from fastllm.ops.sampling import log_probs
 
+_Outputs = tuple[Tensor, Tensor, Tensor, Tensor]  # the sampler's three results, logits
 LOGITS_ROWS = 64  # rows of logits made at once where many are wanted: 12 MB for 49,152 tokens
 
 
@@ -85,8 +87,9 @@ class Runner:
 
     # Decode
 
-    def decode(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """One token for each of the first `count` slots: (ids, raw log-probabilities).
+    def decode(self, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """One token for each of the first `count` slots: ids, and their log-probabilities, raw and
+        at the temperature (of what the model says, before penalties and bans).
 
         The slots then stand at the next position, with the new token as input. The arrays are
         overwritten by the next step. An id of -1 says that the logits had NaN or no finite value.
@@ -96,12 +99,22 @@ class Runner:
         step = self._step(count)
         self.inputs.upload()
         self.sampler.static.upload()
-        ids, logprobs = step()
+        ids, logprobs, sampled = (array[:count] for array in step())
+        changed = self.sampler.changed_slots(count)
+        if changed.size:
+            sampled = sampled.copy()
+            sampled[changed] = self._unchanged_logprobs(step.logits, changed, ids[changed])
         arrays = self.inputs.arrays
-        arrays["ids"][:count] = ids[:count]
+        arrays["ids"][:count] = ids
         arrays["positions"][:count] += 1
         arrays["cache_seqlens"][:count] += 1
-        return ids[:count], logprobs[:count]
+        return ids, logprobs, sampled
+
+    def _unchanged_logprobs(self, logits: Tensor, slots: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """Log-probabilities at the temperature without penalties and bans, float32 [len(slots)]."""
+        inverse = torch.from_numpy(self.sampler.inverse_temperatures(slots)).to(logits.device)
+        rows = logits[torch.from_numpy(slots).to(logits.device)] * inverse
+        return log_probs(rows, self._tensor(ids[:, None]))[:, 0].cpu().numpy()
 
     def last_logits(self, count: int) -> Tensor:
         """Logits [count, vocab] of the last `decode(count)`."""
@@ -123,11 +136,10 @@ class Runner:
             block_table=t["block_table"][:size],
         )
 
-        def run() -> tuple[Tensor, Tensor, Tensor]:
+        def run() -> _Outputs:
             logits = self.model(batch, self.cache.layers)
             # the drawn token's place in its sequence is the number of tokens before it
-            ids, logprobs, _ = self.sampler(logits, batch.cache_seqlens)
-            return ids, logprobs, logits
+            return (*self.sampler(logits, batch.cache_seqlens), logits)
 
         if not self.graphs:
             return _Step(run, None)
@@ -181,23 +193,20 @@ class Runner:
 
 
 class _Step:
-    """A decode step, captured or eager; returns (ids, log-probabilities) as arrays."""
+    """A decode step, captured or eager; returns what the sampler does, as arrays."""
 
-    def __init__(
-        self, run: Callable[[], tuple[Tensor, Tensor, Tensor] | None],
-        outputs: tuple[Tensor, Tensor, Tensor] | None,
-    ) -> None:  # fmt: skip
+    def __init__(self, run: Callable[[], _Outputs | None], outputs: _Outputs | None) -> None:
         self._run = run
         self._eager = outputs is None
         if outputs is not None:
             self._keep(outputs)
 
-    def _keep(self, outputs: tuple[Tensor, Tensor, Tensor]) -> None:
-        self._ids, self._logprobs, self.logits = outputs
-        if self._ids.device.type == "cpu":  # views: replays change what they show
-            self._arrays = self._ids.numpy(), self._logprobs.numpy()
+    def _keep(self, outputs: _Outputs) -> None:
+        *self._drawn, self.logits = outputs
+        if self.logits.device.type == "cpu":  # views: replays change what they show
+            self._arrays = [tensor.numpy() for tensor in self._drawn]
 
-    def __call__(self) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self) -> list[np.ndarray]:
         if self._eager:
             with torch.no_grad():
                 outputs = self._run()
@@ -205,6 +214,6 @@ class _Step:
             self._keep(outputs)
         else:
             self._run()
-        if self._ids.device.type != "cpu":
-            return self._ids.cpu().numpy(), self._logprobs.cpu().numpy()
+        if self.logits.device.type != "cpu":
+            return [tensor.cpu().numpy() for tensor in self._drawn]
         return self._arrays

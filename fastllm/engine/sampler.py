@@ -11,7 +11,7 @@ from torch import Tensor
 from fastllm.engine.request import MAX_BANNED, SamplingParams
 from fastllm.engine.static import StaticArrays
 from fastllm.ops.pages import lazy_zeros
-from fastllm.ops.sampling import sampling
+from fastllm.ops.sampling import GREEDY_BELOW, sampling
 
 _KINDS = {
     "temperature": np.float32,
@@ -23,6 +23,7 @@ _KINDS = {
     "frequency": np.float32,
     "seed": np.int64,
     "penalized": np.uint8,
+    "changed": np.uint8,  # logits are penalized or banned before the draw
 }
 
 
@@ -58,6 +59,7 @@ class Sampler:
             "frequency": params.frequency_penalty,
             "seed": seed,
             "penalized": penalized,
+            "changed": penalized or len(banned) > 0,
         }
         for name, value in values.items():
             self._arrays[name][slot] = value
@@ -71,6 +73,7 @@ class Sampler:
     def unban(self, slot: int) -> None:
         """Let every id be drawn."""
         self._arrays["banned"][slot] = -1
+        self._arrays["changed"][slot] = self._arrays["penalized"][slot]
 
     def move(self, source: int, target: int) -> None:
         """Make `target` what `source` is."""
@@ -84,6 +87,17 @@ class Sampler:
         """Leave a slot in the cheapest state: greedy, without penalties."""
         self._arrays["temperature"][slot] = 0
         self._arrays["penalized"][slot] = 0
+        self._arrays["changed"][slot] = 0
+
+    def changed_slots(self, count: int) -> np.ndarray:
+        """Those of the first `count` slots whose logits are not drawn from as the model gave them,
+        temperature aside."""
+        return np.flatnonzero(self._arrays["changed"][:count])
+
+    def inverse_temperatures(self, slots: np.ndarray) -> np.ndarray:
+        """What their logits are multiplied with, float32 [len(slots), 1]; greedy: 1."""
+        temperatures = self._arrays["temperature"][slots, None]
+        return np.float32(1) / np.where(temperatures < GREEDY_BELOW, np.float32(1), temperatures)
 
     def __call__(self, logits: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Draw for the first slots: (ids, log-probabilities, log-probabilities at temperature)."""

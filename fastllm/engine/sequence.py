@@ -55,8 +55,8 @@ class Sequence:
 
     __slots__ = (
         "_delta", "_detokenizer", "_stop_ids", "_stops", "cumulative_logprob", "finish_reason",
-        "index", "logprobs", "pages", "prefilled", "request", "slot", "stop_reason", "text",
-        "token_ids",
+        "index", "logprobs", "pages", "prefilled", "request", "sampled_logprobs", "slot",
+        "stop_reason", "text", "token_ids", "token_logprobs",
     )  # fmt: skip
 
     def __init__(self, request: Request, index: int) -> None:
@@ -65,6 +65,8 @@ class Sequence:
         self.index = index
         self._stop_ids = frozenset(params.stop_token_ids or ())
         self.token_ids: list[int] = []
+        self.token_logprobs: list[float] = []
+        self.sampled_logprobs: list[float] = []
         self.logprobs: list[dict[int, Logprob]] | None = None
         if params.logprobs is not None:
             self.logprobs = []
@@ -88,10 +90,12 @@ class Sequence:
         """Of this sample: samples of one request differ by their seeds alone."""
         return (self.request.seed + self.index + 2**63) % 2**64 - 2**63
 
-    def append(self, token: int, logprob: float) -> None:
+    def append(self, token: int, logprob: float, sampled_logprob: float) -> None:
         """Add a token; sets `finish_reason` if the sample ends with it."""
         request, params = self.request, self.request.params
         self.token_ids.append(token)
+        self.token_logprobs.append(logprob)
+        self.sampled_logprobs.append(sampled_logprob)
         self.cumulative_logprob += logprob
         count = len(self.token_ids)
         may_stop = count >= params.min_tokens
@@ -131,6 +135,8 @@ class Sequence:
             text=self.text,
             token_ids=list(self.token_ids),
             cumulative_logprob=self.cumulative_logprob,
+            token_logprobs=list(self.token_logprobs),
+            sampled_logprobs=list(self.sampled_logprobs),
             logprobs=None if self.logprobs is None else list(self.logprobs),
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
