@@ -32,10 +32,13 @@ from fastllm.nn.lora import (
     lora_parameters,
     target_layers,
 )
+from fastllm.nn.scalar_head import scalar_head
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_HEAD = f"{_PREFIX}score.weight"  # a scalar head, which PEFT saves whole (modules_to_save)
+_JUDGING_MODULES = ("score", "classifier")  # what PEFT names of a model that judges
 _NAME = re.compile(r"(.{1,300})\.lora_([AB])\.weight")
 _DTYPES = ("F32", "F16", "BF16")
 # fields of PEFT's LoraConfig that change what an adapter computes, with the values that do not
@@ -44,7 +47,6 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "fan_in_fan_out": (None, False),
     "use_dora": (None, False),
     "lora_bias": (None, False),
-    "modules_to_save": (None, []),
     "rank_pattern": (None, {}),
     "alpha_pattern": (None, {}),
     "layer_replication": (None, []),
@@ -62,6 +64,7 @@ class Adapter:
     path: Path
     config: LoraConfig
     factors: dict[str, tuple[Tensor, Tensor]]
+    head: Tensor | None = None  # [1, hidden] of a scalar head
 
     def delta(self, layer: str) -> Tensor | None:
         """What the weight of `layer` gains when merged, float32 `[out, in]`; None: nothing."""
@@ -72,8 +75,13 @@ class Adapter:
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The live factors of the model's adapter under the names that files have; empty without."""
-    return {_PREFIX + name: p for name, p in lora_parameters(model).items()}
+    """The live factors of the model's adapter, and its scalar head, under the names that files
+    have; empty without an adapter."""
+    found: dict[str, Tensor] = {_PREFIX + name: p for name, p in lora_parameters(model).items()}
+    head = scalar_head(model)
+    if found and head is not None:
+        found[_HEAD] = head.weight
+    return found
 
 
 def save_adapter(
@@ -120,9 +128,10 @@ def _peft_config(model: nn.Module, config: LoraConfig, base_name: str | None) ->
     targets = config.target_modules
     if targets == ALL_LINEAR:
         targets = sorted({name.rpartition(".")[2] for name, _ in adapted(model)})
+    judges = scalar_head(model) is not None
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if judges else "CAUSAL_LM",
         "base_model_name_or_path": base_name,
         "r": config.r,
         "lora_alpha": config.alpha,
@@ -133,7 +142,7 @@ def _peft_config(model: nn.Module, config: LoraConfig, base_name: str | None) ->
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "modules_to_save": None,
+        "modules_to_save": ["score"] if judges else None,
     }
 
 
@@ -150,8 +159,8 @@ def read_adapter(directory: str | os.PathLike[str]) -> Adapter:
             path, "file", "does not exist", "Give the directory that an adapter was saved to"
         )
     values = read_json_object(path, MAX_CONFIG_BYTES)
-    factors = _read_factors(folder / WEIGHTS_FILE)
-    config = _read_config(values, path, tuple(dict.fromkeys(factors)))
+    factors, head = _read_factors(folder / WEIGHTS_FILE)
+    config = _read_config(values, path, tuple(dict.fromkeys(factors)), head is not None)
     for name, (a, b) in factors.items():
         if a.shape[0] != config.r or b.shape[1] != config.r:
             raise ModelFileError(
@@ -160,7 +169,7 @@ def read_adapter(directory: str | os.PathLike[str]) -> Adapter:
                 f"has factors {list(a.shape)} and {list(b.shape)}, the configuration says rank "
                 f"{config.r}",
             )
-    return Adapter(folder, config, factors)
+    return Adapter(folder, config, factors, head)
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> list[nn.Parameter]:
@@ -174,6 +183,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> list[nn
         ValueError: if the model has an adapter already.
     """
     adapter = read_adapter(directory)
+    head = scalar_head(model)
+    _check_head(adapter, None if head is None else head.weight)
     layers = dict(target_layers(model, ALL_LINEAR))
     for name, (a, b) in adapter.factors.items():
         if name not in layers:
@@ -192,11 +203,33 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> list[nn
                 f"{sizes[0]} x {sizes[1]}",
                 "Load the adapter on the model that it was made for",
             )
+    if head is not None and adapter.head is not None:
+        with torch.no_grad():
+            head.weight.copy_(adapter.head)
     return attach_all(model, adapter.config, adapter.factors)
 
 
-def _read_factors(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """(A, B) by layer, as stored."""
+def _check_head(adapter: Adapter, head: Tensor | None) -> None:
+    """A reward model's adapter goes on a model with a scalar head, and no other does."""
+    there = None if adapter.head is None else adapter.head.shape
+    wanted = None if head is None else head.shape
+    if there == wanted:
+        return
+    path, name = adapter.path / WEIGHTS_FILE, _HEAD.removeprefix(_PREFIX)
+    if there is None:
+        raise ModelFileError(path, name, "is missing", "Give the adapter of a reward model")
+    if wanted is None:
+        raise ModelFileError(
+            path,
+            name,
+            "is a scalar head: the adapter judges, and a language model has no place for it",
+            "Use it as a reward (model:DIR), or fastllm.models.scorer.load_scorer",
+        )
+    raise ModelFileError(path, name, f"is {list(there)}, the model's is {list(wanted)}")
+
+
+def _read_factors(path: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor | None]:
+    """(A, B) by layer, and the scalar head, as stored."""
     if not path.is_file():
         raise ModelFileError(
             path,
@@ -207,6 +240,8 @@ def _read_factors(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
     found: dict[str, dict[str, Tensor]] = {}
     for name, entry in read_header(path).items():
         match = _NAME.fullmatch(name.removeprefix(_PREFIX))
+        if name == _HEAD and len(entry.shape) == 2 and entry.dtype in _DTYPES:
+            continue
         if not name.startswith(_PREFIX) or match is None:
             raise ModelFileError(
                 path, name, "is no factor of a plain LoRA adapter of a linear layer"
@@ -226,10 +261,15 @@ def _read_factors(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
                 raise ModelFileError(path, f"{layer}.lora_{factor}.weight", "holds NaN or infinity")
     if not found:
         raise ModelFileError(path, "header", "holds no tensors")
-    return {layer: (pair["A"], pair["B"]) for layer, pair in found.items()}
+    head = tensors.get(_HEAD)
+    if head is not None and not bool(torch.isfinite(head).all()):
+        raise ModelFileError(path, _HEAD, "holds NaN or infinity")
+    return {layer: (pair["A"], pair["B"]) for layer, pair in found.items()}, head
 
 
-def _read_config(values: Mapping[str, Any], path: Path, layers: tuple[str, ...]) -> LoraConfig:
+def _read_config(
+    values: Mapping[str, Any], path: Path, layers: tuple[str, ...], judges: bool
+) -> LoraConfig:
     kind = values.get("peft_type")
     if kind != "LORA":
         raise ModelFileError(path, "peft_type", f"{describe(kind)} is not supported, only LORA is")
@@ -241,6 +281,15 @@ def _read_config(values: Mapping[str, Any], path: Path, layers: tuple[str, ...])
                 f"{describe(values.get(name))} is not supported",
                 "Merge the adapter with PEFT (merge_and_unload) and load the merged model",
             )
+    whole = values.get("modules_to_save")
+    judging = isinstance(whole, list) and all(name in _JUDGING_MODULES for name in whole)
+    if whole not in (None, []) and not (judges and judging):
+        raise ModelFileError(
+            path,
+            "modules_to_save",
+            f"{describe(whole)} is not supported",
+            "Merge the adapter with PEFT (merge_and_unload) and load the merged model",
+        )
     targets = values.get("target_modules")
     names = targets if isinstance(targets, list) and targets else list(layers)
     if not all(isinstance(name, str) for name in names):

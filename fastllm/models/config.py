@@ -70,6 +70,8 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()  # an id outside the vocabulary never comes up
     dtype: torch.dtype | None = None  # what the file says; None: as the weights are stored
+    scalar_head: bool = False  # one score a token (`score.weight`) instead of logits
+    pad_token_id: int | None = None  # of a scalar head: what transformers pads documents with
 
     def __post_init__(self) -> None:
         for name, (low, high) in _BOUNDS.items():
@@ -105,6 +107,8 @@ class ModelConfig:
             raise ValueError(
                 f"hidden_act {self.hidden_act!r:.80} is not supported; only silu (a SwiGLU MLP) is"
             )
+        if self.scalar_head and not self.tie_word_embeddings:
+            raise ValueError("tie_word_embeddings must be true where a scalar head replaces logits")
         if self.dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype {self.dtype} is not float32, bfloat16 or float16")
 
@@ -230,7 +234,9 @@ class ModelConfig:
                 shapes[f"{prefix}{name}.weight"] = (size,)
             shapes[prefix + "post_attention_layernorm.weight"] = (hidden,)
         shapes["model.norm.weight"] = (hidden,)
-        if not self.tie_word_embeddings:
+        if self.scalar_head:
+            shapes["score.weight"] = (1, hidden)
+        elif not self.tie_word_embeddings:
             shapes["lm_head.weight"] = (self.vocab_size, hidden)
         return shapes
 

@@ -92,6 +92,7 @@ def config_from_hf(
             model_type=model_type,
             **_sizes(fields, _MODELS[model_type]),
             **_features(fields, model_type),
+            **_scalar_head(fields),
             mla=_latent(fields, model_type),
             experts=experts_from_hf(fields, model_type),
             sliding_window=_sliding_window(fields, model_type),
@@ -108,6 +109,7 @@ def config_from_hf(
 def _model_type(fields: Fields) -> str:
     names = fields.strings("architectures", 16, default=())
     by_class = {d.class_name: model_type for model_type, d in _MODELS.items()}
+    by_class |= {_judging(name): model_type for name, model_type in by_class.items()}
     model_type = fields.string("model_type", default=None)
     if names:
         found = [by_class[name] for name in names if name in by_class]
@@ -119,8 +121,34 @@ def _model_type(fields: Fields) -> str:
         "architectures" if names else "model_type",
         f"{describe(names[0] if names else model_type)} (model_type {describe(model_type)}) is "
         "not a supported architecture",
-        f"Supported: {', '.join(by_class)} with model_type {', '.join(MODEL_TYPES)}",
+        f"Supported: {', '.join(d.class_name for d in _MODELS.values())} with model_type "
+        f"{', '.join(MODEL_TYPES)}",
     )
+
+
+def _judging(class_name: str) -> str:
+    """The class of the same decoder with a head that scores."""
+    return class_name.replace("ForCausalLM", "ForSequenceClassification")
+
+
+def _scalar_head(fields: Fields) -> dict[str, Any]:
+    """What the class says about the head."""
+    names = fields.strings("architectures", 16, default=())
+    if not any(name == _judging(d.class_name) for name in names for d in _MODELS.values()):
+        tied = fields.boolean("tie_word_embeddings", default=False)
+        return {"scalar_head": False, "tie_word_embeddings": tied}
+    labels = fields.values.get("id2label")
+    count = len(labels) if isinstance(labels, Mapping) else fields.integer("num_labels", default=2)
+    if count != 1:
+        raise fields.fail(
+            "id2label", f"names {count} labels", "A reward model has one (num_labels=1)"
+        )
+    pad = fields.token_ids("pad_token_id", ())
+    return {
+        "scalar_head": True,
+        "tie_word_embeddings": True,  # there is no other head that the embedding could differ from
+        "pad_token_id": pad[0] if pad else None,
+    }
 
 
 def _sizes(fields: Fields, defaults: _Defaults) -> dict[str, Any]:
@@ -159,7 +187,6 @@ def _features(fields: Fields, model_type: str) -> dict[str, Any]:
     flag = optional and fields.boolean("attention_bias", default=False)
     return {
         "hidden_act": fields.string("hidden_act", default="silu"),
-        "tie_word_embeddings": fields.boolean("tie_word_embeddings", default=False),
         "attention_bias": flag or model_type == "qwen2",
         "attention_output_bias": flag,
         "mlp_bias": model_type in _OPTIONAL_MLP_BIAS and fields.boolean("mlp_bias", default=False),
@@ -285,6 +312,13 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
             "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps",
             "max_position_embeddings", "hidden_act", "tie_word_embeddings")},
     }  # fmt: skip
+    if config.scalar_head:
+        values |= {
+            "architectures": [_judging(_MODELS[config.model_type].class_name)],
+            "id2label": {"0": "score"},
+            "label2id": {"score": 0},
+            "pad_token_id": config.pad_token_id,
+        }
     if config.dtype is not None:
         values["dtype"] = str(config.dtype).removeprefix("torch.")
     if config.model_type in _OPTIONAL_ATTENTION_BIAS:
@@ -301,7 +335,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     except ModelFileError as error:
         raise ValueError(f"config has no Hugging Face form: {error}") from None
     for name in ("attention_bias", "attention_output_bias", "mlp_bias", "qk_norm",
-                 "qk_norm_whole", "sliding_window", "mla", "experts"):  # fmt: skip
+                 "qk_norm_whole", "sliding_window", "mla", "experts", "scalar_head"):  # fmt: skip
         if getattr(read_back, name) != getattr(config, name):
             raise ValueError(
                 f"config has {name}={getattr(config, name)}, which Hugging Face's "

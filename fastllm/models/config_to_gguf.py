@@ -45,6 +45,8 @@ def gguf_architecture(config: ModelConfig) -> str:
     Raises:
         ValueError: if there is none, naming the field.
     """
+    if config.scalar_head:
+        raise ValueError("a model with a scalar head cannot be exported to GGUF: it has no logits")
     arch = _ARCHITECTURES.get(config.model_type)
     if arch is None:
         raise ValueError(

@@ -6,7 +6,8 @@ prompts, chunks of prompts, batched decode steps and captured graphs all run thi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +23,14 @@ from fastllm.nn.mla import MultiHeadLatentAttention
 from fastllm.nn.mlp import MLP
 from fastllm.nn.moe import Experts, MoE, Router
 from fastllm.nn.norm import RMSNorm
+from fastllm.nn.scalar_head import ScalarHead
 from fastllm.ops.linear_cross_entropy import linear_cross_entropy
 from fastllm.ops.linear_logprob import linear_logprob
 from fastllm.ops.paged_cache import KvCache
 from fastllm.quantize.packed import PackedWeight
 from fastllm.quantize.rule import QuantReport
+
+Used = TypeVar("Used")
 
 
 class DecoderLayer(nn.Module):
@@ -136,6 +140,8 @@ class Decoder(nn.Module):
         self.max_positions = max_positions
         self.model = DecoderBody(config, activation)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, False, activation)
+        if config.scalar_head:
+            self.score = ScalarHead(config.hidden_size)
         cos, sin = rope_tables(config, max_positions)
         self.rope_cos: Tensor
         self.rope_sin: Tensor
@@ -330,6 +336,17 @@ class Decoder(nn.Module):
         return linear_logprob(
             x, self._head(), targets, temperature=temperature, activation=self.activation
         )
+
+    def with_head(
+        self, documents: Documents, use: Callable[[Tensor, Tensor | PackedWeight], Used], *,
+        checkpoint: bool = False,
+    ) -> Used:  # fmt: skip
+        """`use(x, weight)` of the final norm's output, `[T, hidden]`, and the LM head's weight.
+
+        For losses that the ops of the LM-head family make of one forward pass. Differentiable; a
+        sharded model's weights are whole while `use` runs.
+        """
+        return use(self.train_hidden(documents, checkpoint=checkpoint), self._head())
 
     def _head(self) -> Tensor | PackedWeight:
         head = self.lm_head

@@ -20,6 +20,7 @@ from fastllm.nn.linear import Linear
 from fastllm.nn.low_rank import Factor, LowRank
 from fastllm.nn.moe import Experts
 from fastllm.nn.quant_linear import QuantLinear
+from fastllm.nn.scalar_head import scalar_head
 
 ALL_LINEAR = "all-linear"
 Layer = Linear | QuantLinear  # what takes an adapter
@@ -96,7 +97,7 @@ def add_lora(model: nn.Module, config: LoraConfig, seed: int = 0) -> list[nn.Par
 def attach_all(
     model: nn.Module, config: LoraConfig, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 ) -> list[nn.Parameter]:
-    """Freeze `model` and give its layers the adapters A `[r, in]` and B `[out, r]` by name.
+    """Freeze `model`, but a scalar head, and give layers adapters A `[r, in]`, B `[out, r]` by name.
 
     Returns:
         The adapter's parameters, copies in the compute dtype.
@@ -107,6 +108,8 @@ def attach_all(
     if next(adapted(model), None) is not None:
         raise ValueError("the model has an adapter: merge it or load the model anew")
     model.requires_grad_(False)
+    if (head := scalar_head(model)) is not None:  # no base has it: it is trained whole
+        head.train_weight()
     for name, (a, b) in factors.items():
         layer = model.get_submodule(name)
         assert isinstance(layer, Layer), "callers take names from target_layers"

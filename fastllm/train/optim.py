@@ -134,8 +134,8 @@ def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     Returns:
         "hidden": matrices inside the blocks; "down": those of experts, in batches; "gate_up":
         experts' gate and up in one tensor, one below the other; "head": matrices whose rows are
-        classes: routers, and the LM head where it is not the embedding; "rest": embeddings, norms,
-        biases.
+        classes: routers, scalar heads, and the LM head where it is not the embedding; "rest":
+        embeddings, norms, biases.
     """
     embeddings = {
         id(p)
@@ -155,7 +155,7 @@ def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
             continue
         if p.ndim < 2 or id(p) in embeddings:
             kind = "rest"
-        elif "lm_head" in name.split(".") or name.endswith("mlp.gate.weight"):
+        elif name.endswith(("lm_head.weight", "score.weight", "mlp.gate.weight")):
             kind = "head"
         else:
             kind = _EXPERTS.get(name.rpartition(".")[2], "hidden") if p.ndim == 3 else "hidden"
