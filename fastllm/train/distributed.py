@@ -173,7 +173,7 @@ def shard(model: Decoder, expert_parallel: int = 1) -> Decoder:
         register_fsdp_forward_method(layer.self_attn, "over_documents")
         fully_shard(layer.mlp, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    for method in ("loss", "log_probs"):
+    for method in ("loss", "log_probs", "with_head"):
         register_fsdp_forward_method(model, method)
     for module in model.modules():
         if isinstance(module, FSDPModule):
