@@ -170,7 +170,7 @@ def load_scorer(
     folder, adapter = Path(path), None
     if (folder / CONFIG_FILE).is_file():
         adapter, path = folder, _base_of(folder)
-    source = open_weights(resolve(path))
+    source: WeightSource = open_weights(resolve(path))
     if adapter is None and not source.config.scalar_head:
         raise ValueError(
             f"{path} is a language model without a scalar head, and cannot judge: give what "

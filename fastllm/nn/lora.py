@@ -97,7 +97,8 @@ def add_lora(model: nn.Module, config: LoraConfig, seed: int = 0) -> list[nn.Par
 def attach_all(
     model: nn.Module, config: LoraConfig, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 ) -> list[nn.Parameter]:
-    """Freeze `model`, but a scalar head, and give layers adapters A `[r, in]`, B `[out, r]` by name.
+    """Freeze `model`, all but a scalar head, and give its layers the adapters A `[r, in]` and B
+    `[out, r]` by name.
 
     Returns:
         The adapter's parameters, copies in the compute dtype.

@@ -100,7 +100,7 @@ def test_what_transformers_saves_is_loaded(tmp_path: Path) -> None:
     torch.testing.assert_close(mine[0], expected, rtol=TOLERANCE, atol=TOLERANCE)
     config.num_labels = 3
     transformers.Qwen3ForSequenceClassification(config).save_pretrained(tmp_path / "three")
-    with pytest.raises(ModelFileError, match="id2label.*3 labels.*one"):
+    with pytest.raises(ModelFileError, match=r"id2label.*3 labels.*one"):
         load_scorer(tmp_path / "three")
 
 
