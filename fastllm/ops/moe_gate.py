@@ -13,6 +13,9 @@ Which options give the routing of a family (logits in fp32):
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +30,8 @@ from .registry import Op
 
 SCORINGS = ("softmax", "sigmoid")
 GROUP_SCORES = ("max", "top2")
+
+_kept: ContextVar[list[NotFiniteError] | None] = ContextVar("refusals of routers", default=None)
 
 
 class Gate(NamedTuple):
@@ -260,10 +265,28 @@ def checked_logits(
 
 
 def check_rows(gate: Gate, logits: Tensor, bias: Tensor | None) -> None:
-    """Raise ValueError where a row chose nothing, if values can be read."""
+    """Raise NotFiniteError where a row chose nothing, if values can be read; `kept_refusals`."""
     tokens, k = gate.topk_ids.shape
     if values_readable(logits) and int(gate.counts.sum()) != tokens * k:
-        _raise_for_rows(logits, bias, gate.topk_ids)
+        error, kept = _refusal(logits, bias, gate.topk_ids), _kept.get()
+        if kept is None:
+            raise error
+        kept.append(error)
+
+
+@contextmanager
+def kept_refusals() -> Iterator[list[NotFiniteError]]:
+    """Keep in a list what routers would raise for rows without a distribution.
+
+    Inside, such rows choose no expert, as they do where values cannot be read. For processes that
+    wait for each other's sums: one that stopped in the middle would leave the others waiting.
+    """
+    refused: list[NotFiniteError] = []
+    token = _kept.set(refused)
+    try:
+        yield refused
+    finally:
+        _kept.reset(token)
 
 
 def _check_logits(logits: Tensor, bias: Tensor | None) -> None:
@@ -303,10 +326,10 @@ def _check_choice(
         raise ValueError(f"group_score 'top2' needs 2 experts a group, got groups={groups}")
 
 
-def _raise_for_rows(logits: Tensor, bias: Tensor | None, topk_ids: Tensor) -> None:
+def _refusal(logits: Tensor, bias: Tensor | None, topk_ids: Tensor) -> NotFiniteError:
     if bias is not None and not bool((bias < math.inf).all()):
-        raise NotFiniteError("bias must not hold NaN or +inf")
+        return NotFiniteError("bias must not hold NaN or +inf")
     row = int((topk_ids[:, 0] < 0).int().argmax())
-    raise NotFiniteError(
+    return NotFiniteError(
         f"logits has no distribution in row {row}: it holds NaN or +inf, or nothing but -inf"
     )

@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,7 @@ from typing import Any, Literal
 import torch
 
 from fastllm.errors import CheckpointError, NotFiniteError, NumericalError
+from fastllm.ops.moe_gate import kept_refusals
 from fastllm.train import distributed
 from fastllm.train.checkpoint import Checkpoints, differences, take_snapshot
 from fastllm.train.config import to_dict
@@ -104,10 +105,10 @@ def run(task: Task, config: LoopConfig, *, settings: Mapping[str, Any] | None = 
     settings: the whole resolved configuration as plain values, kept in checkpoints and compared at
     a resume; default `config` alone.
     A first SIGTERM or SIGINT ends the run after the step in hand, with a checkpoint and status
-    "stopped". Raises NumericalError before the update of a step whose loss or gradient is not
-    finite, CheckpointError if `config.out` holds another run or a checkpoint cannot be resumed,
-    BlockingIOError if another process is running there, and OSError if the last checkpoint cannot
-    be written.
+    "stopped". Raises NumericalError, on every process, before the update of a step whose loss or
+    gradient is not finite or whose routers refuse, CheckpointError if `config.out` holds another
+    run or a checkpoint cannot be resumed, BlockingIOError if another process is running there, and
+    OSError if the last checkpoint cannot be written.
     """
     keep_freed_memory()
     seed_all(config.seed + distributed.rank())
@@ -199,18 +200,24 @@ class _Loop:
         task, progress = self.task, self.progress
         self.set_rates()
         total = torch.zeros((), dtype=torch.float64, device=task.device)
-        counts = [0.0, float(signals.requested), 0.0]
-        for micro in next(task.batches):
-            loss = self.loss_of(micro)
-            loss.backward()
-            total += loss.detach()
-            counts[0] += micro.tokens
-            counts[2] += task.flops(micro)
+        counts = [0.0, float(signals.requested), 0.0, 0.0]
+        with self.refusals(f"step {progress.step + 1}") as refused:
+            for micro in next(task.batches):
+                loss = task.loss(micro)
+                loss.backward()
+                total += loss.detach()
+                counts[0] += micro.tokens
+                counts[2] += task.flops(micro)
+        counts[3] = len(refused)
         sums = distributed.sum_(torch.cat([total[None], total.new_tensor(counts)]))
         scale = (1 / sums[1]).float()
         norm = clip_grad_norm_(self.parameters, self.config.max_norm or math.inf, scale)
         # The one wait for the device in a step: it lets a run stop before a bad update.
-        loss_sum, tokens, stop, flops, self.norm = torch.cat([sums, norm.double()[None]]).tolist()
+        loss_sum, tokens, stop, flops, refusals, self.norm = torch.cat([
+            sums, norm.double()[None]
+        ]).tolist()  # fmt: skip
+        if refusals:
+            self.refuse(f"step {progress.step + 1}", refused)
         self.check(loss_sum, tokens)
         task.optimizer.step(grad_scale=scale)
         task.optimizer.zero_grad(set_to_none=True)
@@ -226,14 +233,29 @@ class _Loop:
         progress.seconds += time.perf_counter() - began
         return bool(stop)
 
-    def loss_of(self, micro: Any) -> torch.Tensor:
-        """The loss of a micro batch. Routers refuse to choose by numbers that are none."""
+    @contextmanager
+    def refusals(self, what: str) -> Iterator[list[NotFiniteError]]:
+        """Routers refuse to choose by numbers that are none: a process alone raises at once.
+
+        One of several goes on, so that the others need not wait for it, and lists what was refused:
+        afterwards all meet in `refuse` if any has something. Raises NumericalError.
+        """
+        if distributed.world() > 1:
+            with kept_refusals() as refused:
+                yield refused
+            return
         try:
-            return self.task.loss(micro)
+            yield []
         except NotFiniteError as error:
-            raise NumericalError(
-                f"step {self.progress.step + 1}: {error}; {self.after_bad_numbers()}"
-            ) from error
+            raise NumericalError(f"{what}: {error}; {self.after_bad_numbers()}") from error
+
+    def refuse(self, what: str, refused: Sequence[NotFiniteError]) -> None:
+        """Raise NumericalError on every process if routers of any refused; all must call."""
+        for rank, said in enumerate(distributed.gather([str(error) for error in refused[:1]])):
+            if said:
+                raise NumericalError(
+                    f"{what}: process {rank}: {said[0]}; {self.after_bad_numbers()}"
+                )
 
     def set_rates(self) -> None:
         """Give every group its rate for this step."""
@@ -277,8 +299,10 @@ class _Loop:
         if last or step % config.metrics.every == 0:
             self.log(whole=due(config.eval_every) or last)
         if due(config.eval_every):
-            with self.untrained():
+            what = f"evaluation after step {step}"
+            with self.untrained(), self.refusals(what) as refused:
                 self.evaluation = self.task.evaluate()
+            self.refuse(what, refused)
             if self.evaluation:
                 self.metrics.evaluation(step, self.evaluation)
         if due(config.sample_every):

@@ -87,7 +87,7 @@ def group_environments(count: int) -> list[dict[str, str]]:
 def run_group(program: str, timeout: float = 240.0, count: int = 2) -> list[str]:
     """Run a Python program in each process of a group, one thread each; what each has printed.
 
-    Fails with the errors of the first process that did not end well; none is left running.
+    Fails with the errors of those that did not end well; none is left running.
     """
     processes = [
         subprocess.Popen(
@@ -96,17 +96,17 @@ def run_group(program: str, timeout: float = 240.0, count: int = 2) -> list[str]
         )
         for env in group_environments(count)
     ]  # fmt: skip
-    deadline, printed = time.monotonic() + timeout, []
+    deadline = time.monotonic() + timeout
     try:
-        for process in processes:
-            out, errors = process.communicate(timeout=max(deadline - time.monotonic(), 1.0))
-            assert process.returncode == 0, errors[-3000:]
-            printed.append(out)
+        done = [p.communicate(timeout=max(deadline - time.monotonic(), 1.0)) for p in processes]
     finally:
         for process in processes:
             process.kill()
             process.communicate()
-    return printed
+    failed = [f"process {rank}: {done[rank][1][-3000:]}"
+              for rank, process in enumerate(processes) if process.returncode]  # fmt: skip
+    assert not failed, "\n".join(failed)
+    return [out for out, _ in done]
 
 
 @pytest.fixture(scope="session")

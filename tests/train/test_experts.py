@@ -206,3 +206,49 @@ def test_a_router_that_gets_numbers_that_are_none_stops_the_run(tiny: Any, tmp_p
     message = str(caught.value)
     assert "1 of 32 values of the parameter of model.layers.1.post_attention_layernorm" in message
     assert "Nothing was updated" in message
+
+
+# The second process alone gets infinite inputs of a router, in a step or in the evaluation.
+ONE_REFUSES = """
+import json, os, sys, time
+import torch
+from fastllm.errors import NumericalError
+from fastllm.train import distributed, loop, pretrain
+
+torch.set_num_threads(1)
+with distributed.process_group() as device:
+    for number, words in enumerate(json.loads({cases!r})):
+        config = pretrain.load(None, words)
+        task = pretrain.Pretraining(config, device)
+        layer = task.decoder.model.layers[1].mlp
+
+        def spoil(module, arguments):
+            first = number == 0 or not torch.is_grad_enabled()
+            return (arguments[0] * float("inf"), *arguments[1:]) if first else None
+
+        if distributed.rank() == 1:
+            layer.gate.register_forward_pre_hook(spoil)
+        try:
+            loop.run(task, config.loop)
+        except NumericalError as error:
+            print(json.dumps(str(error)))
+"""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param(("recompute=true",), id="recompute"),
+        pytest.param(("expert_parallel=2",), id="expert parallel", marks=pytest.mark.full),
+    ],
+)
+def test_what_one_router_refuses_stops_every_process(
+    words: tuple[str, ...], tiny: Any, group: Any, tmp_path: Path
+) -> None:
+    words = ("model.preset=moe", "loop.steps=2", "loop.eval_every=1", *SIZES, *words)
+    cases = [tiny.words(tmp_path / name, *words) for name in ("step", "evaluation")]
+    for printed in group(ONE_REFUSES.format(cases=json.dumps(cases)), timeout=120):
+        in_step, in_evaluation = map(json.loads, printed.splitlines())
+        assert in_step.startswith("step 1: process 1: logits has no distribution in row")
+        assert in_evaluation.startswith("evaluation after step 1: process 1: logits has no")
+        assert "Nothing was updated" in in_step
