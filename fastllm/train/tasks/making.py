@@ -77,20 +77,20 @@ def _take_turns(
 def _stream(kind: str, level: int, seed: int, split: str) -> Iterator[Problem]:
     random = Random(f"{kind} {level} {split} {seed}")
     draw = _KINDS[kind][1]
-    seen: set[str] = set()
+    found: dict[str, Problem] = {}
     old = 0
-    while True:
+    while old < _PATIENCE:
         problem = draw(level, random)
         if problem is None or is_test(problem.key) != (split == "test"):
             continue
-        old = old + 1 if problem.question in seen else 0
-        if 0 < old < _PATIENCE:
-            continue
-        if old:  # the level has no more: they come again
-            seen.clear()
-            old = 0
-        seen.add(problem.question)
-        yield problem
+        old = old + 1 if problem.question in found else 0
+        if not old:
+            found[problem.question] = problem
+            yield problem
+    known = list(found.values())  # the level has no others: they come again, in other orders
+    while True:
+        random.shuffle(known)
+        yield from known
 
 
 @lru_cache(maxsize=4096)
