@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from fastllm.bench import peers, training
+from fastllm.bench.step_process import StepProcess
 from fastllm.testing.suite import OURS, BenchCase, Settings, Work, benchmark_case
 
 SUITE = "train"
@@ -95,18 +96,18 @@ def _memory(size: str, method: str, rows: int, length: int) -> Work:
     )
 
 
-_running: list[training.StepProcess] = []  # of one case at a time
+_running: list[StepProcess] = []  # of one case at a time
 
 
-def _start(peer: str, *point: Any) -> training.StepProcess:
-    process = training.StepProcess(peer, *point)
+def _start(peer: str, *point: Any) -> StepProcess:
+    process = training.step_process(peer, *point)
     _running.append(process)
     return process
 
 
 def _peers(
     device: str, compiled: bool, size: str, method: str, rows: int, length: int
-) -> tuple[torch.dtype | None, dict[str, training.StepProcess]]:
+) -> tuple[torch.dtype | None, dict[str, StepProcess]]:
     """The dtype of transformers, None without it, and everybody's process; ends earlier ones."""
     while _running:
         _running.pop().close()
@@ -128,7 +129,7 @@ def faster_dtype(size: str, method: str, rows: int, length: int, device: str) ->
         return torch.bfloat16
     seconds = {}
     for dtype in (torch.bfloat16, torch.float32):
-        process = training.StepProcess("transformers", size, method, rows, length, dtype, device)
+        process = training.step_process("transformers", size, method, rows, length, dtype, device)
         seconds[dtype] = process.step()
         process.close()
     return min(seconds, key=lambda dtype: seconds[dtype])

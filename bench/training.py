@@ -1,26 +1,20 @@
 """One training step of the same model, batch and optimizer in fastllm and in transformers.
 
-Every peer trains in a process of its own, as it does for its users: what one of them asks of the
-memory allocator or leaves in caches does not reach the others. Run as a program,
+Every peer trains in a process of its own, as it does for its users. Run as a program,
 `python -m fastllm.bench.training PEER SIZE METHOD ROWS LENGTH DTYPE DEVICE`, it makes the model,
-warms up, and then answers every line of its input by a step's seconds and the bytes of its
-resident set at the peak, beyond what the imports had taken.
+warms up, and then takes steps as `StepProcess` asks for them.
 """
 
 from __future__ import annotations
 
-import os
-import resource
-import subprocess
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastllm.bench.step_process import StepClock, StepProcess, serve_steps
 from fastllm.models.config import ModelConfig
 from fastllm.models.trainable import initialize
 from fastllm.nn.batch import Documents
@@ -40,7 +34,6 @@ SIZES = {  # layers, hidden, inner, heads, kv heads, vocabulary; millions of par
 LEARNING_RATE = 1e-4
 LORA_RANK = 16
 WARM_UP = 2  # steps: the first allocates and compiles, the second allocates optimizer states
-_ANSWER = "step:"
 Step = Callable[[], Any]
 
 
@@ -134,48 +127,13 @@ def make_step(
     return transformers_step(config, ids, method, device, dtype, peer.endswith("compiled"))
 
 
-class StepProcess:
-    """A process that takes steps when it is asked to; it ends with `close`, or with this one."""
-
-    def __init__(
-        self, peer: str, size: str, method: str, rows: int, length: int, dtype: torch.dtype,
-        device: str = "cpu",
-    ) -> None:  # fmt: skip
-        kind = str(dtype).removeprefix("torch.")
-        quiet = ["-W", "ignore::FutureWarning"]  # of libraries about libraries
-        command = [sys.executable, *quiet, "-m", "fastllm.bench.training"]
-        command += [peer, size, method, str(rows), str(length), kind, device]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-        self._process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self._peak = 0.0
-
-    def step(self) -> float:
-        """Seconds of one step."""
-        seconds, self._peak = self._ask()
-        return seconds
-
-    def peak(self) -> float:
-        """Bytes of the resident set at the peak of warming up and steps, beyond the imports."""
-        if not self._peak:
-            self.step()
-        return self._peak
-
-    def _ask(self) -> tuple[float, float]:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-        while answer := self._process.stdout.readline():
-            if answer.startswith(_ANSWER):
-                seconds, peak = answer.split()[1:]
-                return float(seconds), float(peak)
-        raise RuntimeError(f"{self._process.args!r} ended with {self._process.wait()}")
-
-    def close(self) -> None:
-        """End the process and wait for it."""
-        self._process.kill()
-        self._process.communicate()
+def step_process(
+    peer: str, size: str, method: str, rows: int, length: int, dtype: torch.dtype,
+    device: str = "cpu",
+) -> StepProcess:  # fmt: skip
+    """A process that takes the steps of `make_step`."""
+    kind = str(dtype).removeprefix("torch.")
+    return StepProcess("fastllm.bench.training", peer, size, method, rows, length, kind, device)
 
 
 def main(arguments: list[str]) -> None:
@@ -186,24 +144,12 @@ def main(arguments: list[str]) -> None:
 
         assert transformers.AutoModelForCausalLM is not None, "imported before memory is read"
     config = SIZES[size]
-    before = _resident()
+    clock = StepClock(device)
     ids = batch(config, int(rows), int(length))
     step = make_step(peer, config, ids, method, device, getattr(torch, dtype))
     for _ in range(WARM_UP):
         step()
-    for _ in sys.stdin:
-        start = time.perf_counter()
-        step()
-        if device != "cpu":
-            torch.cuda.synchronize(device)
-        seconds = time.perf_counter() - start
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-        print(_ANSWER, seconds, peak, flush=True)
-
-
-def _resident() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+    serve_steps(step, clock)
 
 
 if __name__ == "__main__":
