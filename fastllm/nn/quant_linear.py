@@ -55,11 +55,7 @@ class QuantLinear(nn.Linear):
         nn.Module.__init__(self)
         if packed.format in layout.DENSE:
             raise ValueError(f"format {packed.format!r} is not quantized: keep nn.Linear")
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
-        kind = QUANT_FORMATS[packed.format]
-        if kind.mode(activation) not in kind.modes:
-            raise ValueError(f"activation {activation!r} is none of {packed.format}'s")
+        check_activation(activation, packed.format)
         self.in_features, self.out_features = packed.k, packed.n
         self.format, self.activation, self.dtype = packed.format, activation, dtype
         self._shapes = _shapes(packed.format, packed.n, packed.k)
@@ -304,6 +300,15 @@ class QuantLinear(nn.Linear):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, format={self.format}, activation={self.activation}"
         )
+
+
+def check_activation(activation: str, format: str) -> None:
+    """Raise ValueError unless a `QuantLinear` of that format can have that activation."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
+    kind = QUANT_FORMATS[format]
+    if kind.mode(activation) not in kind.modes:
+        raise ValueError(f"activation {activation!r} is none of {format}'s")
 
 
 def _is_sharded(tensor: Tensor) -> bool:

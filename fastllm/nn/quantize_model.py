@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from fastllm.nn.linear import Linear, ParallelLinear
 from fastllm.nn.moe import Experts
-from fastllm.nn.quant_linear import QuantLinear
+from fastllm.nn.quant_linear import QuantLinear, check_activation
 from fastllm.quantize import fastllm_files
 from fastllm.quantize.packed import PackedWeight, concat
-from fastllm.quantize.quantizer import Quantizer
+from fastllm.quantize.quantizer import Quantizer, naming
 from fastllm.quantize.rule import DEFAULT_SKIP, QuantReport, QuantRule
 
 
@@ -52,7 +52,7 @@ def quantize_model(
 
     Raises:
         ValueError: on an unknown format or activation, if no layer is chosen, if the model has
-            adapters, or if a weight holds NaN or infinity, naming it.
+            adapters, or if a weight holds NaN or infinity, naming it. The model is then as it was.
     """
     quantizer = Quantizer(QuantRule(format, modules, skip))
     if any(".lora_" in f".{name}" for name, _ in model.named_modules()):
@@ -66,6 +66,7 @@ def quantize_model(
         if quantizer.rule.chooses(name):
             report.keep(name, "shares its weight with another module")
             quantizer.leave.add(name)
+    _check(model, quantizer, activation)
     for names in _names_of(model, lambda module: type(module) is nn.Linear):
         _replace(model, names, quantizer, activation)
     _pack_layers(model, quantizer)
@@ -146,6 +147,48 @@ def _names_of(model: nn.Module, chosen: Callable[[nn.Module], bool]) -> list[lis
     return list(names.values())
 
 
+def _check(model: nn.Module, quantizer: Quantizer, activation: str | None) -> None:
+    """Raise for whatever would stop the work in the middle, before any layer is changed."""
+    trial = Quantizer(quantizer.rule)  # whose report nobody reads
+    trial.leave = quantizer.leave
+    for name, weight in _plain_weights(model):
+        format = trial.format_for(name, tuple(weight.shape))
+        if format is None:
+            continue
+        if weight.is_meta:
+            raise ValueError(f"{name}: its weight is on meta: load the model's weights first")
+        if type(weight) is not Tensor:
+            kind = type(weight).__name__
+            raise ValueError(
+                f"{name}: its weight is a {kind}: quantize a model before it is sharded"
+            )
+        with naming(name):
+            check_activation(activation or _usual_activation(weight), format)
+        if weight.dim() == 2:
+            trial.check(name, weight, format)
+        else:
+            for e, one in enumerate(weight):
+                trial.check(f"{name}, expert {e}", one, format)
+
+
+def _plain_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Weights that may be quantized: [n, k] of layers, [E, n, k] of fastllm's experts."""
+    for name, *_ in _names_of(model, lambda m: type(m) in (nn.Linear, Linear)):
+        weight = model.get_submodule(name).weight
+        if isinstance(weight, Tensor):  # None: it is packed already
+            yield name, weight.detach()
+    for name, module in model.named_modules():
+        if isinstance(module, Experts):
+            for part in ("gate_up_proj", "down_proj"):
+                weight = getattr(module, part)
+                if weight is not None:
+                    yield f"{name}.{part}", weight.detach()
+
+
+def _usual_activation(weight: Tensor) -> str:
+    return "fp32" if weight.dtype == torch.float32 else "bf16"
+
+
 def _replace(
     model: nn.Module, names: Sequence[str], quantizer: Quantizer, activation: str | None
 ) -> None:
@@ -156,14 +199,7 @@ def _replace(
     format = quantizer.format_for(names[0], tuple(weight.shape))
     if format is None:
         return
-    if weight.is_meta:
-        raise ValueError(f"{names[0]}: its weight is on meta: load the model's weights first")
-    if type(weight) is not Tensor:
-        kind = type(weight).__name__
-        raise ValueError(
-            f"{names[0]}: its weight is a {kind}: quantize a model before it is sharded"
-        )
-    mode = activation or ("fp32" if weight.dtype == torch.float32 else "bf16")
+    mode = activation or _usual_activation(weight)
     packed = quantizer.pack(names[0], weight, format, weight.device)
     layer = QuantLinear.from_packed(packed, linear.bias, mode, weight.dtype)
     _put(model, names, layer.train(linear.training))

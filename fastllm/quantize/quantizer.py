@@ -10,10 +10,14 @@ from torch import Tensor
 
 from ..ops import packed_layout as layout
 from ..ops.pages import Arena
+from ..ops.registry import FLOATS
 from . import packed as packing
 from .packed import PackedWeight, unpack
 from .packed_experts import PackedExperts, empty_experts, pack_expert_, set_expert_
 from .rule import QuantReport, QuantRule, squared_error
+
+# Scales of fp16 reach 65,504, and none is above the largest magnitude of what it scales.
+ALWAYS_FITS = 65504.0 / 2
 
 
 class Quantizer:
@@ -41,6 +45,16 @@ class Quantizer:
             self.report.cannot(name, shape[-1])
             return None
         return format
+
+    def check(self, name: str, weight: Tensor, format: str) -> None:
+        """Raise ValueError naming the layer if `pack` would; nothing is kept, nothing reported."""
+        usual = weight.dtype in FLOATS and weight.device.type in layout.ROWS_PER_GROUP
+        if usual and weight.numel():
+            least, most = (float(bound) for bound in weight.aminmax())
+            usual = -ALWAYS_FITS <= least <= most <= ALWAYS_FITS  # false of NaN
+        if not usual:  # it may fit all the same, as large values in formats with float32 scales do
+            with naming(name):
+                packing.quantize_weight(weight, format, None, weight.device)
 
     def pack(
         self, name: str, weight: Tensor, format: str, device: torch.device | str

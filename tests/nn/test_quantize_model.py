@@ -16,6 +16,7 @@ from fastllm.nn.linear import Linear
 from fastllm.nn.lora import LoraConfig, add_lora
 from fastllm.quantize import packed as packing
 from fastllm.quantize.rule import FallbackWarning
+from fastllm.testing.quantized_models import decoder
 
 
 class Block(nn.Module):
@@ -103,6 +104,40 @@ def test_a_weight_that_cannot_be_quantized_is_named() -> None:
         fastllm.quantize_model(Block().to("meta"), "q8_0")
     with pytest.raises(ValueError, match=r"mlp\.up: .*float64"):
         fastllm.quantize_model(Block(torch.float64), "q8_0")
+
+
+@pytest.mark.parametrize("kind", ["torch", "qwen3 moe"])
+def test_what_cannot_be_quantized_leaves_the_model_as_it_was(kind: str) -> None:
+    """The last matrix is at fault: those before it are not replaced either."""
+    model: nn.Module = Block() if kind == "torch" else decoder(kind, torch.float32)
+    names = [name for name, module in model.named_modules() if type(module) in (nn.Linear, Linear)]
+    last = "odd.weight" if kind == "torch" else "model.layers.1.mlp.experts.down_proj"
+    model.get_parameter(last).data.view(-1)[-1] = float("nan")
+    before = dict(model.named_parameters())
+    problem = r"odd: row 36" if kind == "torch" else r"experts\.down_proj, expert \d+: row"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=problem):
+            fastllm.quantize_model(model, "q8_0")
+    with pytest.raises(ValueError, match=r"activation 'int4' is not one of|load it with the one"):
+        fastllm.quantize_model(model, "q8_0", activation="int4")
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys() and all(after[name] is before[name] for name in before)
+    assert all(type(model.get_submodule(name)) in (nn.Linear, Linear) for name in names)
+    model.get_parameter(last).data.view(-1)[-1] = 0.0
+    assert fastllm.quantize_model(model, "q8_0", modules=r"odd|down").layers
+
+
+@pytest.mark.parametrize(("format", "fits"), [("q8_0", True), ("q4_1", False), ("nf4", True)])
+def test_values_beyond_fp16_are_refused_only_by_scales_of_fp16(format: str, fits: bool) -> None:
+    model = nn.Sequential(nn.Linear(64, 8), nn.Linear(64, 8)).float()
+    nn.init.constant_(model[1].weight, -1e6)
+    if not fits:
+        with pytest.raises(ValueError, match=r"1: row 0 of w holds values too large"):
+            fastllm.quantize_model(model, format)
+        assert type(model[0]) is nn.Linear
+        return
+    fastllm.quantize_model(model, format)
+    assert isinstance(model[1], QuantLinear)
 
 
 def test_one_dense_layer_at_a_time_is_beside_its_codes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +251,6 @@ def test_what_transformers_saves_of_it_is_loaded_here(llama: Transformers, tmp_p
 
 
 def test_layers_of_fastllm_hold_codes_alone_and_groups_stay_one_product() -> None:
-    from fastllm.testing.quantized_models import decoder
 
     for case in ("llama", "qwen3 moe", "deepseek v3 experts"):
         model = decoder(case)
