@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ def continuation_log_probs(
     model.refresh_caches()
     packs = list(_packs(groups))
     pages = max((sum(group.pages for group in pack) for pack in packs), default=0)
-    cache = PagedCache(model.config, pages + 1, model.dtype, model.device) if packs else None
+    cache = PagedCache(model.config, pages, model.dtype, model.device) if packs else None
     found: list[list[Tensor]] = []
     for pack in packs:
         assert cache is not None, "there is a pack"
@@ -157,30 +158,25 @@ class _Rows:
 @torch.no_grad()
 def _score(model: Decoder, cache: PagedCache, pack: Sequence[Continued]) -> list[list[Tensor]]:
     prefixes, tails = _Rows(), _Rows()
-    taken: list[int] = []
+    fresh = iter(range(cache.num_pages))  # nothing of an earlier pack is read again
     rows: list[int] = []
     targets: list[int] = []
     for group in pack:
-        shared = cache.allocate(group.shared // PAGE_SIZE)
-        taken += shared
+        shared = list(islice(fresh, group.shared // PAGE_SIZE))
         if shared:
             prefixes.add(group.context[: group.shared], 0, shared)
         places: dict[tuple[int, ...], int] = {}
         for tail, ending in zip(group.tails(), group.endings, strict=True):
             if tail not in places:
-                own = cache.allocate_for(len(tail))
-                taken += own
+                own = list(islice(fresh, pages_for(len(tail))))
                 places[tail] = tails.add(tail, group.shared, shared + own)
             first = places[tail] + len(group.context) - group.shared - 1
             rows += range(first, first + len(ending))
             targets += ending
-    try:
-        if prefixes.ids:
-            model.hidden(prefixes.batch(model.device), cache.layers)
-        x = model.hidden(tails.batch(model.device), cache.layers)
-        log_probs = _predicted(model, x, rows, targets)
-    finally:
-        cache.release(taken)
+    if prefixes.ids:
+        model.hidden(prefixes.batch(model.device), cache.layers)
+    x = model.hidden(tails.batch(model.device), cache.layers)
+    log_probs = _predicted(model, x, rows, targets)
     lengths = [len(ending) for group in pack for ending in group.endings]
     parts = iter(log_probs.split(lengths))
     return [[next(parts) for _ in group.endings] for group in pack]
