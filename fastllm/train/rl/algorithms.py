@@ -92,8 +92,8 @@ PRESETS: dict[str, Algorithm] = {
     "dapo": Algorithm(
         clip_high=0.28, aggregation="token", mask_truncated=True, dynamic_sampling=True
     ),
-    # Zheng et al., 2025, GSPO (arXiv 2507.18071), section 5.1: clip 3e-4 and 4e-4, four mini-batches
-    # a rollout; no KL. TRL's defaults stay at 0.2 unless they are given.
+    # Zheng et al., 2025, GSPO (arXiv 2507.18071), section 5.1: clip 3e-4 and 4e-4, four
+    # mini-batches a rollout; no KL. TRL's defaults stay at 0.2 unless they are given.
     "gspo": Algorithm(ratio="sequence", clip_low=3e-4, clip_high=4e-4),
     # Ahmadian et al., 2024, "Back to basics" (arXiv 2402.14740), section 3: the whole sample is one
     # action, the baseline the mean of the others, the KL inside the reward. The paper tunes beta by

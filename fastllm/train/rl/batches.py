@@ -1,0 +1,214 @@
+"""The optimizer steps that rollouts make: a buffer of samples, cut into mini- and micro batches.
+
+    collect -> samples -> `epochs` times: shuffled, cut into `mini_batches`, each one optimizer step
+                                          packed into micro batches of whole documents
+
+State is what is left of the buffer and where the collector is, so a run that is killed between two
+steps of one rollout resumes with the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fastllm.nn.batch import Documents
+from fastllm.train.data.batch import NO_LOSS
+from fastllm.train.data.order import permutation
+from fastllm.train.data.packing import pack_rows
+from fastllm.train.rl.objective import token_weights
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """A completion as it is trained on. Lists have a value for every completion token."""
+
+    prompt_ids: Sequence[int]
+    completion_ids: Sequence[int]
+    old: list[float]  # log-probabilities by the policy that sampled
+    advantages: list[float]
+    extra: dict[str, list[float]] = field(default_factory=dict)  # reference, values, ...
+
+    @property
+    def places(self) -> int:
+        """Inputs of the model: every token but the last."""
+        return len(self.prompt_ids) + len(self.completion_ids) - 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RlMicro:
+    """T places of S documents; N of the places have a completion token to predict."""
+
+    documents: Documents
+    targets: Tensor  # [T] int64: the completion token at the next place, NO_LOSS in the prompt
+    places: Tensor  # [N] int64: where targets are
+    lengths: Tensor  # [S] int64: completion tokens of each document, summing to N
+    old: Tensor  # [N] float32
+    advantages: Tensor  # [N] float32
+    weights: Tensor  # [N] float32: see `token_weights`
+    extra: dict[str, Tensor]  # [N] float32 each
+    tokens: int  # N
+    fresh: bool  # the weights are still those that sampled
+
+    def to(self, device: torch.device | str) -> RlMicro:
+        """The batch with its tensors on `device`."""
+        moved = {
+            name: getattr(self, name).to(device)
+            for name in ("targets", "places", "lengths", "old", "advantages", "weights")
+        }
+        extra = {name: tensor.to(device) for name, tensor in self.extra.items()}
+        return replace(self, documents=self.documents.to(device), extra=extra, **moved)
+
+
+class Collector(Protocol):
+    """Makes a rollout and says where it is. A call that raises must not have moved it."""
+
+    def __call__(self, step: int) -> list[Sample]:
+        """Samples of the next rollout, at least one. step: the optimizer step that is next."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ValueError naming what does not fit."""
+
+
+class RlBatches:
+    """The `Batches` of the training loop.
+
+    Args:
+        collect: makes the next rollout.
+        mini_batches: optimizer steps of one pass over a rollout's samples.
+        epochs: passes.
+        micro_tokens: places that go through the model at once; a longer sample goes alone.
+        aggregation, longest: see `token_weights`.
+        seed: of the shuffling.
+    """
+
+    def __init__(
+        self, collect: Collector, *, mini_batches: int = 1, epochs: int = 1, micro_tokens: int,
+        aggregation: str, longest: int, seed: int = 0,
+    ) -> None:  # fmt: skip
+        self.collect = collect
+        self.mini_batches = mini_batches
+        self.epochs = epochs
+        self.micro_tokens = micro_tokens
+        self.aggregation = aggregation
+        self.longest = longest
+        self.seed = seed
+        self._rollouts = 0  # made so far
+        self._step = 0  # steps taken from the buffer
+        self._taken = 0  # steps in all
+        self._buffer: list[Sample] = []
+
+    def __iter__(self) -> Iterator[list[RlMicro]]:
+        return self
+
+    def __next__(self) -> list[RlMicro]:
+        steps = self._steps()
+        if self._step >= len(steps):
+            self._buffer = self.collect(self._taken + 1)
+            self._rollouts += 1
+            self._step = 0
+            steps = self._steps()
+        chosen = [self._buffer[i] for i in steps[self._step]]
+        fresh = self._step == 0
+        self._step += 1
+        self._taken += 1
+        if self._step == len(steps):
+            self._buffer = []  # a checkpoint need not hold what is done with
+        return micro_batches(
+            chosen, self.micro_tokens, aggregation=self.aggregation, longest=self.longest,
+            fresh=fresh,
+        )  # fmt: skip
+
+    def _steps(self) -> list[list[int]]:
+        """The samples of every step that the buffer makes."""
+        count = len(self._buffer)
+        steps = []
+        for epoch in range(self.epochs if count else 0):
+            order = permutation(count, self.seed, self._rollouts, epoch).tolist()
+            parts = min(self.mini_batches, count)
+            edges = [count * i // parts for i in range(parts + 1)]
+            steps += [order[a:b] for a, b in pairwise(edges)]
+        return steps
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the run is, the samples that wait included."""
+        return {
+            "rollouts": self._rollouts,
+            "step": self._step,
+            "taken": self._taken,
+            "cut": [self.mini_batches, self.epochs],
+            "buffer": [_plain(sample) for sample in self._buffer],
+            "collect": self.collect.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go there. Raises ValueError naming what does not fit."""
+        cut = [self.mini_batches, self.epochs]
+        if state["buffer"] and state["cut"] != cut:
+            raise ValueError(
+                f"the run was within a rollout that is cut into {state['cut'][0]} mini_batches and "
+                f"{state['cut'][1]} epochs: they cannot change there to {cut[0]} and {cut[1]}"
+            )
+        self.collect.load_state_dict(state["collect"])
+        self._rollouts = int(state["rollouts"])
+        self._step = int(state["step"])
+        self._taken = int(state["taken"])
+        self._buffer = [Sample(**values) for values in state["buffer"]]
+
+
+def micro_batches(
+    samples: Sequence[Sample], micro_tokens: int, *, aggregation: str, longest: int, fresh: bool
+) -> list[RlMicro]:  # fmt: skip
+    """The samples of one optimizer step, packed best-fit and whole."""
+    lengths = torch.tensor([len(sample.completion_ids) for sample in samples])
+    weights = token_weights(lengths, aggregation, longest).tolist()
+    places = [sample.places for sample in samples]
+    rows = pack_rows(places, max(micro_tokens, *places))
+    return [
+        micro_batch([samples[i] for i in row], [weights[i] for i in row], fresh=fresh)
+        for row in rows
+    ]
+
+
+def micro_batch(
+    samples: Sequence[Sample], weights: Sequence[float], *, fresh: bool = False
+) -> RlMicro:
+    """The samples, in order, as one micro batch. weights: of each."""
+    targets: list[int] = []
+    for sample in samples:
+        targets += [NO_LOSS] * (len(sample.prompt_ids) - 1) + list(sample.completion_ids)
+    where = torch.tensor(targets)
+    lengths = torch.tensor([len(sample.completion_ids) for sample in samples])
+    names = samples[0].extra
+    return RlMicro(
+        documents=Documents.pack([[*s.prompt_ids, *s.completion_ids][:-1] for s in samples]),
+        targets=where,
+        places=torch.nonzero(where != NO_LOSS)[:, 0],
+        lengths=lengths,
+        old=_flat([s.old for s in samples]),
+        advantages=_flat([s.advantages for s in samples]),
+        weights=torch.tensor(weights, dtype=torch.float32).repeat_interleave(lengths),
+        extra={name: _flat([s.extra[name] for s in samples]) for name in names},
+        tokens=int(lengths.sum()),
+        fresh=fresh,
+    )
+
+
+def _flat(parts: Sequence[Sequence[float]]) -> Tensor:
+    return torch.tensor([value for part in parts for value in part], dtype=torch.float32)
+
+
+def _plain(sample: Sample) -> Mapping[str, Any]:
+    return asdict(
+        replace(
+            sample, prompt_ids=list(sample.prompt_ids), completion_ids=list(sample.completion_ids)
+        )
+    )

@@ -1,0 +1,191 @@
+"""The policy of an RL run as the loop sees it: its loss, its evaluation, its metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastllm.engine.llm import LLM
+from fastllm.models.decoder import Decoder
+from fastllm.models.loader import load_model
+from fastllm.models.tokenizer import Tokenizer
+from fastllm.models.weights import WeightSource
+from fastllm.nn.lora import adapters_disabled
+from fastllm.train.data.prompts import EncodedPrompt
+from fastllm.train.decoder_task import DecoderTask
+from fastllm.train.rl.algorithms import Algorithm
+from fastllm.train.rl.batches import RlMicro, Sample, micro_batch
+from fastllm.train.rl.metrics import RlMetrics
+from fastllm.train.rl.objective import kl_estimate, policy_loss
+from fastllm.train.rl.rollout import Rollouts
+from fastllm.train.tune_config import TuneConfig
+
+# Rewards of one completion of each prompt, float32 [N, F].
+ScoreTexts = Callable[[Sequence[EncodedPrompt], Sequence[str]], Tensor]
+
+
+class PolicyTask(DecoderTask):
+    """A decoder that learns from its own samples.
+
+    algorithm: see `Algorithm`. temperature: that completions are sampled at; the policy is the
+    distribution at this temperature. Other arguments and errors are those of `DecoderTask`.
+    """
+
+    name = "rl"
+
+    def __init__(
+        self,
+        config: TuneConfig,
+        source: WeightSource,
+        tokenizer: Tokenizer,
+        algorithm: Algorithm,
+        *,
+        temperature: float,
+        lr: float,
+        end_ids: Sequence[int],
+        template: str | None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__(
+            config, source, tokenizer, lr=lr, end_ids=end_ids, template=template, device=device
+        )
+        self.algorithm = algorithm
+        self.temperature = temperature
+        self.micro_tokens = config.micro_tokens or 2048
+        self.metrics = RlMetrics()
+        self._source = source
+        self._reference: Decoder | None = None
+        self._asked: Sequence[EncodedPrompt] = ()
+        self._shown = 0
+
+    def serve(self, **options: Any) -> LLM:
+        """An engine on the live weights; options are those of `LLM.from_model`."""
+        return LLM.from_model(self.decoder, self.tokenizer, **options)
+
+    def set_evaluation(
+        self, rollouts: Rollouts, score: ScoreTexts, names: Sequence[str],
+        weights: Sequence[float], asked: Sequence[EncodedPrompt], shown: int,
+    ) -> None:  # fmt: skip
+        """What is answered greedily and scored; the first `shown` are also shown."""
+        self._rollouts, self._score = rollouts, score
+        self._names, self._weights = list(names), torch.tensor(list(weights))
+        self._asked, self._shown = asked, shown
+
+    # what the loop calls
+
+    def loss(self, micro: RlMicro) -> Tensor:
+        """The weighted sum of the tokens' losses."""
+        self.metrics.update_begins()
+        algorithm, micro = self.algorithm, micro.to(self.device)
+        logps, entropies = self.decoder.log_probs(
+            micro.documents, micro.targets, temperature=self.temperature,
+            checkpoint=self.checkpointing,
+        )  # fmt: skip
+        logp = logps[micro.places]
+        surrogate = policy_loss(
+            logp, micro.old, micro.advantages, micro.lengths, ratio=algorithm.ratio,
+            clip_low=algorithm.clip_low, clip_high=algorithm.clip_high,
+        )  # fmt: skip
+        loss = surrogate.loss
+        if "reference" in micro.extra:
+            kl = kl_estimate(logp, micro.extra["reference"], algorithm.kl)
+            if algorithm.kl_in == "loss":
+                loss = loss + algorithm.beta * kl
+            self.metrics.mean("kl", kl.detach().mean(), micro.tokens)
+        self._note(micro, logp.detach(), entropies.detach()[micro.places].mean())
+        self._note_clip(micro, surrogate.low.float().mean(), surrogate.high.float().mean())
+        return (loss * micro.weights).sum()
+
+    def _note(self, micro: RlMicro, logp: Tensor, entropy: Tensor) -> None:
+        self.metrics.mean("entropy", entropy, micro.tokens)
+        if micro.fresh:
+            self.metrics.largest("logprob_difference", (logp - micro.old).abs().max())
+
+    def _note_clip(self, micro: RlMicro, low: Tensor, high: Tensor) -> None:
+        metrics, tokens = self.metrics, micro.tokens
+        metrics.mean("clip_ratio/low_mean", low, tokens)
+        metrics.smallest("clip_ratio/low_min", low)
+        metrics.mean("clip_ratio/high_mean", high, tokens)
+        metrics.largest("clip_ratio/high_max", high)
+        metrics.mean("clip_ratio/region_mean", low + high, tokens)
+
+    def flops(self, micro: RlMicro) -> float:
+        """Of forward and backward; neither rollouts nor the reference count."""
+        return self.training_flops(len(micro.targets), micro.tokens)
+
+    def numbers(self, *, whole: bool) -> dict[str, Any]:
+        """Since the line before."""
+        return self.metrics.numbers()
+
+    def after_update(self) -> None:
+        """The step is done."""
+        self.metrics.update_ends()
+
+    def evaluate(self) -> dict[str, float]:
+        """Mean rewards of greedy answers to the held-out prompts: `eval_accuracy` and so on."""
+        if not self._asked:
+            return {}
+        with self.untrained():
+            answers = self._rollouts.greedy(self._asked)
+        means = self._score(self._asked, answers).mean(0)
+        found = {f"eval_{n}": float(m) for n, m in zip(self._names, means, strict=True)}
+        return found | {"eval_reward": float(means @ self._weights)}
+
+    def sample(self) -> list[tuple[str, str]]:
+        """Some held-out prompts and what the live weights answer, greedily."""
+        asked = self._asked[: self._shown]
+        if not asked:
+            return []
+        with self.untrained():
+            answers = self._rollouts.greedy(asked)
+        return [(p.record.text, a.strip()) for p, a in zip(asked, answers, strict=True)]
+
+    # the reference policy
+
+    def reference_log_probs(self, samples: Sequence[Sample]) -> list[list[float]]:
+        """Log-probabilities of completion tokens by the policy that the run began with.
+
+        An adapter is switched off for it; a model that is trained in full has a frozen copy beside
+        it, loaded when this is first called.
+        """
+        with self.untrained():
+            if self.lora is not None:
+                with adapters_disabled(self.decoder):
+                    return log_probs(self.decoder, samples, self.temperature, self.micro_tokens)
+            if self._reference is None:
+                self._reference = load_model(
+                    self._source, self.decoder.dtype, self.device, self.decoder.activation,
+                    self.decoder.max_positions,
+                )  # fmt: skip
+            return log_probs(self._reference, samples, self.temperature, self.micro_tokens)
+
+
+@torch.no_grad()
+def log_probs(
+    decoder: Decoder, samples: Sequence[Sample], temperature: float, micro_tokens: int
+) -> list[list[float]]:
+    """Log-probabilities of the samples' completion tokens by `decoder`, for each sample."""
+    order = sorted(range(len(samples)), key=lambda i: samples[i].places)
+    found: list[list[float]] = [[] for _ in samples]
+    for first, last in _stretches([samples[i].places for i in order], micro_tokens):
+        chosen = order[first:last]
+        micro = micro_batch([samples[i] for i in chosen], [1.0] * len(chosen)).to(decoder.device)
+        logps, _ = decoder.log_probs(micro.documents, micro.targets, temperature=temperature)
+        parts = logps[micro.places].cpu().split(micro.lengths.tolist())
+        for i, part in zip(chosen, parts, strict=True):
+            found[i] = part.tolist()
+    return found
+
+
+def _stretches(lengths: Sequence[int], capacity: int) -> list[tuple[int, int]]:
+    """Consecutive parts whose lengths sum to at most `capacity`, or a single longer one."""
+    parts, first, total = [], 0, 0
+    for i, length in enumerate(lengths):
+        if i > first and total + length > capacity:
+            parts.append((first, i))
+            first, total = i, 0
+        total += length
+    return [*parts, (first, len(lengths))]
