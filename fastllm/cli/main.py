@@ -19,6 +19,7 @@ COMMANDS = {
     "data": "turn text into a token store; show what a batch holds",
     "pretrain": "train a model from random weights on a token store",
     "sft": "fine-tune a model on conversations",
+    "reward": "train a reward model on rankings of answers",
     "generate": "answer prompts",
     "chat": "talk with a model",
     "eval": "measure how well a model, or each of its formats, predicts text",

@@ -76,12 +76,14 @@ class Scorer:
 
         checkpoint: see `Decoder.train_hidden`.
         """
-        return self.head(self.decoder.train_hidden(documents, checkpoint=checkpoint))
+        return self.decoder.with_head(documents, lambda x, _: self.head(x), checkpoint=checkpoint)
 
     def last_scores(self, documents: Documents, *, checkpoint: bool = False) -> Tensor:
         """The score of each of S documents, at its last token: float32 [S], differentiable."""
-        x = self.decoder.train_hidden(documents, checkpoint=checkpoint)
-        return self.head(x[documents.cu_seqlens[1:].long() - 1])
+        ends = documents.cu_seqlens[1:].long() - 1
+        return self.decoder.with_head(
+            documents, lambda x, _: self.head(x[ends]), checkpoint=checkpoint
+        )
 
 
 class HeadedWeights:

@@ -9,7 +9,7 @@ from fastllm.ops.linear import linear
 
 
 class ScalarHead(nn.Module):
-    """score = x . w, summed in float32. `weight` is [1, size]: transformers' `score` of one label."""
+    """score = x . w, summed in float32; `weight` is [1, size], as transformers has it."""
 
     def __init__(self, size: int) -> None:
         super().__init__()

@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
@@ -35,6 +35,7 @@ from fastllm.train.tune_config import ALIASES, TuneConfig
 
 MAX_HELD_OUT = 200  # conversations; more make evaluation slow and no steadier
 Say = Callable[[str], None]
+T = TypeVar("T")
 
 
 def _loop() -> LoopConfig:
@@ -257,9 +258,7 @@ def read_data(config: SftConfig, encoder: ConversationEncoder, seq_len: int) -> 
     return Data(train=train, held_out=held_out, asked=asked, counts=counts)
 
 
-def split(
-    conversations: list[Conversation], holdout: str, seed: int
-) -> tuple[list[Conversation], list[Conversation]]:
+def split(conversations: list[T], holdout: str, seed: int) -> tuple[list[T], list[T]]:
     """(train, held out): `holdout` is "auto", "none" or a share.
 
     "auto" holds out 5% of 20 conversations or more. Raises ValueError for anything else.

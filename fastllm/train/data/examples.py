@@ -8,7 +8,7 @@ padding: how they are packed changes nothing but speed. The last step of a run m
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -104,12 +104,13 @@ class ExampleBatches:
 
     batch_size: examples of a step, all processes together. micro_tokens: places that go through the
     model at once; the longest example must fit. count: examples of the run, the step that reaches
-    it ends there.
+    it ends there. cut: makes micro batches as `micro_batches` does, hash_of hashes as `fingerprint`
+    does; they are given for examples of another kind.
     """
 
     def __init__(
         self,
-        examples: Sequence[Example],
+        examples: Sequence[Any],
         *,
         batch_size: int,
         micro_tokens: int,
@@ -117,6 +118,8 @@ class ExampleBatches:
         count: int | None = None,
         rank: int = 0,
         world: int = 1,
+        cut: Callable[..., Iterable[Any]] | None = None,
+        hash_of: Callable[[Sequence[Any]], str] | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -129,18 +132,19 @@ class ExampleBatches:
         self.world = world
         self._done = 0  # examples of earlier steps, all processes together
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
-        self._fingerprint = fingerprint(examples)
+        self._cut = cut or micro_batches
+        self._fingerprint = (hash_of or fingerprint)(examples)
 
-    def __iter__(self) -> Iterator[list[MicroBatch]]:
+    def __iter__(self) -> Iterator[list[Any]]:
         return self
 
-    def __next__(self) -> list[MicroBatch]:
+    def __next__(self) -> list[Any]:
         last = self._done + self.batch_size
         if self.count is not None and self._done < self.count:
             last = min(last, self.count)
         chosen = [self._at(number) for number in range(self._done, last)]
         self._done = last
-        return list(micro_batches(self.examples, chosen, self.micro_tokens, self.rank, self.world))
+        return list(self._cut(self.examples, chosen, self.micro_tokens, self.rank, self.world))
 
     def state_dict(self) -> dict[str, Any]:
         """Where the run is, as JSON values; batch size, packing and processes may change."""
