@@ -91,3 +91,24 @@ class NotFiniteError(NumericalError, ValueError):
 
 class CheckpointError(FastLLMError, ValueError):
     """A checkpoint is missing, damaged, or of another run; the message says what differs."""
+
+
+class RewardError(FastLLMError, RuntimeError):
+    """A reward function failed: it raised, took too long, or gave what is no reward.
+
+    reward: its name. sample: the place of the answer in the batch, from 0; None: all of them
+    together. prompt: what was answered.
+    """
+
+    def __init__(self, reward: str, sample: int | None, prompt: str, problem: str) -> None:
+        super().__init__(reward, sample, prompt, problem)  # all of them: it survives pickling
+        self.reward = reward
+        self.sample = sample
+        self.prompt = prompt
+        self.problem = problem
+
+    def __str__(self) -> str:
+        beginning = self.prompt if len(self.prompt) <= 80 else self.prompt[:77] + "..."
+        which = "" if self.sample is None else f", completions[{self.sample}]"
+        after = f" (prompt {beginning!r})" if self.prompt else ""
+        return f"reward {self.reward!r}{which}{after}: {self.problem}"
