@@ -1,0 +1,1 @@
+"""Parts of `fastllm.train.distill`: the teacher, its stored answers, data, losses, rollouts."""
