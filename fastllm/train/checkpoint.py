@@ -203,7 +203,7 @@ class Checkpoints:
         if not self.directory.is_dir():
             return []
         found = [p for p in self.directory.iterdir() if _NAME.fullmatch(p.name) and p.is_dir()]
-        return [Checkpoint(p) for p in sorted(found, key=_step_of)]
+        return [Checkpoint(p) for p in sorted(found, key=step_of)]
 
     def newest(self) -> Path | None:
         """The newest directory that was renamed into place."""
@@ -243,7 +243,7 @@ class Checkpoints:
         if distributed.rank() != 0:
             return
         for later in self.all():
-            if _step_of(later.path) > step:
+            if step_of(later.path) > step:
                 number = 1
                 while (kept := self.directory / f"aside-{number}-{later.path.name}").exists():
                     number += 1
@@ -373,7 +373,8 @@ def _entry(file: Path) -> dict[str, Any]:
     return {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
 
 
-def _step_of(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
     found = _NAME.fullmatch(path.name)
     assert found is not None, "only such names are listed"
     return int(found.group(1))

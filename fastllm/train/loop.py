@@ -25,10 +25,10 @@ from typing import Any, Literal
 
 import torch
 
-from fastllm.errors import CheckpointError, NotFiniteError, NumericalError
+from fastllm.errors import CheckpointError, NotFiniteError, NumericalError, RewardError
 from fastllm.ops.moe_gate import kept_refusals
 from fastllm.train import distributed
-from fastllm.train.checkpoint import Checkpoints, differences, take_snapshot
+from fastllm.train.checkpoint import Checkpoints, differences, step_of, take_snapshot
 from fastllm.train.config import to_dict
 from fastllm.train.memory import keep_freed_memory
 from fastllm.train.metrics import Metrics, MetricsConfig
@@ -37,7 +37,7 @@ from fastllm.train.peak import peak_flops
 from fastllm.train.schedule import ScheduleConfig, factor
 from fastllm.train.signals import StopSignals
 from fastllm.train.state import preserved_random_state, seed_all
-from fastllm.train.task import Task
+from fastllm.train.task import StepAbandoned, Task
 
 __all__ = ["LoopConfig", "MetricsConfig", "Progress", "Result", "ScheduleConfig", "Task", "run"]
 
@@ -174,8 +174,15 @@ class _Loop:
     def train(self, signals: StopSignals) -> Result:
         """Steps until the end or a signal."""
         progress, stop = self.progress, False
+        self.task.stopping = lambda: signals.requested
+        if self.task.evaluates_first and not progress.step and self.config.eval_every:
+            self.evaluate()
         while progress.step < progress.steps and not stop:
-            stop = self.step(signals)
+            try:
+                stop = self.step(signals)
+            except StepAbandoned:
+                self.keep()
+                break
             self.after_step(last=stop or progress.step >= progress.steps)
         self.metrics.report()
         finished = progress.step >= progress.steps
@@ -200,14 +207,15 @@ class _Loop:
         task, progress = self.task, self.progress
         self.set_rates()
         total = torch.zeros((), dtype=torch.float64, device=task.device)
-        counts = [0.0, float(signals.requested), 0.0, 0.0]
+        counts = [0.0, 0.0, 0.0, 0.0]
         with self.refusals(f"step {progress.step + 1}") as refused:
-            for micro in next(task.batches):
+            for micro in self.micro_batches():
                 loss = task.loss(micro)
                 loss.backward()
                 total += loss.detach()
                 counts[0] += micro.tokens
                 counts[2] += task.flops(micro)
+        counts[1] = float(signals.requested)  # one that came within the step counts
         counts[3] = len(refused)
         sums = distributed.sum_(torch.cat([total[None], total.new_tensor(counts)]))
         scale = (1 / sums[1]).float()
@@ -232,6 +240,15 @@ class _Loop:
         self.clock += time.perf_counter() - began
         progress.seconds += time.perf_counter() - began
         return bool(stop)
+
+    def micro_batches(self) -> list[Any]:
+        """This step's. A reward that fails spoils no step that was done: the state is as it was
+        after the last one, and is saved before the error goes on."""
+        try:
+            return next(self.task.batches)
+        except RewardError:
+            self.keep()
+            raise
 
     @contextmanager
     def refusals(self, what: str) -> Iterator[list[NotFiniteError]]:
@@ -299,12 +316,7 @@ class _Loop:
         if last or step % config.metrics.every == 0:
             self.log(whole=due(config.eval_every) or last)
         if due(config.eval_every):
-            what = f"evaluation after step {step}"
-            with self.untrained(), self.refusals(what) as refused:
-                self.evaluation = self.task.evaluate()
-            self.refuse(what, refused)
-            if self.evaluation:
-                self.metrics.evaluation(step, self.evaluation)
+            self.evaluate()
         if due(config.sample_every):
             with self.untrained():
                 self.metrics.samples(step, self.task.sample())
@@ -313,6 +325,16 @@ class _Loop:
             self.plan()
         if last or (config.save_every and step % config.save_every == 0):
             self.save(last=last)
+
+    def evaluate(self) -> None:
+        """Measure on held-out data and log it."""
+        step = self.progress.step
+        what = f"evaluation after step {step}"
+        with self.untrained(), self.refusals(what) as refused:
+            self.evaluation = self.task.evaluate()
+        self.refuse(what, refused)
+        if self.evaluation:
+            self.metrics.evaluation(step, self.evaluation)
 
     def log(self, *, whole: bool) -> None:
         """A line of metrics: means since the one before. whole: with what is long."""
@@ -365,6 +387,13 @@ class _Loop:
             evaluation=self.evaluation,
         )
         self.checkpoints.save(self.task, snapshot, self.metrics.say, last=last)
+
+    def keep(self) -> None:
+        """Save the last step that was done, unless it is saved already."""
+        self.checkpoints.wait(self.metrics.say)
+        newest = self.checkpoints.newest()
+        if self.progress.step and (newest is None or step_of(newest) < self.progress.step):
+            self.save(last=True)
 
     def close(self) -> None:
         """Let the writer finish and the terminal go."""

@@ -5,7 +5,7 @@ A micro batch is anything with `tokens`, the number of targets that count in it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -51,10 +51,21 @@ class StepOptimizer(Protocol):
     def zero_grad(self, set_to_none: bool = True) -> None: ...
 
 
+class StepAbandoned(Exception):
+    """Raised by `Batches.__next__` when `Task.stopping` asks for it: the step is not done, nothing
+    has changed, and the run ends with a checkpoint of the step before."""
+
+
+def _never() -> bool:
+    return False
+
+
 class Task:
     """Base of every kind of training. A subclass sets the attributes and defines `loss`."""
 
     name: str = "train"
+    stopping: Callable[[], bool] = staticmethod(_never)  # the loop's: a signal asks for the end
+    evaluates_first = False  # before the first step of a new run too: the curve's beginning
     model: nn.Module
     optimizer: StepOptimizer
     batches: Batches

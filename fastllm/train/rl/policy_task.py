@@ -35,6 +35,7 @@ class PolicyTask(DecoderTask):
     """
 
     name = "rl"
+    evaluates_first = True
 
     def __init__(
         self,
@@ -60,6 +61,8 @@ class PolicyTask(DecoderTask):
         self._reference: Decoder | None = None
         self._asked: Sequence[EncodedPrompt] = ()
         self._shown = 0
+        self.first_evaluation: dict[str, float] = {}  # of a new run, before its first step
+        self._updated = False
 
     def serve(self, **options: Any) -> LLM:
         """An engine on the live weights; options are those of `LLM.from_model`."""
@@ -122,6 +125,7 @@ class PolicyTask(DecoderTask):
 
     def after_update(self) -> None:
         """The step is done."""
+        self._updated = True
         self.metrics.update_ends()
 
     def evaluate(self) -> dict[str, float]:
@@ -132,7 +136,10 @@ class PolicyTask(DecoderTask):
             answers = self._rollouts.greedy(self._asked)
         means = self._score(self._asked, answers).mean(0)
         found = {f"eval_{n}": float(m) for n, m in zip(self._names, means, strict=True)}
-        return found | {"eval_reward": float(means @ self._weights)}
+        found["eval_reward"] = float(means @ self._weights)
+        if not self._updated:
+            self.first_evaluation = dict(found)
+        return found
 
     def sample(self) -> list[tuple[str, str]]:
         """Some held-out prompts and what the live weights answer, greedily."""

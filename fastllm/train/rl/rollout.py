@@ -8,7 +8,7 @@ distribution: top-p and top-k are refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from fastllm.engine.llm import LLM
 from fastllm.engine.request import RequestOutput, SamplingParams
 from fastllm.train.data.order import key, permutation
 from fastllm.train.data.prompts import EncodedPrompt, PromptRecord
+from fastllm.train.task import StepAbandoned
 
 _SEED_BITS = 62  # a request's samples count up from its seed
 
@@ -71,11 +72,13 @@ class Rollouts:
         end_ids: ids that end one, beside the model's own. stop: strings that do.
         seed: of the run. A completion depends on it, on its prompt's number in the stream and on
             its place in the group: not on batches, steps or what else is sampled.
+        stopping: asked between tokens; once it is true, the rollout raises `StepAbandoned`.
     """
 
     def __init__(
         self, llm: LLM, *, group_size: int, temperature: float, max_completion: int,
         end_ids: Sequence[int] = (), stop: Sequence[str] = (), seed: int = 0,
+        stopping: Callable[[], bool] | None = None,
     ) -> None:  # fmt: skip
         if not temperature > 0:
             raise ValueError(
@@ -89,6 +92,7 @@ class Rollouts:
         self.end_ids = tuple(end_ids)
         self.stop = tuple(stop)
         self.seed = seed
+        self.stopping = stopping
 
     def __call__(
         self, prompts: Sequence[EncodedPrompt], numbers: Sequence[int]
@@ -109,12 +113,29 @@ class Rollouts:
             )
             for number in numbers
         ]
-        outputs = self.llm.generate([list(prompt.ids) for prompt in prompts], params)
+        outputs = self._generate(prompts, params)
         return [
             trajectory
             for prompt, number, output in zip(prompts, numbers, outputs, strict=True)
             for trajectory in _trajectories(prompt, number, output)
         ]
+
+    def _generate(
+        self, prompts: Sequence[EncodedPrompt], params: Sequence[SamplingParams]
+    ) -> list[RequestOutput]:
+        """The finished outputs, in order. Between two tokens a wish to stop is heard."""
+        ids = [list(prompt.ids) for prompt in prompts]
+        if self.stopping is None:
+            return self.llm.generate(ids, params)
+        found: dict[str, RequestOutput] = {}
+        for output in self.llm.generate(ids, params, stream=True):
+            found[output.request_id] = output
+            if self.stopping():
+                raise StepAbandoned("a rollout was asked to stop")
+        # An output comes whenever it has grown; a request's number tells its place.
+        outputs = sorted(found.values(), key=lambda output: int(output.request_id))
+        assert [output.prompt_token_ids for output in outputs] == ids
+        return outputs
 
     def greedy(self, prompts: Sequence[EncodedPrompt]) -> list[str]:
         """The text of the most probable continuation of each prompt."""
