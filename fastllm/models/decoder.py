@@ -23,6 +23,7 @@ from fastllm.nn.mla import MultiHeadLatentAttention
 from fastllm.nn.mlp import MLP
 from fastllm.nn.moe import Experts, MoE, Router
 from fastllm.nn.norm import RMSNorm
+from fastllm.nn.rows import take_rows
 from fastllm.nn.scalar_head import ScalarHead
 from fastllm.ops.linear_cross_entropy import linear_cross_entropy
 from fastllm.ops.linear_logprob import linear_logprob
@@ -149,6 +150,7 @@ class Decoder(nn.Module):
         self.register_buffer("rope_sin", sin.to(device), persistent=False)
         self._caches: list[tuple[int, int]] | None = None  # what the packed caches were made from
         self.caches_stale = False
+        self.weight_changes = 0  # how often somebody has said so
         self.quantization: QuantReport | None = None  # what a loader has quantized
         self.register_load_state_dict_post_hook(lambda *_: self.weights_changed())
 
@@ -202,6 +204,7 @@ class Decoder(nn.Module):
         Whoever writes parameters calls it: an optimizer step, adapters, FSDP. `load_state_dict`
         does so by itself.
         """
+        self.weight_changes += 1
         if self._caches is not None:
             trained = any(p.requires_grad for p in self._packed_parameters())
             self.caches_stale |= trained or self._caches != self._parameter_states()
@@ -318,21 +321,25 @@ class Decoder(nn.Module):
         )
 
     def log_probs(
-        self, documents: Documents, targets: Tensor, *, temperature: float = 1.0,
-        checkpoint: bool = False,
+        self, documents: Documents, targets: Tensor, *, rows: Tensor | None = None,
+        temperature: float = 1.0, checkpoint: bool = False,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Log-probabilities of given next tokens, as generation reports them bit for bit.
 
         Args:
             documents: T tokens.
             targets: `[T]` int64, the id at the next place; -100: none, both results are then 0.
+            rows: `[N]` int64, the places that targets `[N]` follow, any of them more than once
+                (`Documents.pack_shared`); default all.
             temperature: what logits are divided by.
             checkpoint: see `train_hidden`.
 
         Returns:
-            `(log_prob, entropy)`, float32 `[T]`, differentiable.
+            `(log_prob, entropy)`, float32 in the shape of `targets`, differentiable.
         """
         x = self.train_hidden(documents, checkpoint=checkpoint)
+        if rows is not None:
+            x = take_rows(x, rows)
         return linear_logprob(
             x, self._head(), targets, temperature=temperature, activation=self.activation
         )

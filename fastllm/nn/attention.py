@@ -71,7 +71,8 @@ class Attention(nn.Module):
         q = rope(q, documents.positions, *rope_tables)
         k = rope(k, documents.positions, *rope_tables)
         o = attention(
-            q, k, v, cu_seqlens_q=documents.cu_seqlens, causal=True,
+            q, documents.keys(k), documents.keys(v), cu_seqlens_q=documents.cu_seqlens,
+            cu_seqlens_k=documents.cu_seqlens_seen, causal=True,
             softmax_scale=self.softmax_scale, window_size=(self.window_left, 0),
         )  # fmt: skip
         assert isinstance(o, Tensor), "without return_lse there is one result"

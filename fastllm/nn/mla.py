@@ -77,7 +77,7 @@ class MultiHeadLatentAttention(nn.Module):
         places = (batch.block_table, batch.cu_seqlens_q, batch.cache_seqlens)
         append_mla(latent, rope_key, cache, *places)
         if batch.fresh and self._expands(x):
-            o = self._expand(q_nope, q_rope, latent, rope_key, batch.cu_seqlens_q)
+            o = self._attend(*self._expand(q_nope, q_rope, latent, rope_key), batch.cu_seqlens_q)
         else:
             keys, values = self._maps()
             q = head_linear(q_nope, keys.mT, q_rope)
@@ -85,26 +85,16 @@ class MultiHeadLatentAttention(nn.Module):
             o = head_linear(o, values)
         return self.o_proj(o.flatten(1))
 
-    def expanded(
-        self, x: Tensor, positions: Tensor, cu_seqlens: Tensor, rope_tables: Tables
-    ) -> Tensor:
-        """Causal attention of whole documents, without a cache; differentiable.
-
-        Args:
-            x: `[T, hidden]`, documents end to end.
-            positions: `[T]` int32, places of the tokens in their documents.
-            cu_seqlens: `[S + 1]` int32, where each document begins.
-            rope_tables: cos and sin, `[positions, rope_dim / 2]`.
-
-        Returns:
-            `[T, hidden]` in the dtype of `x`.
-        """
-        parts = self._project(x, positions, rope_tables)
-        return self.o_proj(self._expand(*parts, cu_seqlens).flatten(1))
-
     def over_documents(self, x: Tensor, documents: Documents, rope_tables: Tables) -> Tensor:
-        """x [T, hidden] -> [T, hidden]: causal within each document, no cache; differentiable."""
-        return self.expanded(x, documents.positions, documents.cu_seqlens, rope_tables)
+        """Causal attention within each document, without a cache; differentiable.
+
+        x: `[T, hidden]`. rope_tables: cos and sin, `[positions, rope_dim / 2]`. Returns
+        `[T, hidden]` in the dtype of `x`.
+        """
+        q, k, v = self._expand(*self._project(x, documents.positions, rope_tables))
+        edges = (documents.cu_seqlens, documents.cu_seqlens_seen)
+        o = self._attend(q, documents.keys(k), documents.keys(v), *edges)
+        return self.o_proj(o.flatten(1))
 
     def _expands(self, x: Tensor) -> bool:
         if self.prefill == "auto":
@@ -130,14 +120,22 @@ class MultiHeadLatentAttention(nn.Module):
         return rows[:, : self.nope_dim], rows[:, self.nope_dim :]
 
     def _expand(
-        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, rope_key: Tensor, cu_seqlens: Tensor
-    ) -> Tensor:
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, rope_key: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k [T, H, nope + rope] and v [T, H, v]."""
         kv = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1))  # [T, H, nope + v]
         q = torch.cat((q_nope, q_rope), dim=-1)
         shared = rope_key[:, None].expand(-1, self.heads, -1)
         k = torch.cat((kv[..., : self.nope_dim], shared), dim=-1)
-        v = kv[..., self.nope_dim :]
-        scale = self.softmax_scale
-        o = attention(q, k, v, cu_seqlens_q=cu_seqlens, causal=True, softmax_scale=scale)
+        return q, k, kv[..., self.nope_dim :]
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        o = attention(
+            q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, causal=True,
+            softmax_scale=self.softmax_scale,
+        )  # fmt: skip
         assert isinstance(o, Tensor), "without return_lse there is one result"
         return o

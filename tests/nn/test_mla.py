@@ -14,7 +14,7 @@ from fastllm.models.config import ModelConfig
 from fastllm.models.deepseek import mla_from_hf
 from fastllm.models.mla_config import half_split_index
 from fastllm.models.rope_scaling import rope_tables
-from fastllm.nn.batch import Batch
+from fastllm.nn.batch import Batch, Documents
 from fastllm.nn.mla import MultiHeadLatentAttention
 from fastllm.ops import head_linear, linear, new_mla_cache
 
@@ -100,7 +100,9 @@ def expanded(pair: Pair, xs: list[Tensor]) -> list[Tensor]:
     lengths = [len(x) for x in xs]
     places = positions_of([(0, n) for n in lengths])
     starts = int32([0, *accumulate(lengths)])
-    return list(pair.ours.expanded(torch.cat(xs), places, starts, pair.tables).split(lengths))
+    documents = Documents(ids=torch.zeros_like(places), positions=places, cu_seqlens=starts)
+    together = pair.ours.over_documents(torch.cat(xs), documents, pair.tables)
+    return list(together.split(lengths))
 
 
 class Paged:
@@ -250,12 +252,12 @@ def test_the_module_names_its_parameters_as_checkpoints_do() -> None:
 def test_the_expanded_form_compiles_whole_with_its_backward() -> None:
     pair = Pair("v3 yarn")
     pair.ours.requires_grad_(True)
-    x, places, starts = randn(20, 48), positions_of([(0, 20)]), int32([0, 20])
-    compiled = torch.compile(pair.ours.expanded, fullgraph=True, backend="aot_eager")
+    x, documents = randn(20, 48), Documents.pack([range(20)])
+    compiled = torch.compile(pair.ours.over_documents, fullgraph=True, backend="aot_eager")
     results = []
-    for run in (pair.ours.expanded, compiled):
+    for run in (pair.ours.over_documents, compiled):
         inputs = x.clone().requires_grad_()
-        y = run(inputs, places, starts, pair.tables)
+        y = run(inputs, documents, pair.tables)
         results.append(
             (y, *torch.autograd.grad(y.square().sum(), [inputs, *pair.ours.parameters()]))
         )
