@@ -19,7 +19,7 @@ import weakref
 from typing import Any
 
 from fastllm.train.rewards.child import receive, send
-from fastllm.train.rewards.values import NotLoaded, Parameters, SampleFault
+from fastllm.train.rewards.values import NotLoaded, Parameters, Raised, SampleFault
 
 LOADING = 60.0  # seconds that running the function's file may take
 
@@ -83,8 +83,7 @@ class FunctionProcess:
         starts another; SampleFault for what is wrong with the result, or if the function raised.
         """
         with self._lock:
-            if self._owner != os.getpid() or not self._end.alive:  # a fork's twin, or killed
-                self._start()
+            self._ensure()
             deadline = time.monotonic() + timeout
             try:
                 self._socket.settimeout(timeout)
@@ -98,10 +97,19 @@ class FunctionProcess:
         if kind == "done":
             return rest[0]
         if kind == "raised":
-            raise SampleFault(f"raised {rest[0]}")
+            raise Raised(f"raised {rest[0]}")
         if kind == "ended":
-            raise SampleFault(f"its process ended with {rest[0]}")
+            raise Raised(f"its process ended with {rest[0]}")
         raise SampleFault(*rest)
+
+    def ensure(self) -> None:
+        """Start the process if there is none, so that the next call's timeout is all its own."""
+        with self._lock:
+            self._ensure()
+
+    def _ensure(self) -> None:
+        if self._owner != os.getpid() or not self._end.alive:  # a fork's twin, or killed
+            self._start()
 
     def _receive(self, deadline: float) -> tuple[Any, ...]:
         def wait() -> None:

@@ -23,7 +23,7 @@ from fastllm.train.rewards.answers import expected, number
 from fastllm.train.rewards.process import FunctionProcess
 from fastllm.train.rewards.resolving import NamedReward
 from fastllm.train.rewards.shipped import exact_match
-from fastllm.train.rewards.values import SampleFault, as_floats, parameters_of
+from fastllm.train.rewards.values import Raised, SampleFault, as_floats, parameters_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -148,11 +148,11 @@ class _Call:
         except TimeoutError:
             problem = f"took longer than {timeout:g} s"
             raise self._blame(problem, timeout, late=True) from None
+        except Raised as fault:
+            left = max(timeout - (time.monotonic() - start), 1.0)
+            raise self._blame(fault.problem, left, late=False) from fault
         except SampleFault as fault:
-            if fault.sample is None and len(self.texts) > 1:
-                left = max(timeout - (time.monotonic() - start), 1.0)
-                raise self._blame(fault.problem, left, late=False) from fault
-            raise self._error(fault.problem, fault.sample or 0) from fault
+            raise self._error(fault.problem, fault.sample) from fault
 
     def _part(self, part: slice, timeout: float) -> list[float]:
         prompts, completions = self.prompts[part], self.completions[part]
@@ -168,7 +168,7 @@ class _Call:
             except SampleFault:
                 raise
             except Exception as error:
-                raise SampleFault(f"raised {type(error).__name__}: {str(error)[:500]}") from error
+                raise Raised(f"raised {type(error).__name__}: {str(error)[:500]}") from error
 
         return call() if self.reward.direct else _in_thread(call, timeout)
 
@@ -176,6 +176,8 @@ class _Call:
         """Call it answer by answer, for no longer than `seconds`, to find which one is meant."""
         if len(self.texts) == 1:
             return self._error(problem, 0)
+        if isinstance(self.reward.function, FunctionProcess):
+            self.reward.function.ensure()
         deadline = time.monotonic() + seconds
         for sample in range(len(self.texts)):
             try:
@@ -183,14 +185,16 @@ class _Call:
             except SampleFault as fault:
                 return self._error(fault.problem, sample)
             except TimeoutError:
-                return self._error(problem, sample if late else None)
-        return self._error(problem, None)
+                if late:
+                    return self._error(problem, sample)
+                break
+        return self._error(
+            f"{problem} (with {len(self.texts)} answers together, with none of them alone)", None
+        )
 
     def _error(self, problem: str, sample: int | None) -> RewardError:
-        if sample is None:
-            problem += f" for {len(self.texts)} answers together, for none of them alone"
-            return RewardError(self.reward.name, None, self.texts[0], problem)
-        return RewardError(self.reward.name, sample, self.texts[sample], problem)
+        prompt = "" if sample is None else self.texts[sample]
+        return RewardError(self.reward.name, sample, prompt, problem)
 
 
 def _in_thread(function: Callable[[], list[float]], timeout: float) -> list[float]:
@@ -217,4 +221,4 @@ def _in_thread(function: Callable[[], list[float]], timeout: float) -> list[floa
         return value  # type: ignore[no-any-return]
     if isinstance(value, SampleFault):
         raise value
-    raise SampleFault(f"raised {type(value).__name__}: {value}") from value
+    raise Raised(f"raised {type(value).__name__}: {value}") from value

@@ -21,6 +21,10 @@ class SampleFault(Exception):
         self.sample = sample
 
 
+class Raised(SampleFault):
+    """The function raised, or its process ended: one of the answers may be why."""
+
+
 class NotLoaded(SampleFault):
     """The function itself is not to be had."""
 
