@@ -33,6 +33,7 @@ _OPERATORS = "+*/^(\\-\u2212\u00d7\u00f7"  # before one
 _DECORATION = "*_`$ \t\r\n"  # Markdown's and LaTeX's, around an answer
 _MAX_DIGITS = 1000  # of a number, its exponent's value included: more is no answer to anything
 _TAIL = 4096  # characters at the end in which a number without a mark is looked for
+_MAX_MARKS = 100  # at the end: behind them there was a mark with an answer, or never
 _MAX_ANSWER = 1000  # characters of a marked answer
 
 
@@ -46,7 +47,7 @@ def spoken(text: str) -> str | None:
 
 def marked(text: str) -> str | None:
     """What the last mark in a text marks, at most a line; None if there is none."""
-    for match in reversed(list(_MARK.finditer(text))):
+    for match in reversed(list(_MARK.finditer(text))[-_MAX_MARKS:]):
         if match[0].endswith("{"):
             found = _braced(text, match.end())
         else:

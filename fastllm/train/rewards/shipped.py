@@ -94,5 +94,5 @@ def _repetition(completion: str, size: int) -> float:
     count = len(words) - size + 1
     if count < 1:
         return 0.0
-    distinct = len({tuple(words[i : i + size]) for i in range(count)})
-    return distinct / count - 1.0
+    runs = zip(*(words[start : start + count] for start in range(size)), strict=True)
+    return len(set(runs)) / count - 1.0
