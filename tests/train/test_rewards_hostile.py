@@ -68,9 +68,9 @@ def scores(completions: list[str], answer: str) -> list[list[float]]:
 
 @pytest.mark.parametrize("text", HUGE, ids=lambda text: repr(text[:12]))
 def test_a_million_characters_take_no_time(text: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     (row,) = scores([text], "72")
-    assert time.perf_counter() - start < 4.0  # 0.1 to 0.6 s on a quiet core
+    assert time.process_time() - start < 4.0  # below 1 s; other work on the machine does not count
     assert row[:2] == [0.0, 0.0]
 
 
@@ -83,8 +83,8 @@ def test_odd_texts_are_worth_nothing(text: str) -> None:
 @pytest.mark.skipif(not HAS_MATH_VERIFY, reason="math-verify is not installed")
 @pytest.mark.parametrize(
     "formulas",
-    [FORMULAS[:3], pytest.param(FORMULAS[3:], marks=pytest.mark.full)],
-    ids=["some", "all"],
+    [FORMULAS[:1], pytest.param(FORMULAS, marks=pytest.mark.full)],
+    ids=["one", "all"],
 )
 def test_formulas_that_never_end_are_worth_nothing_and_end(
     monkeypatch: pytest.MonkeyPatch, formulas: list[str]
@@ -113,7 +113,7 @@ PIECES = st.sampled_from(
 
 
 @given(st.lists(PIECES | st.text(max_size=4), max_size=30).map("".join))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_every_text_has_a_finite_reward(text: str) -> None:
     (row,) = scores([text], "72")
     assert row[0] in (0.0, 1.0) and row[0] == row[1] and row[2] in (0.0, 1.0)
@@ -124,7 +124,7 @@ def test_every_text_has_a_finite_reward(text: str) -> None:
 
 
 @given(st.text(max_size=60), st.integers(-999, 999))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_the_right_number_at_the_end_is_right_after_any_words(text: str, value: int) -> None:
     (row,) = scores([f"{text}\n</think>\nAnswer: {value}"], str(value))
     assert row[0] == row[1] == 1.0

@@ -11,6 +11,7 @@ that never ends its thoughts has none. All of it takes time in proportion to the
 from __future__ import annotations
 
 import re
+from collections import deque
 from fractions import Fraction
 
 _NUMBER = (
@@ -47,7 +48,7 @@ def spoken(text: str) -> str | None:
 
 def marked(text: str) -> str | None:
     """What the last mark in a text marks, at most a line; None if there is none."""
-    for match in reversed(list(_MARK.finditer(text))[-_MAX_MARKS:]):
+    for match in reversed(deque(_MARK.finditer(text), _MAX_MARKS)):
         if match[0].endswith("{"):
             found = _braced(text, match.end())
         else:
