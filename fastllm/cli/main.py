@@ -20,6 +20,7 @@ COMMANDS = {
     "pretrain": "train a model from random weights on a token store",
     "sft": "fine-tune a model on conversations",
     "reward": "train a reward model on rankings of answers",
+    "dpo": "fine-tune a model on pairs of answers",
     "distill": "let a student learn from a teacher",
     "generate": "answer prompts",
     "chat": "talk with a model",
