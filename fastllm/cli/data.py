@@ -1,4 +1,4 @@
-"""`fastllm data prepare|show`: text to a token store, and what a training batch holds."""
+"""`fastllm data prepare|show|tasks`: text to a token store, what a batch holds, made problems."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .console import note, paced_note
 from .data_show import describe, show
+from .data_tasks import tasks
 from .groups import run_group
 from .parsing import Parser, add_config, command_parser
 from .reading import add_source_options, source_options
@@ -20,12 +21,13 @@ if TYPE_CHECKING:
     from ..train.data.prepare import Progress
 
 DESCRIPTION = """
-Prepares the data of training, and shows what training reads.
+Prepares the data of training, shows what training reads, and makes problems with answers.
 """
 
 EXAMPLES = """
 fastllm data prepare corpus.txt --tokenizer tokenizer --out store
 fastllm data show store --tokenizer tokenizer
+fastllm data tasks arithmetic:2 --count 1000 --out sums.jsonl
 """
 
 PREPARE = """
@@ -60,6 +62,7 @@ def run(argv: Sequence[str]) -> int:
     actions = {
         "prepare": (prepare, "turn text into a token store"),
         "show": (show, "print what a batch of training holds"),
+        "tasks": (tasks, "write arithmetic and word problems with their answers"),
     }
     return run_group("data", DESCRIPTION, EXAMPLES, actions, argv)
 

@@ -16,7 +16,7 @@ from ..errors import FastLLMError, did_you_mean
 # command -> what it does, in the order of `fastllm --help`: as the life of a model goes
 COMMANDS = {
     "tokenizer": "train a tokenizer, or measure one on files",
-    "data": "turn text into a token store; show what a batch holds",
+    "data": "turn text into a token store; show what a batch holds; make problems",
     "pretrain": "train a model from random weights on a token store",
     "sft": "fine-tune a model on conversations",
     "reward": "train a reward model on rankings of answers",

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
 from fractions import Fraction
 from itertools import pairwise
+from pathlib import Path
 from random import Random
 
 import pytest
 
-from fastllm.train.tasks import arithmetic, is_task, make, problems, task_names, word
+from fastllm.cli.main import main
+from fastllm.train.data.conversations import read_conversations
+from fastllm.train.data.prompts import gather_columns, read_prompts
+from fastllm.train.rewards import resolve, score
+from fastllm.train.tasks import arithmetic, examples, is_task, make, problems, task_names, word
 from fastllm.train.tasks.expressions import Operation, steps, text, value, worked
 
 TASKS = task_names()
@@ -193,3 +199,53 @@ def test_a_division_with_a_remainder_is_no_problem() -> None:
         value(Operation("/", 7, 2))
     with pytest.raises(ValueError, match="no whole number"):
         value(Operation("/", 7, 0))
+
+
+def test_examples_are_what_sft_and_rewards_read(tmp_path: Path) -> None:
+    forms = {
+        "answer": r"-?\d+",
+        "solution": r"(.+ = -?\d+\n)+Answer: -?\d+",
+        "think": r"<think>\n(.+ = -?\d+\n)+</think>\n-?\d+",
+    }
+    for completion, form in forms.items():
+        records = list(examples("arithmetic:3-5", 20, 3, "test", completion=completion))
+        assert records == list(examples("arithmetic:3-5", 20, 3, "test", completion=completion))
+        file = tmp_path / f"{completion}.jsonl"
+        file.write_text("".join(json.dumps(record) + "\n" for record in records))
+        for conversation, record in zip(read_conversations([file]), records, strict=True):
+            assert [m["content"] for m in conversation.messages] == [
+                record["prompt"], record["completion"],
+            ]  # fmt: skip
+            assert re.fullmatch(form, record["completion"])
+        prompts = read_prompts([file])
+        made = make("arithmetic:3-5", 20, 3, "test")
+        assert [p.text for p in prompts] == [p.text for p in made]
+        assert [p.columns["answer"] for p in prompts] == [p.columns["answer"] for p in made]
+        columns = gather_columns(prompts)
+        answers = [str(text) for text in columns["completion"]]
+        assert score(
+            resolve(["exact_match"]), None, [p.text for p in prompts], answers, columns
+        ).all()
+    (plain,) = examples("arithmetic:2", 1, completion="answer", plain=True)
+    assert plain["prompt"].endswith("\nAnswer:") and plain["completion"] == f" {plain['answer']}"
+    with pytest.raises(ValueError, match="completion must be one of answer, solution, think"):
+        list(examples("arithmetic:2", 1, completion="steps"))
+
+
+def test_the_command_writes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "tasks", "arithmetic:2", "word:1", "--count", "2", "--seed", "5"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert lines == [*examples("arithmetic:2", 2, 5), *examples("word:1", 2, 5)]
+    out = tmp_path / "new" / "sums.jsonl"
+    command = ["data", "tasks", "word:4", "--count", "3", "--solutions", "--split", "test"]
+    assert main([*command, "--out", str(out)]) == 0
+    assert "3 problems" in capsys.readouterr().err
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert lines == list(examples("word:4", 3, 0, "test", completion="solution"))
+    assert main([*command, "--out", str(out)]) == 2 and "--overwrite" in capsys.readouterr().err
+    assert main([*command, "--plain", "--out", str(out), "--overwrite"]) == 0
+    assert "Question: " in out.read_text() and not list(out.parent.glob("*.part"))
+    assert main(["data", "tasks", "word:9"]) == 2
+    assert "word has no level 9" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "--think"])
