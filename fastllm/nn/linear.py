@@ -197,11 +197,13 @@ def packed_product(
     bias: Tensor | None,
     activation: str,
     out_dtype: torch.dtype | None,
+    *,
+    gated: str = "",
 ) -> Tensor:
-    """x [..., K] times a packed weight [N, K], plus bias."""
+    """x [..., K] times a packed weight [N, K], plus bias; `gated` as of `quant_matmul`."""
     mode = QUANT_FORMATS[packed.format].mode(activation)
     return quant_matmul(
-        x, packed.data, packed.scales, packed.format, packed.n, bias, mode, out_dtype
+        x, packed.data, packed.scales, packed.format, packed.n, bias, mode, out_dtype, None, gated
     )
 
 
