@@ -21,8 +21,11 @@ if TYPE_CHECKING:
     from ..engine.request import RequestOutput, SamplingParams
 
 
-def load(options: Namespace) -> LLM:
-    """The model that the options name, with a line on stderr that says how long loading took."""
+def load(options: Namespace, **more: Any) -> LLM:
+    """The model that the options name, with a line on stderr that says how long loading took.
+
+    more: further arguments of `LLM`.
+    """
     from ..engine.llm import LLM
     from ..quantize.rule import FallbackWarning
 
@@ -39,6 +42,7 @@ def load(options: Namespace) -> LLM:
             kv_cache_dtype=options.kv_cache_dtype,
             adapter=options.adapter,
             quantization=options.quant,
+            **more,
         )
     report = llm.model.quantization
     for line in [] if report is None else [report.summary(), *report.fallbacks()]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -93,6 +94,29 @@ def paced_note(clock: Callable[[], float] = time.monotonic) -> Callable[[str], N
             note(text)
 
     return say
+
+
+@contextmanager
+def progress_bar(total: int, label: str, unit: str = "tokens") -> Iterator[Callable[[int], None]]:
+    """Draws progress on stderr: a bar in a terminal, else a line every 10 seconds."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        say = paced_note()
+        yield lambda done: say(f"{label}: {done:,} of {total:,} {unit}")
+        return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn(f"{{task.completed:,}}/{{task.total:,}} {unit}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda done: bar.update(task, completed=done)
 
 
 def human_bytes(count: float) -> str:

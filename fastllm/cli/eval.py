@@ -1,14 +1,13 @@
-"""`fastllm eval perplexity MODEL --text FILE`: how well a model, or its formats, predict text."""
+"""`fastllm eval ACTION`: how well a model, or its formats, predict text; what it can answer."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .console import facts, paced_note
+from .console import facts, progress_bar
 from .groups import run_group
 from .parsing import Parser, add_config, add_model_options, command_parser
 from .reading import add_method, add_text_field, texts
@@ -23,6 +22,8 @@ Measures how good a model is.
 
 EXAMPLES = """
 fastllm eval perplexity smollm2 --text book.txt
+fastllm eval accuracy smollm2 arithmetic:2
+fastllm eval choice smollm2 exam.jsonl
 """
 
 PERPLEXITY = """
@@ -48,8 +49,24 @@ fastllm eval perplexity ./my-model --text held-out.txt --formats f32,int4 --meth
 
 def run(argv: Sequence[str]) -> int:
     """Run the command."""
-    actions = {"perplexity": (perplexity, "how well a model predicts text; a table of formats")}
+    actions = {
+        "perplexity": (perplexity, "how well a model predicts text; a table of formats"),
+        "accuracy": (_accuracy, "how many problems it solves; pass@k"),
+        "choice": (_choice, "which of several answers it finds likeliest"),
+    }
     return run_group("eval", DESCRIPTION, EXAMPLES, actions, argv)
+
+
+def _accuracy(argv: Sequence[str]) -> int:
+    from .eval_accuracy import run
+
+    return run(argv)
+
+
+def _choice(argv: Sequence[str]) -> int:
+    from .eval_choice import run
+
+    return run(argv)
 
 
 def perplexity(argv: Sequence[str]) -> int:
@@ -170,26 +187,3 @@ def numbers(score: Score) -> dict[str, float]:
         "perplexity": score.perplexity,
         "bits_per_byte": score.bits_per_byte,
     }
-
-
-@contextmanager
-def progress_bar(total: int, label: str) -> Iterator[Callable[[int], None]]:
-    """Draws progress on stderr: a bar in a terminal, else a line every 10 seconds."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        say = paced_note()
-        yield lambda done: say(f"{label}: {done:,} of {total:,} tokens")
-        return
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:,}/{task.total:,} tokens"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(label, total=total)
-        yield lambda done: bar.update(task, completed=done)

@@ -8,23 +8,10 @@ from typing import Any
 
 from fastllm.engine.llm import LLM
 from fastllm.engine.request import MAX_SAMPLES, CompletionOutput, RequestOutput, SamplingParams
+from fastllm.train.data.prompts import EncodedPrompt
 from fastllm.train.evaluation.journal import Journal, keys_of
 
 QUEUED = 512  # requests given to the engine at once, which runs as many as it has room for
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Problem:
-    """One question as the model reads it.
-
-    prompt: its text; ids: its tokens. columns: all that rewards may want to know. place: where it
-    was read, such as "test.jsonl: line 3".
-    """
-
-    prompt: str
-    ids: list[int]
-    columns: Mapping[str, Any]
-    place: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +25,7 @@ class Answers:
 
 def sample_answers(
     llm: LLM,
-    problems: Sequence[Problem],
+    problems: Sequence[EncodedPrompt],
     params: SamplingParams,
     samples: int,
     journal: Journal,
@@ -63,7 +50,7 @@ def sample_answers(
         ValueError: naming the problem that does not fit, before anything runs.
     """
     check_problems(llm, problems)
-    asked = [problem.ids for problem in problems]
+    asked = [list(problem.ids) for problem in problems]
     chosen = {**asdict(params), "n": samples, "seed": params.seed or 0}
     keys = keys_of({**settings, "sampling": chosen}, asked)
     seeds = [int(key[:15], 16) for key in keys_of({"seed": params.seed or 0}, asked)]
@@ -74,7 +61,11 @@ def sample_answers(
     with journal.writing():
         for number, outputs in _finished(llm, problems, left, params, samples, seeds):
             answers = _answers(outputs)
-            record = {"key": keys[number], "place": problems[number].place, **asdict(answers)}
+            record = {
+                "key": keys[number],
+                "place": problems[number].record.place,
+                **asdict(answers),
+            }
             journal.add(record)
             done, tokens = done + 1, tokens + sum(answers.lengths)
             if progress is not None:
@@ -84,19 +75,19 @@ def sample_answers(
     return [Answers(**{name: record[name] for name in names}) for record in found]
 
 
-def check_problems(llm: LLM, problems: Sequence[Problem]) -> None:
+def check_problems(llm: LLM, problems: Sequence[EncodedPrompt]) -> None:
     """Raise ValueError naming the first problem that leaves no room for an answer."""
     for problem in problems:
         if not 1 <= len(problem.ids) < llm.max_model_len:
             raise ValueError(
-                f"{problem.place}: the prompt has {len(problem.ids)} tokens, and a context of "
-                f"{llm.max_model_len} holds prompt and answer: shorten the prompt or give fewer "
-                "shots (or raise --max-model-len)"
+                f"{problem.record.place}: the prompt has {len(problem.ids)} tokens, and a context "
+                f"of {llm.max_model_len} holds prompt and answer: shorten the prompt, give fewer "
+                "shots, or load with a larger max_model_len"
             )
 
 
 def _finished(
-    llm: LLM, problems: Sequence[Problem], left: Sequence[int], params: SamplingParams,
+    llm: LLM, problems: Sequence[EncodedPrompt], left: Sequence[int], params: SamplingParams,
     samples: int, seeds: Sequence[int],
 ) -> Iterator[tuple[int, list[CompletionOutput]]]:  # fmt: skip
     """(number, its samples) of each problem as it ends."""
@@ -110,7 +101,7 @@ def _finished(
     for first in range(0, len(requests), QUEUED):
         window = requests[first : first + QUEUED]
         numbers = {chosen.seed: number for number, chosen in window}
-        prompts = [problems[number].ids for number, _ in window]
+        prompts = [list(problems[number].ids) for number, _ in window]
         for output in llm.generate(prompts, [chosen for _, chosen in window], stream=True):
             if not output.finished:
                 continue
