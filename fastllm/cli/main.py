@@ -24,7 +24,7 @@ COMMANDS = {
     "distill": "let a student learn from a teacher",
     "generate": "answer prompts",
     "chat": "talk with a model",
-    "eval": "measure how well a model, or each of its formats, predicts text",
+    "eval": "measure how well a model predicts text, solves problems and chooses answers",
     "export": "write a model as GGUF or for Hugging Face, adapters merged",
     "quantize": "write a model in fewer bits, calibrated on text",
     "models": "list the model names that resolve on this machine",
