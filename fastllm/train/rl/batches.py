@@ -11,14 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fastllm.nn.batch import Documents
-from fastllm.train.data.batch import NO_LOSS
 from fastllm.train.data.order import permutation
 from fastllm.train.data.packing import pack_rows
 from fastllm.train.rl.objective import token_weights
@@ -32,22 +31,21 @@ class Sample:
     completion_ids: Sequence[int]
     old: list[float]  # log-probabilities by the policy that sampled
     advantages: list[float]
+    group: int = 0  # samples of one number, side by side, have the same prompt
     extra: dict[str, list[float]] = field(default_factory=dict)  # reference, values, ...
-
-    @property
-    def places(self) -> int:
-        """Inputs of the model: every token but the last."""
-        return len(self.prompt_ids) + len(self.completion_ids) - 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RlMicro:
-    """T places of S documents; N of the places have a completion token to predict."""
+    """T rows of S completions and their prompts; N completion tokens are to be predicted.
 
-    documents: Documents
-    targets: Tensor  # [T] int64: the completion token at the next place, NO_LOSS in the prompt
-    places: Tensor  # [N] int64: where targets are
-    lengths: Tensor  # [S] int64: completion tokens of each document, summing to N
+    The completions of one prompt share its rows.
+    """
+
+    documents: Documents  # T tokens
+    places: Tensor  # [N] int64: the row that each completion token follows
+    targets: Tensor  # [N] int64: the completion tokens
+    lengths: Tensor  # [S] int64: tokens of each completion, summing to N
     old: Tensor  # [N] float32
     advantages: Tensor  # [N] float32
     weights: Tensor  # [N] float32: see `token_weights`
@@ -85,7 +83,7 @@ class RlBatches:
         collect: makes the next rollout.
         mini_batches: optimizer steps of one pass over a rollout's samples.
         epochs: passes.
-        micro_tokens: places that go through the model at once; a longer sample goes alone.
+        micro_tokens: rows that go through the model at once; a longer sample goes alone.
         aggregation, longest: see `token_weights`.
         seed: of the shuffling.
     """
@@ -129,14 +127,22 @@ class RlBatches:
 
     def _steps(self) -> list[list[int]]:
         """The samples of every step that the buffer makes."""
-        count = len(self._buffer)
-        steps = []
+        count, steps = len(self._buffer), []
         for epoch in range(self.epochs if count else 0):
-            order = permutation(count, self.seed, self._rollouts, epoch).tolist()
+            order = self._shuffled(epoch)
             parts = min(self.mini_batches, count)
             edges = [count * i // parts for i in range(parts + 1)]
             steps += [order[a:b] for a, b in pairwise(edges)]
         return steps
+
+    def _shuffled(self, epoch: int) -> list[int]:
+        """The samples with their groups in a seeded order: a prompt goes through the model once."""
+        groups: dict[int, list[int]] = {}
+        for i, sample in enumerate(self._buffer):
+            groups.setdefault(sample.group, []).append(i)
+        order = permutation(len(groups), self.seed, self._rollouts, epoch)
+        parts = list(groups.values())
+        return [i for place in order for i in parts[int(place)]]
 
     def state_dict(self) -> dict[str, Any]:
         """Where the run is, the samples that wait included."""
@@ -166,37 +172,73 @@ class RlBatches:
 
 def micro_batches(
     samples: Sequence[Sample], micro_tokens: int, *, aggregation: str, longest: int, fresh: bool
-) -> list[RlMicro]:  # fmt: skip
-    """The samples of one optimizer step, packed best-fit and whole."""
+) -> list[RlMicro]:
+    """The samples of one optimizer step, packed best-fit; those of a prompt stay together as far as
+    `micro_tokens` rows allow."""
     lengths = torch.tensor([len(sample.completion_ids) for sample in samples])
     weights = token_weights(lengths, aggregation, longest).tolist()
-    places = [sample.places for sample in samples]
-    rows = pack_rows(places, max(micro_tokens, *places))
+    units = list(_units(samples, micro_tokens))
+    sizes = [_rows([samples[i] for i in unit]) for unit in units]
+    packed = pack_rows(sizes, max(micro_tokens, *sizes))
     return [
-        micro_batch([samples[i] for i in row], [weights[i] for i in row], fresh=fresh)
-        for row in rows
+        micro_batch(
+            [samples[i] for u in row for i in units[u]],
+            [weights[i] for u in row for i in units[u]],
+            fresh=fresh,
+        )
+        for row in packed
     ]
+
+
+def _units(samples: Sequence[Sample], most: int) -> Iterator[list[int]]:
+    """Consecutive samples of one prompt, as many as fit into `most` rows, at least one."""
+    unit: list[int] = []
+    for i, sample in enumerate(samples):
+        joined = [samples[j] for j in unit] + [sample]
+        if unit and (samples[unit[0]].group != sample.group or _rows(joined) > most):
+            yield unit
+            unit = []
+        unit.append(i)
+    yield unit
+
+
+def _rows(samples: Sequence[Sample]) -> int:
+    """Rows of samples that share a prompt: every token but the last of each."""
+    return len(samples[0].prompt_ids) + sum(len(s.completion_ids) - 1 for s in samples)
+
+
+def stretches(samples: Sequence[Sample], most: int) -> Iterator[list[Sample]]:
+    """The samples in their order, cut so that each part has at most `most` rows, or one unit."""
+    part: list[Sample] = []
+    rows = 0
+    for unit in _units(samples, most):
+        size = _rows([samples[i] for i in unit])
+        if part and rows + size > most:
+            yield part
+            part, rows = [], 0
+        part += [samples[i] for i in unit]
+        rows += size
+    yield part
 
 
 def micro_batch(
     samples: Sequence[Sample], weights: Sequence[float], *, fresh: bool = False
 ) -> RlMicro:
     """The samples, in order, as one micro batch. weights: of each."""
-    targets: list[int] = []
-    for sample in samples:
-        targets += [NO_LOSS] * (len(sample.prompt_ids) - 1) + list(sample.completion_ids)
-    where = torch.tensor(targets)
+    groups = [list(part) for _, part in groupby(samples, key=lambda sample: sample.group)]
+    documents, rows = Documents.pack_shared(
+        [(part[0].prompt_ids, [s.completion_ids[:-1] for s in part]) for part in groups]
+    )
     lengths = torch.tensor([len(sample.completion_ids) for sample in samples])
-    names = samples[0].extra
     return RlMicro(
-        documents=Documents.pack([[*s.prompt_ids, *s.completion_ids][:-1] for s in samples]),
-        targets=where,
-        places=torch.nonzero(where != NO_LOSS)[:, 0],
+        documents=documents,
+        places=torch.cat(rows),
+        targets=torch.tensor([token for sample in samples for token in sample.completion_ids]),
         lengths=lengths,
         old=_flat([s.old for s in samples]),
         advantages=_flat([s.advantages for s in samples]),
         weights=torch.tensor(weights, dtype=torch.float32).repeat_interleave(lengths),
-        extra={name: _flat([s.extra[name] for s in samples]) for name in names},
+        extra={name: _flat([s.extra[name] for s in samples]) for name in samples[0].extra},
         tokens=int(lengths.sum()),
         fresh=fresh,
     )

@@ -161,6 +161,7 @@ class GroupCollector:
                 completion_ids=t.completion_ids,
                 old=t.sampled_logprobs,
                 advantages=[],
+                group=t.group,
             )
             for t in trajectories
         ]

@@ -17,7 +17,7 @@ from fastllm.nn.lora import adapters_disabled
 from fastllm.train.data.prompts import EncodedPrompt
 from fastllm.train.decoder_task import DecoderTask
 from fastllm.train.rl.algorithms import Algorithm
-from fastllm.train.rl.batches import RlMicro, Sample, micro_batch
+from fastllm.train.rl.batches import RlMicro, Sample, micro_batch, stretches
 from fastllm.train.rl.metrics import RlMetrics
 from fastllm.train.rl.objective import kl_estimate, policy_loss
 from fastllm.train.rl.rollout import Rollouts
@@ -83,11 +83,10 @@ class PolicyTask(DecoderTask):
         """The weighted sum of the tokens' losses."""
         self.metrics.update_begins()
         algorithm, micro = self.algorithm, micro.to(self.device)
-        logps, entropies = self.decoder.log_probs(
-            micro.documents, micro.targets, temperature=self.temperature,
+        logp, entropy = self.decoder.log_probs(
+            micro.documents, micro.targets, rows=micro.places, temperature=self.temperature,
             checkpoint=self.checkpointing,
         )  # fmt: skip
-        logp = logps[micro.places]
         surrogate = policy_loss(
             logp, micro.old, micro.advantages, micro.lengths, ratio=algorithm.ratio,
             clip_low=algorithm.clip_low, clip_high=algorithm.clip_high,
@@ -98,7 +97,7 @@ class PolicyTask(DecoderTask):
             if algorithm.kl_in == "loss":
                 loss = loss + algorithm.beta * kl
             self.metrics.mean("kl", kl.detach().mean(), micro.tokens)
-        self._note(micro, logp.detach(), entropies.detach()[micro.places].mean())
+        self._note(micro, logp.detach(), entropy.detach().mean())
         self._note_clip(micro, surrogate.low.float().mean(), surrogate.high.float().mean())
         return (loss * micro.weights).sum()
 
@@ -117,7 +116,7 @@ class PolicyTask(DecoderTask):
 
     def flops(self, micro: RlMicro) -> float:
         """Of forward and backward; neither rollouts nor the reference count."""
-        return self.training_flops(len(micro.targets), micro.tokens)
+        return self.training_flops(len(micro.documents.ids), micro.tokens)
 
     def numbers(self, *, whole: bool) -> dict[str, Any]:
         """Since the line before."""
@@ -175,24 +174,11 @@ def log_probs(
     decoder: Decoder, samples: Sequence[Sample], temperature: float, micro_tokens: int
 ) -> list[list[float]]:
     """Log-probabilities of the samples' completion tokens by `decoder`, for each sample."""
-    order = sorted(range(len(samples)), key=lambda i: samples[i].places)
-    found: list[list[float]] = [[] for _ in samples]
-    for first, last in _stretches([samples[i].places for i in order], micro_tokens):
-        chosen = order[first:last]
-        micro = micro_batch([samples[i] for i in chosen], [1.0] * len(chosen)).to(decoder.device)
-        logps, _ = decoder.log_probs(micro.documents, micro.targets, temperature=temperature)
-        parts = logps[micro.places].cpu().split(micro.lengths.tolist())
-        for i, part in zip(chosen, parts, strict=True):
-            found[i] = part.tolist()
+    found: list[list[float]] = []
+    for unit in stretches(samples, micro_tokens):
+        micro = micro_batch(unit, [1.0] * len(unit)).to(decoder.device)
+        logp, _ = decoder.log_probs(
+            micro.documents, micro.targets, rows=micro.places, temperature=temperature
+        )
+        found += [part.tolist() for part in logp.cpu().split(micro.lengths.tolist())]
     return found
-
-
-def _stretches(lengths: Sequence[int], capacity: int) -> list[tuple[int, int]]:
-    """Consecutive parts whose lengths sum to at most `capacity`, or a single longer one."""
-    parts, first, total = [], 0, 0
-    for i, length in enumerate(lengths):
-        if i > first and total + length > capacity:
-            parts.append((first, i))
-            first, total = i, 0
-        total += length
-    return [*parts, (first, len(lengths))]
