@@ -42,7 +42,7 @@ PERPLEXITY_EXAMPLES = """
 fastllm eval perplexity smollm2 --text book.txt --limit 20000
 fastllm eval perplexity ./my-model --text held-out.txt --length 1024 --stride 512 --json
 fastllm eval perplexity ./my-model --text held-out.txt --formats f32,bf16,q8_0,q4_k_m,int4,nf4
-fastllm eval perplexity ./my-model --text held-out.txt --formats f32,int4 --method gptq
+fastllm eval perplexity ./my-model --text held-out.txt --formats f32,int4,int4:awq,int4:gptq
     --calibration train.txt --markdown
 """
 
@@ -132,7 +132,8 @@ def _add_format_options(parser: Parser) -> None:
     group: Any = parser.add_argument_group("table of formats")
     group.add_argument(
         "--formats", default=None, metavar="F,F,...",
-        help="f32, bf16 and the formats of `fastllm quantize --help`, with commas between",
+        help="f32, bf16 and the formats of `fastllm quantize --help`, with commas between; "
+        "FORMAT:METHOD: by that method",
     )  # fmt: skip
     add_method(group)
     group.add_argument(

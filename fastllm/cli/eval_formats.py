@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .console import human_bytes, note, paced_note, table
 from .eval import measured, numbers, read_text
 from .parsing import use_threads
-from .reading import calibration_tokens
+from .reading import METHODS, calibration_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,53 +56,74 @@ def compare(options: Any) -> int:
     from ..models.names import resolve
     from ..models.weights import open_weights
 
-    formats = format_names(options.formats)
+    wanted = wanted_rows(options.formats, options.method)
     source = open_weights(resolve(options.model))
     tokenizer = read_tokenizer(source)
     documents, nbytes = read_text(options, tokenizer)
-    calibration = _calibration(options, formats, source, tokenizer)
+    calibration = _calibration(options, wanted, source, tokenizer)
     rows: list[Row] = []
     first: Score | None = None
-    for format in formats:
-        with _made(format, source, tokenizer, calibration, options) as path:
+    for format, method in wanted:
+        label = _label(format, method)
+        with _made(format, method, source, tokenizer, calibration, options) as path:
             llm = _load(path, format, options)
-            score = measured(llm.model, documents, nbytes, options, format)
+            score = measured(llm.model, documents, nbytes, options, label)
             first = score if first is None else first
-            rows.append(_row(format, path, llm, score, first, options))
-            note(f"{format}: perplexity {score.perplexity:.4f}")
+            rows.append(_row(format, method, path, llm, score, first, options))
+            note(f"{label}: perplexity {score.perplexity:.4f}")
             del llm
     notes = _notes(options, source, is_quantized(source), len(documents), rows)
-    _show(options, rows, notes, first)
+    prompt = _prompt(_longest(options, source.config.max_position_embeddings))
+    _show(options, rows, notes, first, prompt)
     return 0
 
 
-def format_names(text: str) -> list[str]:
-    """The formats of a list with commas. Raises ValueError naming one that is none."""
+def wanted_rows(text: str, method: str) -> list[tuple[str, str]]:
+    """(format, method) of each entry of a list with commas, "int4" or "int4:gptq"; each once.
+
+    method: of entries that name none; dense formats have "". Raises ValueError naming an entry
+    that is none.
+    """
     from ..quantize.mixes import resolve_format
 
-    names = [name.strip().lower() for name in text.split(",") if name.strip()]
-    if not names:
+    rows = []
+    for entry in filter(None, map(str.strip, text.lower().split(","))):
+        name, _, own = entry.partition(":")
+        if own and own not in METHODS:
+            raise ValueError(f"--formats: {entry!r}: methods are {', '.join(METHODS)}")
+        if name in DENSE:
+            if own:
+                raise ValueError(f"--formats: {entry!r}: {name} is not quantized, by no method")
+            rows.append((name, ""))
+        else:
+            rows.append((resolve_format(name), own or method))
+    if not rows:
         raise ValueError("--formats is empty: give some, such as f32,q8_0,q4_k_m,int4")
-    return list(dict.fromkeys(n if n in DENSE else resolve_format(n) for n in names))
+    return list(dict.fromkeys(rows))
+
+
+def _label(format: str, method: str) -> str:
+    return f"{format} ({method})" if method not in ("", "rtn") else format
 
 
 def _calibration(
-    options: Any, formats: Sequence[str], source: WeightSource, tokenizer: Tokenizer
+    options: Any, wanted: Sequence[tuple[str, str]], source: WeightSource, tokenizer: Tokenizer
 ) -> Tensor | None:
-    if options.method == "rtn" or set(formats) <= set(DENSE):
+    methods = [method for _, method in wanted if method not in ("", "rtn")]
+    if not methods:
         if options.calibration:
             note("note: rtn reads no calibration text")
         return None
     if not options.calibration:
-        raise ValueError(f"--method {options.method} needs --calibration FILE")
+        raise ValueError(f"--method {methods[0]} needs --calibration FILE")
     length = min(512, source.config.max_position_embeddings)
     return calibration_tokens(options, tokenizer, length)
 
 
 @contextmanager
 def _made(
-    format: str, source: WeightSource, tokenizer: Tokenizer, calibration: Tensor | None,
-    options: Any,
+    format: str, method: str, source: WeightSource, tokenizer: Tokenizer,
+    calibration: Tensor | None, options: Any,
 ) -> Iterator[Path]:  # fmt: skip
     """The model in that format, on disk for a while."""
     from ..models.gguf_export import export_hf, weights_of
@@ -115,17 +136,17 @@ def _made(
         if format in DENSE:
             export_hf(weights_of(source), path, format, tokenizer)
         else:
-            settings = Settings(format=format, method=options.method)
+            settings, label = Settings(format=format, method=method), _label(format, method)
             for line in plan_of(source.config, settings).fallen_lines():
-                note(f"{format}: {line}")
+                note(f"{label}: {line}")
             quantize_files(
-                source, path, settings, tokenizer, calibration=calibration,
-                progress=_progress(format),
+                source, path, settings, tokenizer,
+                calibration=None if method == "rtn" else calibration, progress=_progress(label),
             )  # fmt: skip
         yield path
 
 
-def _progress(format: str) -> Progress:
+def _progress(label: str) -> Progress:
     """Notes at once, and a line about layers every 10 seconds."""
     from ..models.quantizing.run import Progress
 
@@ -138,10 +159,10 @@ def _progress(format: str) -> Progress:
             self.count = layers
 
         def note(self, text: str) -> None:
-            note(f"{format}: {text}")
+            note(f"{label}: {text}")
 
         def layer(self, index: int, errors: Mapping[str, float], resumed: bool) -> None:
-            say(f"{format}: quantized {index + 1} of {self.count} layers")
+            say(f"{label}: quantized {index + 1} of {self.count} layers")
 
     return Lines()
 
@@ -174,13 +195,15 @@ def _activation(format: str, llm: LLM) -> str:
     return own if kind is None or kind.dense else kind.mode(own)
 
 
-def _row(format: str, path: Path, llm: LLM, score: Score, first: Score, options: Any) -> Row:
+def _row(
+    format: str, method: str, path: Path, llm: LLM, score: Score, first: Score, options: Any
+) -> Row:
     nbytes, values = weight_bytes(path)
     excess, error = score.excess(first)
     decode, prefill = (None, None) if options.no_speed else speeds(llm)
     return Row(
         format=format,
-        method="" if format in DENSE else options.method,
+        method=method,
         bits_per_weight=8 * nbytes / values,
         nbytes=nbytes,
         perplexity=score.perplexity,
@@ -203,6 +226,11 @@ def weight_bytes(path: Path) -> tuple[int, int]:
     return sum(tensor.nbytes for tensor in tensors.values()), values
 
 
+def _prompt(positions: int) -> int:
+    """Tokens of the timed prompt of a model with so many positions."""
+    return min(PROMPT, positions - 1)
+
+
 def speeds(llm: LLM) -> tuple[float, float]:
     """(decode, prefill) in tokens a second: the best of a few alternating rounds."""
     import torch
@@ -212,7 +240,7 @@ def speeds(llm: LLM) -> tuple[float, float]:
 
     start, vocab = llm.config.bos_token_id or 0, llm.config.vocab_size
     g = torch.Generator().manual_seed(0)
-    size = min(PROMPT, llm.max_model_len - 1)
+    size = _prompt(llm.max_model_len)
 
     def params(tokens: int) -> SamplingParams:
         return SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True, detokenize=False)
@@ -248,17 +276,19 @@ def _notes(
     texts = "1 document" if documents == 1 else f"{documents} documents"
     lines.append(
         f"windows of {length} tokens, stride {options.stride or length}, {texts}; activations "
-        + ", ".join(f"{row.format} {row.activation}" for row in rows)
+        + ", ".join(dict.fromkeys(f"{row.format} {row.activation}" for row in rows))
     )
     if not options.no_speed:
         lines.append(
             f"speeds: best of {ROUNDS} rounds, {ANSWER} tokens after one token, and a prompt of "
-            f"{min(PROMPT, longest - 1)}"
+            f"{_prompt(longest)}"
         )
     return lines
 
 
-def _show(options: Any, rows: Sequence[Row], notes: Sequence[str], first: Score | None) -> None:
+def _show(
+    options: Any, rows: Sequence[Row], notes: Sequence[str], first: Score | None, prompt: int
+) -> None:
     if options.json:
         assert first is not None, "there is a format"
         kept = {key: numbers(first)[key] for key in ("tokens", "bytes")}
@@ -269,7 +299,7 @@ def _show(options: Any, rows: Sequence[Row], notes: Sequence[str], first: Score 
         return
     columns = ["format", "bits/weight", "size", "perplexity", "difference"]
     if not options.no_speed:
-        columns += ["decode tok/s", f"prefill({PROMPT}) tok/s"]
+        columns += ["decode tok/s", f"prefill({prompt}) tok/s"]
     cells = [_cells(row, first_row=number == 0)[: len(columns)] for number, row in enumerate(rows)]
     if options.markdown:
         for line in markdown(columns, cells):
@@ -282,9 +312,8 @@ def _show(options: Any, rows: Sequence[Row], notes: Sequence[str], first: Score 
 
 
 def _cells(row: Row, *, first_row: bool) -> list[str]:
-    name = f"{row.format} ({row.method})" if row.method not in ("", "rtn") else row.format
     return [
-        name,
+        _label(row.format, row.method),
         f"{row.bits_per_weight:.2f}",
         human_bytes(row.nbytes),
         f"{row.perplexity:.3f}",

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from ..models.tokenizer import Tokenizer
     from ..train.data.sources import SourceOptions
 
+METHODS = ("rtn", "imatrix", "awq", "gptq")  # of quantization
+
 
 def add_source_options(parser: Parser) -> None:
     """Files and how they are read; the names are those of `SourceOptions`."""
@@ -81,7 +83,7 @@ def add_method(parser: Any) -> None:
     """`--method` of quantization, to a parser or a group of its options."""
     parser.add_argument(
         "--method",
-        choices=["rtn", "imatrix", "awq", "gptq"],
+        choices=METHODS,
         default="rtn",
         help="how values are rounded (default: rtn)",
     )

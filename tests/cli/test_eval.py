@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fastllm import LLM
-from fastllm.cli.eval_formats import format_names, markdown
+from fastllm.cli.eval_formats import markdown, wanted_rows
 from fastllm.cli.main import main
 from fastllm.models.tokenizer import Tokenizer
 from fastllm.models.weights import open_weights
@@ -113,13 +113,13 @@ def test_a_method_that_reads_text_is_named_in_its_rows(
     model: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     status, out, _ = evaluate(
-        capsys, model, "--text", text, "--formats", "f32,int4_g32,q4_0,fp8", "--method", "gptq",
-        "--calibration", text, "--no-speed", "--limit", 20,
+        capsys, model, "--text", text, "--formats", "f32,int4_g32,q4_0:rtn,fp8:awq",
+        "--method", "gptq", "--calibration", text, "--no-speed", "--limit", 20,
     )  # fmt: skip
     lines = out.splitlines()
     assert status == 0
-    for format in ("int4_g32", "q4_0", "fp8"):
-        assert any(line.startswith(f"{format} (gptq)") for line in lines)
+    for label in ("int4_g32 (gptq)  ", "q4_0  ", "fp8 (awq)  "):
+        assert any(line.startswith(label) for line in lines), label
     assert "int4_g32 int8, q4_0 int8, fp8 fp8" in out  # e4m3 codes have no int8 products
 
 
@@ -141,6 +141,9 @@ def test_the_table_tells_the_windows_and_the_formats_of_rows_that_do_not_fit(
     [
         (["--formats", "q4_k_x"], "format 'q4_k_x' is not known; did you mean"),
         (["--formats", " , "], "--formats is empty"),
+        (["--formats", "int4:gtpq"], "'int4:gtpq': methods are rtn, imatrix, awq, gptq"),
+        (["--formats", "bf16:gptq"], "bf16 is not quantized, by no method"),
+        (["--formats", "f32,int4:awq"], "--method awq needs --calibration FILE"),
         (["--formats", "int4", "--method", "gptq"], "--method gptq needs --calibration FILE"),
         (["--markdown"], "--markdown goes with --formats"),
         (["--formats", "q4_0", "--adapter", "x"], "takes a model alone"),
@@ -168,5 +171,7 @@ def test_text_without_anything_to_predict_is_named(
 
 
 def test_names_of_formats_are_resolved_once_each() -> None:
-    assert format_names("F32, int4,int4_g128,Q4_K_M") == ["f32", "int4_g128", "q4_k_m"]
+    assert wanted_rows("F32, int4,int4_g128:RTN,Q4_K_M:gptq", "rtn") == [
+        ("f32", ""), ("int4_g128", "rtn"), ("q4_k_m", "gptq"),
+    ]  # fmt: skip
     assert markdown(["a", "b"], [["1", "2"]]) == ["| a | b |", "| --- | ---: |", "| 1 | 2 |"]
