@@ -19,6 +19,7 @@ COMMANDS = {
     "data": "turn text into a token store; show what a batch holds; make problems",
     "pretrain": "train a model from random weights on a token store",
     "sft": "fine-tune a model on conversations",
+    "rank": "rank the answers of a model, for a reward model",
     "reward": "train a reward model on rankings of answers",
     "dpo": "fine-tune a model on pairs of answers",
     "distill": "let a student learn from a teacher",

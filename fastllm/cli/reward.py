@@ -35,10 +35,10 @@ exit status: 0 done or stopped, 1 the run failed (numbers that are none, a full 
 """
 
 EXAMPLES = """
-fastllm rank smollm2 questions.txt --answers 4 --out rankings.jsonl
 fastllm reward smollm2 rankings.jsonl --out runs/judge
 fastllm reward ./SmolLM2-135M-Instruct rankings.jsonl --method full --center 0.01
-fastllm grpo smollm2 questions.jsonl --rewards model:runs/judge/adapter
+fastllm rank smollm2 questions.jsonl --answers 4 --out rankings.jsonl
+fastllm grpo smollm2 questions.jsonl --reward model:runs/judge/adapter
 """
 
 CHOICES = """

@@ -29,6 +29,7 @@ from fastllm.models.tokenizer import Tokenizer
 from fastllm.models.trainable import load_trainable
 from fastllm.models.weights import WeightSource, open_weights
 from fastllm.nn.batch import Documents
+from fastllm.nn.rows import take_rows
 from fastllm.nn.scalar_head import ScalarHead, scalar_head
 
 HEAD = "score.weight"
@@ -71,19 +72,27 @@ class Scorer:
         """Where the weights lie."""
         return self.decoder.device
 
-    def scores(self, documents: Documents, *, checkpoint: bool = False) -> Tensor:
+    def scores(
+        self, documents: Documents, *, rows: Tensor | None = None, checkpoint: bool = False
+    ) -> Tensor:
         """A score for each of T tokens, float32 [T], differentiable.
 
+        rows: `[N]` int64, the tokens whose scores are wanted, any of them more than once: [N].
         checkpoint: see `Decoder.train_hidden`.
         """
-        return self.decoder.with_head(documents, lambda x, _: self.head(x), checkpoint=checkpoint)
+
+        def judge(x: Tensor, _: object) -> Tensor:
+            return self.head(x if rows is None else take_rows(x, rows))
+
+        return self.decoder.with_head(documents, judge, checkpoint=checkpoint)
 
     def last_scores(self, documents: Documents, *, checkpoint: bool = False) -> Tensor:
-        """The score of each of S documents, at its last token: float32 [S], differentiable."""
+        """The score of each of S documents, at its last token: float32 [S], differentiable.
+
+        Of documents that share their beginnings (`Documents.pack_shared`) give `scores` the rows.
+        """
         ends = documents.cu_seqlens[1:].long() - 1
-        return self.decoder.with_head(
-            documents, lambda x, _: self.head(x[ends]), checkpoint=checkpoint
-        )
+        return self.scores(documents, rows=ends, checkpoint=checkpoint)
 
 
 class HeadedWeights:

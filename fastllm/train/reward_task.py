@@ -73,7 +73,7 @@ class RewardTask(DecoderTask):
     def loss(self, micro: RankingMicro) -> Tensor:
         """The ranking loss, summed over rankings: one forward pass over all their answers."""
         micro = micro.to(self.device)
-        scores = self.scorer.last_scores(micro.documents, checkpoint=self.checkpointing)
+        scores = self.scorer.scores(micro.documents, rows=micro.ends, checkpoint=self.checkpointing)
         margins = micro.margins + self.margin
         loss = ranking_loss(scores, micro.better, micro.worse, micro.weights, margins, self.center)
         return loss + 0 * scores.sum()  # a batch without pairs has gradients too: zeros
@@ -97,7 +97,7 @@ class RewardTask(DecoderTask):
         with self.untrained():
             for micro in ranking_batches(self._held_out, chosen, self._micro_tokens, rank, world):
                 moved = micro.to(self.device)
-                scores = self.scorer.last_scores(moved.documents)
+                scores = self.scorer.scores(moved.documents, rows=moved.ends)
                 margins += (scores[moved.better] - scores[moved.worse]).tolist()
         every = [value for part in distributed.gather(margins) for value in part]
         return ordering(torch.tensor(every, dtype=torch.float64))

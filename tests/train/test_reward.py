@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import random
-from itertools import combinations
+from dataclasses import replace
+from itertools import combinations, islice
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,18 @@ import torch
 
 from fastllm.cli import reward as cli
 from fastllm.models.loader import save_pretrained
-from fastllm.models.scorer import load_scorer
+from fastllm.models.scorer import Scorer, load_scorer, with_head
+from fastllm.models.tokenizer import Tokenizer
 from fastllm.models.tokenizer_training import train_tokenizer
-from fastllm.models.trainable import initialize
+from fastllm.models.trainable import initialize, load_trainable
+from fastllm.models.weights import open_weights
+from fastllm.nn.batch import Documents
 from fastllm.testing.small_models import config_of
 from fastllm.train import reward
+from fastllm.train.data.masks import ConversationEncoder
+from fastllm.train.data.rankings import encode_rankings, ranked_pairs, ranking_micro, read_rankings
 from fastllm.train.ranking_loss import ordering, ranking_loss
-from fastllm.train.reward_model import RewardModel
+from fastllm.train.reward_model import Prompt, RewardModel
 
 WORDS = {"good": 1.0, "great": 2.0, "bad": -1.0, "awful": -2.0, "plain": 0.0}
 QUIET = ["--loop.metrics.progress=none", "--loop.metrics.report=false"]
@@ -61,8 +67,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = [" ".join(WORDS) + " say 1 2 3 4 5 6 0"] * 4
     tokenizer = train_tokenizer(texts, 330, allow_smaller=True)
     config = config_of("qwen3 tied")
-    from dataclasses import replace
-
     config = replace(
         config, vocab_size=tokenizer.vocab_size, eos_token_ids=tuple(tokenizer.eos_token_ids)
     )
@@ -103,8 +107,6 @@ def plain_loss(scores: list[float], ranks: list[list[int]], margin: float, cente
 def test_the_loss_is_its_formula_in_float64_and_so_is_its_gradient(
     margin: float, center: float
 ) -> None:
-    from fastllm.train.data.rankings import ranked_pairs
-
     g = torch.Generator().manual_seed(0)
     ranks = [[1, 2], [3, 1, 2], [2, 1, 2, 1], [1, 1, 1, 1, 2]]
     scores = torch.randn(14, generator=g, dtype=torch.float64).mul_(2).requires_grad_()
@@ -168,10 +170,28 @@ def test_scores_do_not_depend_on_what_is_scored_beside_them(
 ) -> None:
     result = learn(base, data, tmp_path / "run", "--steps=2", "--method=full")
     model = RewardModel(result.output, micro_tokens=64)
-    prompts = ["say 1", [{"role": "user", "content": "say 2"}], "say 3"]
+    prompts: list[Prompt] = ["say 1", [{"role": "user", "content": "say 2"}], "say 3"]
     answers = ["good", "bad plain", "great"]
     together = model(prompts, answers)
     assert together == [model([p], [a])[0] for p, a in zip(prompts, answers, strict=True)]
+
+
+def test_answers_that_share_their_prompt_are_scored_as_documents_of_their_own(
+    base: Path, data: tuple[Path, Path]
+) -> None:
+    source = open_weights(base)
+    decoder = load_trainable(with_head(source))
+    scorer = Scorer(decoder)
+    with torch.no_grad():
+        scorer.head.weight.normal_(generator=torch.Generator().manual_seed(3))
+    encoder = ConversationEncoder(Tokenizer.from_hf(base))
+    examples, _ = encode_rankings(islice(read_rankings([data[0]]), 4), encoder, 128)
+    micro = ranking_micro(examples)
+    documents = [torch.from_numpy(d) for e in examples for d in e.documents]
+    with torch.no_grad():
+        shared = scorer.scores(micro.documents, rows=micro.ends)
+        alone = scorer.last_scores(Documents.pack(documents))
+    assert torch.equal(shared, alone) and shared.std() > 0.1
 
 
 def test_a_resumed_run_ends_with_the_same_bits(

@@ -80,9 +80,18 @@ class RankedExample:
         return ranked_pairs(self.ranks)
 
     @property
+    def common(self) -> int:
+        """Tokens that all documents begin with: the prompt, which goes through the model once."""
+        shortest = min(map(len, self.documents))
+        table = np.stack([ids[:shortest] for ids in self.documents])
+        different = np.flatnonzero((table != table[0]).any(0))
+        return int(different[0]) if len(different) else shortest
+
+    @property
     def tokens(self) -> int:
-        """Of all documents."""
-        return sum(map(len, self.documents))
+        """That go through the model."""
+        common = self.common
+        return common + sum(len(ids) - common for ids in self.documents)
 
 
 @dataclass(slots=True)
@@ -112,6 +121,7 @@ class RankingMicro:
     """S documents of whole rankings, and the P pairs that are compared."""
 
     documents: Documents
+    ends: Tensor  # [S] int64: the row of each document's last token
     better: Tensor  # [P] int64: which document
     worse: Tensor  # [P] int64
     weights: Tensor  # [P] float32: one over the pairs of the ranking
@@ -120,7 +130,7 @@ class RankingMicro:
 
     def to(self, device: torch.device | str) -> RankingMicro:
         """The batch with its tensors on `device`."""
-        names = ("better", "worse", "weights", "margins")
+        names = ("ends", "better", "worse", "weights", "margins")
         moved = {name: getattr(self, name).to(device) for name in names}
         return replace(self, documents=self.documents.to(device), **moved)
 
@@ -302,21 +312,25 @@ def ranking_batches(
 
 
 def ranking_micro(examples: Sequence[RankedExample]) -> RankingMicro:
-    """All documents of the rankings, packed, and all pairs."""
-    documents: list[np.ndarray] = []
+    """All documents of the rankings, each prompt once, and all pairs."""
+    groups, count = [], 0
     better: list[int] = []
     worse: list[int] = []
     weights: list[float] = []
     margins: list[float] = []
     for example in examples:
-        pairs, first = example.pairs, len(documents)
-        documents += example.documents
-        better += [first + i for i, _ in pairs]
-        worse += [first + j for _, j in pairs]
+        pairs, common = example.pairs, example.common
+        suffixes = [ids[common:].tolist() for ids in example.documents]
+        groups.append((example.documents[0][:common].tolist(), suffixes))
+        better += [count + i for i, _ in pairs]
+        worse += [count + j for _, j in pairs]
+        count += len(suffixes)
         weights += [1 / len(pairs)] * len(pairs)
         margins += [example.margin] * len(pairs)
+    documents, rows = Documents.pack_shared(groups)
     return RankingMicro(
-        documents=Documents.pack([torch.from_numpy(ids) for ids in documents]),
+        documents=documents,
+        ends=torch.stack([places[-1] for places in rows]),
         better=torch.tensor(better, dtype=torch.int64),
         worse=torch.tensor(worse, dtype=torch.int64),
         weights=torch.tensor(weights, dtype=torch.float32),
@@ -341,5 +355,6 @@ def _idle(example: RankedExample) -> RankingMicro:
     none = torch.empty(0, dtype=torch.int64)
     return RankingMicro(
         documents=Documents.pack([torch.from_numpy(example.documents[0][:1])]),
-        better=none, worse=none, weights=none.float(), margins=none.float(), tokens=0,
+        ends=torch.zeros(1, dtype=torch.int64), better=none, worse=none, weights=none.float(),
+        margins=none.float(), tokens=0,
     )  # fmt: skip

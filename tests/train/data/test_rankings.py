@@ -7,7 +7,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -149,10 +148,13 @@ def test_micro_batches_hold_whole_rankings_once(tokenizer: Tokenizer) -> None:
     assert len(both[0]) == len(both[1])
     assert sum(m.tokens for part in both for m in part) == 5
     whole = ranking_micro(examples)
-    edges = whole.documents.cu_seqlens.tolist()
     documents = [d for e in examples for d in e.documents]
-    for number, ids in enumerate(documents):
-        assert np.array_equal(whole.documents.ids[edges[number] : edges[number + 1]].numpy(), ids)
+    for row, ids in zip(whole.ends.tolist(), documents, strict=True):
+        assert int(whole.documents.ids[row]) == ids[-1]
+        assert int(whole.documents.positions[row]) == len(ids) - 1
+    # each prompt is there once
+    assert len(whole.documents.ids) == sum(e.tokens for e in examples)
+    assert sum(e.tokens for e in examples) < sum(map(len, documents))
     assert torch.equal(whole.better[:4], torch.tensor([0, 2, 2, 3]))
 
 
