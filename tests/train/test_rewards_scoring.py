@@ -331,7 +331,7 @@ def test_missing_columns_are_found_before_a_run() -> None:
     with pytest.raises(RewardError, match="needs the column 'answer'; the data has solution, x"):
         check(rewards, {"solution": ["a"], "x": ["b"]})
     for empty in (None, "", " ", True, [1]):
-        with pytest.raises(RewardError, match=r"completions\[1\].*'answer' holds"):
+        with pytest.raises(RewardError, match="prompt 2 of 2: .*'answer' holds"):
             check(rewards, {"answer": ["1", empty]})
     check(rewards, {"answer": ["1", 2]})
     assert "needs the column 'answer'; the data has none" in str(failure("exact_match", ["a"]))

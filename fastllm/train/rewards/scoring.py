@@ -46,7 +46,8 @@ def check(rewards: Sequence[NamedReward], columns: Mapping[str, Sequence[Any]]) 
                 try:
                     value = number(expected(answer))
                 except ValueError as error:
-                    raise RewardError(reward.name, sample, "", str(error)) from error
+                    where = f"prompt {sample + 1} of {len(taken['answer'])}"
+                    raise RewardError(reward.name, None, "", f"{where}: {error}") from error
                 if value is None and reward.function is accuracy:
                     require()
 
