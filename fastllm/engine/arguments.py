@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastllm.engine.cache import PAGE_SIZE, page_bytes
+from fastllm.engine.cache import PAGE_SIZE, page_bytes, pages_for
 from fastllm.engine.request import SamplingParams
 from fastllm.errors import ModelFileError
 from fastllm.models.config import ModelConfig
@@ -24,6 +25,7 @@ _CACHE_DTYPES = DTYPES | {
     "f16": torch.float16,
     "int8": torch.int8,
 }
+_KEPT_SHARE = 8  # of a CPU's cache: what pages without a user may come to take
 _BATCHED_TOKENS = {"cpu": 512, "cuda": 8192}  # in one forward: enough to be compute-bound
 
 
@@ -127,11 +129,9 @@ def cache_budget(device: torch.device, path: str | os.PathLike[str] | None) -> f
     return 0.5 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # mapped when written
 
 
-def context_length(
-    config: ModelConfig, asked: int | None, dtype: torch.dtype, budget: float
-) -> int:
-    """max_model_len: what was asked for, or the model's own length as far as memory allows."""
-    affordable = (int(budget // page_bytes(config, dtype)) - 1) * PAGE_SIZE
+def context_length(config: ModelConfig, asked: int | None, pages: int) -> int:
+    """max_model_len: what was asked for, or the model's own length as far as `pages` allow."""
+    affordable = pages * PAGE_SIZE
     if asked is None:
         if affordable < PAGE_SIZE:
             raise ValueError("there is no memory for a KV cache: free some, or use a smaller model")
@@ -149,3 +149,34 @@ def context_length(
             f"{max(affordable, 0)} fit"
         )
     return asked
+
+
+@dataclass(frozen=True, slots=True)
+class CachePlan:
+    """dtype, longest sequence and pages of a KV cache; most_kept: see `PagePool`."""
+
+    dtype: torch.dtype
+    max_model_len: int
+    pages: int
+    most_kept: int | None
+
+
+def plan_cache(
+    config: ModelConfig, compute: torch.dtype, device: torch.device, *, kv_cache_dtype: str,
+    max_model_len: int | None, max_num_seqs: int, num_pages: int | None,
+    path: str | os.PathLike[str] | None,
+) -> CachePlan:  # fmt: skip
+    """How large a cache is made of what `LLM` was asked for and the memory that there is.
+
+    path: of weights yet to be loaded. Raises TypeError or ValueError naming the argument.
+    """
+    dtype = cache_dtype(kv_cache_dtype, compute, config)
+    if num_pages is not None:
+        check_count("num_pages", num_pages, 1 << 24)
+        longest = context_length(config, max_model_len, num_pages)
+        return CachePlan(dtype, longest, num_pages, None)
+    affordable = int(cache_budget(device, path) // page_bytes(config, dtype)) - 1
+    longest = context_length(config, max_model_len, affordable)
+    pages = min(max_num_seqs * pages_for(longest), affordable) + 1
+    kept = affordable // _KEPT_SHARE if device.type == "cpu" else None
+    return CachePlan(dtype, longest, pages, kept)

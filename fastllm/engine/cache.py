@@ -1,6 +1,6 @@
-"""The paged KV cache: one block of pages per layer, a free list, reference counts.
+"""The paged KV cache: one block of pages per layer.
 
-A page holds the K and V (or latents) of `page_size` positions of one sequence in every layer. Its
+A page holds the K and V (or latents) of `PAGE_SIZE` positions of one sequence in every layer. Its
 content is final once it is full, so sequences that share a prefix share its full pages.
 """
 
@@ -11,6 +11,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from fastllm.engine.page_pool import PagePool
 from fastllm.models.config import ModelConfig
 from fastllm.ops.paged_cache import PAGE_SIZE, KvCache
 from fastllm.ops.pages import lazy_zeros
@@ -18,15 +19,16 @@ from fastllm.ops.pages import lazy_zeros
 
 class PagedCache:
     """`layers[i]` holds layer i's K and V, each `[num_pages, kv_heads, page_size, head_dim]`; with
-    latent attention it is one tensor, `[num_pages, page_size, width]`.
+    latent attention it is one tensor, `[num_pages, page_size, width]`. `pool` says who has a page.
 
     An int8 cache has scales beside them. On the CPU memory is reserved, not touched: a page costs
     nothing until it is written.
     """
 
     def __init__(
-        self, config: ModelConfig, num_pages: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+        self, config: ModelConfig, num_pages: int, dtype: torch.dtype, device: torch.device,
+        most_kept: int | None = None,
+    ) -> None:  # fmt: skip
         layers = config.num_hidden_layers
         self.layers: list[KvCache | Tensor]
         if config.mla is not None:
@@ -47,41 +49,12 @@ class PagedCache:
             # [k, v] of each block, side by side
             self.layers = [KvCache(*chain(*of)) for of in zip(*self._blocks, strict=True)]
         self.num_pages = num_pages
-        self._free = list(range(num_pages - 1, -1, -1))  # a stack: last used, warmest
-        self._users = [0] * num_pages
+        self.pool = PagePool(num_pages, most_kept)
 
     @property
     def free_pages(self) -> int:
         """How many pages nobody uses."""
-        return len(self._free)
-
-    def allocate(self, count: int) -> list[int]:
-        """Take `count` pages. Raises RuntimeError if there are fewer: ask `free_pages` first."""
-        if count > len(self._free):
-            raise RuntimeError(
-                f"{count} pages of KV cache are needed, {len(self._free)} of {self.num_pages} are "
-                "free: wait until the generations in progress end"
-            )
-        pages = [self._free.pop() for _ in range(count)]
-        for page in pages:
-            self._users[page] = 1
-        return pages
-
-    def allocate_for(self, tokens: int) -> list[int]:
-        """Take the pages of a sequence of `tokens` positions."""
-        return self.allocate(pages_for(tokens))
-
-    def share(self, pages: list[int]) -> None:
-        """Count one more user of each page."""
-        for page in pages:
-            self._users[page] += 1
-
-    def release(self, pages: list[int]) -> None:
-        """Give pages back; a page is free when its last user has."""
-        for page in reversed(pages):
-            self._users[page] -= 1
-            if self._users[page] == 0:
-                self._free.append(page)
+        return self.pool.free_pages
 
     def copy_page(self, target: int, source: int) -> None:
         """Copy a page in every layer."""

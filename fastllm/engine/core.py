@@ -1,4 +1,4 @@
-"""The engine: requests in, steps, tokens out. `LLM` is its face.
+"""The engine: requests in, steps, tokens out. `LLM` and `AsyncLLM` are its faces.
 
 `step` admits what fits, prefills a stretch of prompts and decodes one token for every running
 sample. Whoever waits for a request calls `step` until it has what it wants, so several callers,
@@ -12,11 +12,12 @@ from collections.abc import Iterable
 
 import torch
 
-from fastllm.engine.cache import PagedCache
+from fastllm.engine.cache import PagedCache, pages_for
+from fastllm.engine.inbox import Inbox
 from fastllm.engine.logprobs import logprob_rows
 from fastllm.engine.request import RequestOutput
 from fastllm.engine.runner import LOGITS_ROWS, Runner
-from fastllm.engine.scheduler import Chunk, Scheduler
+from fastllm.engine.scheduler import Chunk, Move, Scheduler
 from fastllm.engine.sequence import Request, Sequence
 from fastllm.errors import NumericalError
 from fastllm.models.decoder import Decoder
@@ -27,53 +28,73 @@ class Engine:
 
     def __init__(
         self, model: Decoder, cache: PagedCache, *, max_seqs: int, max_pages: int,
-        max_batched_tokens: int, graphs: bool,
+        max_batched_tokens: int, graphs: bool, prefix_caching: bool,
     ) -> None:  # fmt: skip
         self.model = model
         self.cache = cache
-        self.scheduler = Scheduler(cache, max_seqs, max_batched_tokens)
+        self.scheduler = Scheduler(cache, max_seqs, max_batched_tokens, prefix_caching)
         self.runner = Runner(model, cache, slots=max_seqs, max_pages=max_pages, graphs=graphs)
         self._lock = threading.RLock()
 
-    def add(self, requests: Iterable[Request]) -> None:
-        """Queue requests."""
+    def add(self, requests: Iterable[Request], inbox: Inbox) -> None:
+        """Queue requests; what becomes of them is told to `inbox`."""
         with self._lock:
             for request in requests:
+                request.inbox = inbox
+                inbox.unfinished += 1
                 self.scheduler.add(request)
 
     def refresh(self) -> None:
         """Take note of changed weights, before a generation: see `Runner.refresh`."""
         with self._lock:
-            self.runner.refresh()
+            if self.runner.refresh():
+                self.scheduler.prefix.clear()
+
+    def reset_prefix_cache(self) -> None:
+        """Forget what the unused pages of the cache hold."""
+        with self._lock:
+            self.scheduler.prefix.clear()
 
     def step(self) -> None:
         """Advance everything that runs by one token, and prompts by one stretch."""
         with self._lock:
+            if self.runner.stale:
+                self.refresh()
             for sequence in self.scheduler.admit():
                 self._start(sequence)
             chunks = self.scheduler.next_chunks()
             if chunks:
                 self._prefill(chunks)
             if self.scheduler.running:
+                self._make_room()
                 self._decode()
 
-    def output(self, request: Request) -> RequestOutput:
-        """The state of a request between two steps, whoever makes them."""
+    def outputs(self, requests: Iterable[Request]) -> list[RequestOutput]:
+        """The states of requests between two steps, whoever makes them."""
         with self._lock:
-            return request.output()
+            return [request.output() for request in requests]
+
+    def news(self, inbox: Inbox) -> list[RequestOutput]:
+        """The states of the requests that have grown since the last call."""
+        with self._lock:
+            return self.outputs(inbox.take())
 
     def abort(self, request: Request) -> None:
         """Stop a request, whatever state it is in, and free its slots and pages."""
         with self._lock:
-            for sequence in [s for s in self.scheduler.running if s.request is request]:
-                self._retire(sequence)
-            self.scheduler.remove_queued(request)
+            if request.finished:
+                return
+            for sample in request.samples:
+                if sample.finish_reason is None:
+                    sample.finish_reason = "abort"
+            request.inbox.unfinished -= 1
+            self._move(self.scheduler.abort(request))
 
     def logits(self, ids: list[int]) -> torch.Tensor:
         """Logits of every position, float32 [len(ids), vocab]."""
         with self._lock:
             count = len(ids)
-            pages = self.cache.allocate_for(count)
+            pages = self.cache.pool.allocate(pages_for(count))
             rows = torch.empty(count, self.model.config.vocab_size, device=self.model.device)
             try:
                 for start in range(0, count, self.scheduler.max_batched_tokens):
@@ -83,71 +104,86 @@ class Engine:
                         part = hidden[at - start : at - start + LOGITS_ROWS]
                         rows[at : at + part.shape[0]] = self.runner.logits(part)
             finally:
-                self.cache.release(pages)
+                self.cache.pool.release(pages)
             return rows
 
     def _start(self, sequence: Sequence) -> None:
-        """The prompt but for its last token is in the cache: decode from there."""
-        request = sequence.request
+        """All tokens but the last are in the cache: decode from there."""
+        request, params, drawn = sequence.request, sequence.request.params, sequence.token_ids
         slot = self.scheduler.start(sequence)
-        prompt = request.prompt_ids
-        self.runner.set_slot(slot, prompt[-1], len(prompt) - 1, sequence.pages)
+        last = drawn[-1] if drawn else request.prompt_ids[-1]
+        self.runner.set_slot(slot, last, sequence.length - 1, sequence.pages)
         banned: list[int] = []
-        if request.params.min_tokens > 0:
-            banned = sorted({*request.end_ids, *(request.params.stop_token_ids or ())})
-        self.runner.sampler.set(slot, request.params, sequence.seed, prompt, banned)
+        if params.min_tokens > len(drawn):
+            banned = sorted({*request.end_ids, *(params.stop_token_ids or ())})
+        self.runner.sampler.set(slot, params, sequence.seed, request.prompt_ids, drawn, banned)
 
-    def _retire(self, sequence: Sequence) -> None:
-        self.runner.free_slot(*self.scheduler.retire(sequence))
+    def _make_room(self) -> None:
+        """Pages for the next tokens; who gives way for them leaves its slot."""
+        growth = self.scheduler.grow()
+        self._move(growth.moves)
+        for sequence in growth.grown:
+            place = len(sequence.pages) - 1
+            self.runner.add_page(sequence.slot, place, sequence.pages[place])
+
+    def _move(self, moves: Iterable[Move]) -> None:
+        for hole, last in moves:
+            self.runner.free_slot(hole, last)
 
     def _prefill(self, chunks: list[Chunk]) -> None:
         hidden = self.runner.prefill(
-            [c.sequence.request.prompt_ids[c.start : c.stop] for c in chunks],
-            [c.start for c in chunks],
-            [c.sequence.pages for c in chunks],
+            [c.ids for c in chunks], [c.start for c in chunks], [c.sequence.pages for c in chunks]
         )
         first = 0
         for chunk in chunks:
             rows = hidden[first : first + chunk.stop - chunk.start]
             first += chunk.stop - chunk.start
-            if chunk.sequence.request.prompt_logprobs is not None:
+            if chunk.sequence.index == 0 and chunk.sequence.request.prompt_logprobs is not None:
                 self._add_prompt_logprobs(chunk, rows)
         for sequence in self.scheduler.advance(chunks):
             self._start(sequence)
 
     def _add_prompt_logprobs(self, chunk: Chunk, hidden: torch.Tensor) -> None:
+        """Those that are not known yet: a preempted sample computes some rows again."""
         request = chunk.sequence.request
         count = request.params.prompt_logprobs
         assert count is not None and request.prompt_logprobs is not None
-        for start in range(0, hidden.shape[0], LOGITS_ROWS):
-            logits = self.runner.logits(hidden[start : start + LOGITS_ROWS])
-            at = chunk.start + start + 1  # row i predicts token i + 1
-            tokens = request.prompt_ids[at : at + logits.shape[0]]
-            request.prompt_logprobs += logprob_rows(logits, tokens, count, request.tokenizer)
+        while (token := len(request.prompt_logprobs)) < len(request.prompt_ids):
+            row = token - 1 - chunk.start  # predicts the token
+            logits = self.runner.logits(hidden[row : row + LOGITS_ROWS])
+            if not logits.shape[0]:
+                break
+            tokens = request.prompt_ids[token : token + logits.shape[0]]
+            found = logprob_rows(logits[: len(tokens)], tokens, count, request.tokenizer)
+            request.prompt_logprobs += found
 
     def _decode(self) -> None:
         running = self.scheduler.running
+        if not running:
+            return
         ids, logprobs, sampled = (a.tolist() for a in self.runner.decode(len(running)))
         wanted = any(s.logprobs is not None for s in running)
         logits = self.runner.last_logits(len(running)) if wanted else None
         ended = []
         for slot, sequence in enumerate(running):
-            token = ids[slot]
+            token, request = ids[slot], sequence.request
+            request.inbox.grown[request] = None
             if token < 0:
                 self._fail(sequence)
                 ended.append(sequence)
                 continue
             if logits is not None and sequence.logprobs is not None:
-                count, tokenizer = sequence.request.params.logprobs or 0, sequence.request.tokenizer
-                row = logits[slot : slot + 1]
-                sequence.logprobs += logprob_rows(row, [token], count, tokenizer)
+                count, row = request.params.logprobs or 0, logits[slot : slot + 1]
+                sequence.logprobs += logprob_rows(row, [token], count, request.tokenizer)
             sequence.append(token, logprobs[slot], sampled[slot])
             if sequence.finish_reason is not None:
                 ended.append(sequence)
-            elif len(sequence.token_ids) == sequence.request.params.min_tokens:
+            elif len(sequence.token_ids) == request.params.min_tokens:
                 self.runner.sampler.unban(slot)
         for sequence in ended:
-            self._retire(sequence)
+            self._move([self.scheduler.retire(sequence)])
+        for request in dict.fromkeys(sequence.request for sequence in ended):
+            request.inbox.unfinished -= request.finished
 
     def _fail(self, sequence: Sequence) -> None:
         """The model gave NaN: let the owner raise. The others never see it: attention reads nothing
@@ -159,4 +195,5 @@ class Engine:
             "finite value. The weights are damaged or overflow in this dtype: check them with "
             "`fastllm inspect`, or load with dtype='float32'"
         )
+        request.inbox.error = request.inbox.error or request.error
         sequence.finish_reason = "error"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-import secrets
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -14,20 +12,20 @@ import torch
 from torch import Tensor
 
 from fastllm.engine.arguments import (
+    CachePlan,
     Params,
     Prompt,
     as_list,
     batched_tokens,
-    cache_budget,
-    cache_dtype,
     check_count,
     check_head_dims,
-    context_length,
-    params_of,
+    plan_cache,
 )
-from fastllm.engine.cache import PagedCache, page_bytes, pages_for
+from fastllm.engine.cache import PagedCache, pages_for
 from fastllm.engine.core import Engine
-from fastllm.engine.request import MAX_BANNED, RequestOutput, SamplingParams
+from fastllm.engine.inbox import Inbox
+from fastllm.engine.request import RequestOutput
+from fastllm.engine.requests import Requests
 from fastllm.engine.sequence import Request
 from fastllm.models.adapters import load_adapter
 from fastllm.models.chat_template import CHATML, ChatTemplate
@@ -56,6 +54,11 @@ class LLM:
             those of training.
         max_num_seqs: how many samples decode together; more wait.
         max_num_batched_tokens: prompt tokens in one forward pass.
+        enable_prefix_caching: keep the pages of prompts and answers for later requests that begin
+            with the same tokens, until the pages are needed or the weights change. The samples of
+            one prompt share its pages in any case. It never changes a bit of an answer.
+        num_pages: of the KV cache, each of 64 tokens; default what all samples may need, as far as
+            memory allows. With fewer the youngest samples give way to older ones and go on later.
         enforce_eager: run decode steps op by op, without captured graphs (same bits, slower).
         adapter: directory of a LoRA adapter in PEFT's format: put on the model, not merged.
         quantization: round the layers' matrices to this format as they are loaded ("int4", "nf4",
@@ -76,6 +79,8 @@ class LLM:
         *,
         max_num_seqs: int = 32,
         max_num_batched_tokens: int | None = None,
+        enable_prefix_caching: bool = True,
+        num_pages: int | None = None,
         enforce_eager: bool = False,
         adapter: str | os.PathLike[str] | None = None,
         quantization: str | None = None,
@@ -89,16 +94,16 @@ class LLM:
         compute, mode = choose_compute(source, dtype, where, activation, quantization is not None)
         if adapter is not None and activation is None:
             mode = "bf16" if compute == torch.bfloat16 else "fp32"
-        stored = cache_dtype(kv_cache_dtype, compute, source.config)
-        budget = cache_budget(where, source.path)
-        longest = context_length(source.config, max_model_len, stored, budget)
-        model_of_file = load_model(source, compute, where, mode, longest, quantization)
+        plan = plan_cache(
+            source.config, compute, where, kv_cache_dtype=kv_cache_dtype,
+            max_model_len=max_model_len, max_num_seqs=max_num_seqs, num_pages=num_pages,
+            path=source.path,
+        )  # fmt: skip
+        loaded = load_model(source, compute, where, mode, plan.max_model_len, quantization)
         if adapter is not None:
-            load_adapter(model_of_file, adapter)
-            model_of_file.requires_grad_(False)
-        self._serve(
-            model_of_file, longest, stored, budget, max_num_seqs, batched, not enforce_eager
-        )
+            load_adapter(loaded, adapter)
+            loaded.requires_grad_(False)
+        self._serve(loaded, plan, max_num_seqs, batched, not enforce_eager, enable_prefix_caching)
         self._tokenizer: Callable[[], Tokenizer] = partial(read_tokenizer, source)
 
     @classmethod
@@ -111,6 +116,8 @@ class LLM:
         max_num_seqs: int = 32,
         kv_cache_dtype: str = "auto",
         max_num_batched_tokens: int | None = None,
+        enable_prefix_caching: bool = True,
+        num_pages: int | None = None,
         enforce_eager: bool = False,
     ) -> LLM:
         """Generation on the live weights of a model in training.
@@ -133,43 +140,38 @@ class LLM:
         check_count("max_num_seqs", max_num_seqs, 4096)
         if where.type == "cpu" and not enforce_eager:
             check_head_dims(model.config, "the model's configuration")
-        stored = cache_dtype(kv_cache_dtype, model.dtype, model.config)
-        budget = cache_budget(where, None)
         known = replace(
             model.config,
             max_position_embeddings=min(model.config.max_position_embeddings, model.max_positions),
         )
-        longest = context_length(known, max_model_len, stored, budget)
+        plan = plan_cache(
+            known, model.dtype, where, kv_cache_dtype=kv_cache_dtype, max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs, num_pages=num_pages, path=None,
+        )  # fmt: skip
         llm = cls.__new__(cls)
-        llm._serve(model, longest, stored, budget, max_num_seqs, batched, not enforce_eager)
+        llm._serve(model, plan, max_num_seqs, batched, not enforce_eager, enable_prefix_caching)
         llm._tokenizer = partial(_given_tokenizer, tokenizer)
         if any(p.requires_grad for p in model.parameters()):
             model.pack_()
         return llm
 
     def _serve(
-        self, model: Decoder, max_model_len: int, cache_dtype: torch.dtype, budget: float,
-        max_num_seqs: int, batched_tokens: int, graphs: bool,
+        self, model: Decoder, plan: CachePlan, max_num_seqs: int, batched_tokens: int,
+        graphs: bool, prefix_caching: bool,
     ) -> None:  # fmt: skip
-        if model.config.scalar_head:
-            raise ValueError(
-                "a model with a scalar head gives scores, not text: it is a reward (model:DIR)"
-            )
         self.model = model
         self.config: ModelConfig = model.config
-        self.max_model_len = max_model_len
-        max_pages = pages_for(max_model_len)
-        affordable = int(budget // page_bytes(self.config, cache_dtype))
-        pages = min(max_num_seqs * max_pages, max(affordable, max_pages)) + 1
+        self.max_model_len = plan.max_model_len
         self._engine = Engine(
             model,
-            PagedCache(self.config, pages, cache_dtype, model.device),
+            PagedCache(self.config, plan.pages, plan.dtype, model.device, plan.most_kept),
             max_seqs=max_num_seqs,
-            max_pages=max_pages,
+            max_pages=pages_for(plan.max_model_len),
             max_batched_tokens=batched_tokens,
             graphs=graphs,
+            prefix_caching=prefix_caching,
         )
-        self._numbers = itertools.count()
+        self._requests = Requests(self.config, plan.max_model_len, lambda: self.tokenizer)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -214,7 +216,7 @@ class LLM:
         have grown (`outputs[i].delta` is what is new); closing it stops the generation.
         Raises TypeError or ValueError, naming the prompt, before anything runs.
         """
-        return self._run(self._requests(as_list(prompts), sampling_params, True), stream)
+        return self._run(self._requests.make(as_list(prompts), sampling_params), stream)
 
     @overload
     def chat(
@@ -251,129 +253,50 @@ class LLM:
             self.chat_template.render(conversation, tools=tools, **template_variables)
             for conversation in (messages if several else [messages])
         ]
-        return self._run(self._requests(prompts, sampling_params, False), stream)
+        requests = self._requests.make(prompts, sampling_params, add_special_tokens=False)
+        return self._run(requests, stream)
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         """Logits of every position of a token sequence, float32 `[len(ids), vocab]`."""
         self._engine.refresh()
-        return self._engine.logits(self._check_ids(ids, "ids", self.max_model_len))
+        return self._engine.logits(self._requests.check_ids(ids, "ids", self.max_model_len))
 
-    def _requests(
-        self, prompts: Sequence[Prompt], sampling_params: Params, add_special_tokens: bool
-    ) -> list[Request]:
-        params = params_of(sampling_params, len(prompts))
-        return [
-            self._request(prompt, p, f"prompt {i}", add_special_tokens)
-            for i, (prompt, p) in enumerate(zip(prompts, params, strict=True))
-        ]
-
-    def _request(
-        self, prompt: Prompt, params: SamplingParams, name: str, add_special_tokens: bool
-    ) -> Request:
-        text = prompt if isinstance(prompt, str) else None
-        if text is not None:
-            ids = self._encode(text, name, add_special_tokens)
-        else:
-            ids = list(prompt)  # type: ignore[arg-type]
-        ids = self._check_ids(ids, name, self.max_model_len - 1)
-        tokenizer = self.tokenizer if params.detokenize else None
-        ends = {*self.config.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ())}
-        ends = set() if params.ignore_eos else {end for end in ends if end < self.config.vocab_size}
-        room = self.max_model_len - len(ids)
-        self._check_params(params, len(ends), name)
-        return Request(
-            request_id=str(next(self._numbers)),
-            prompt=text,
-            prompt_ids=ids,
-            params=params,
-            seed=secrets.randbits(63) if params.seed is None else params.seed,
-            max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
-            end_ids=frozenset(ends),
-            tokenizer=tokenizer,
-        )
-
-    def _encode(self, text: str, name: str, add_special_tokens: bool) -> list[int]:
-        try:
-            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-
-    def _check_params(self, params: SamplingParams, ends: int, name: str) -> None:
-        stops = tuple(params.stop_token_ids or ())
-        if params.min_tokens and ends + len(stops) > MAX_BANNED:
-            raise ValueError(
-                f"{name}: min_tokens can hold back {MAX_BANNED} ids that end an answer, and this "
-                f"model's {ends} and the {len(stops)} of stop_token_ids are more: give fewer"
-            )
-        for token in stops:
-            if token >= self.config.vocab_size:
-                raise ValueError(
-                    f"{name}: stop_token_ids holds {token}; the model's ids end at "
-                    f"{self.config.vocab_size - 1}"
-                )
-
-    def _check_ids(self, ids: Sequence[int], name: str, longest: int) -> list[int]:
-        if isinstance(ids, Tensor):
-            ids = ids.tolist()
-        ids = list(ids)
-        if not ids:
-            raise ValueError(f"{name} is empty: give at least one token, such as the bos token")
-        if len(ids) > longest:
-            raise ValueError(
-                f"{name} has {len(ids)} tokens, more than the {longest} that fit in a context of "
-                f"{self.max_model_len}: shorten it, or load with a larger max_model_len"
-            )
-        for token in ids:
-            if isinstance(token, bool) or not isinstance(token, int):
-                raise TypeError(f"{name} must hold integer token ids, got {token!r:.80}")
-            if not 0 <= token < self.config.vocab_size:
-                raise ValueError(
-                    f"{name}: token id {token} is outside [0, {self.config.vocab_size})"
-                )
-        return ids
+    def reset_prefix_cache(self) -> None:
+        """Forget the pages that are kept for later requests. (Changed weights do so by themselves:
+        those of an optimizer step, of `load_state_dict`, of adapters.)"""
+        self._engine.reset_prefix_cache()
 
     def _run(
         self, requests: list[Request], stream: bool
     ) -> list[RequestOutput] | Iterator[RequestOutput]:
         if stream:
             return self._increments(requests)
-        for _ in self._steps(requests):
+        for _ in self._steps(requests, Inbox()):
             pass
-        return [self._engine.output(request) for request in requests]
+        return self._engine.outputs(requests)
 
     def _increments(self, requests: list[Request]) -> Iterator[RequestOutput]:
-        lengths = [0] * len(requests)
-
-        def grown() -> Iterator[RequestOutput]:
-            for i, request in enumerate(requests):
-                length = sum(len(sample.token_ids) for sample in request.samples)
-                if length != lengths[i]:
-                    lengths[i] = length
-                    yield self._engine.output(request)
-
-        steps = self._steps(requests)
+        inbox = Inbox()
+        steps = self._steps(requests, inbox)
         try:
             for _ in steps:
-                yield from grown()
-            yield from grown()  # what steps for other callers have added
+                yield from self._engine.news(inbox)
+            yield from self._engine.news(inbox)  # what steps for other callers have added
         finally:
             steps.close()
 
-    def _steps(self, requests: list[Request]) -> Generator[None]:
+    def _steps(self, requests: list[Request], inbox: Inbox) -> Generator[None]:
         """Step the engine until all requests are finished; yields after each step."""
         self._engine.refresh()
-        self._engine.add(requests)
-        pending = requests
+        self._engine.add(requests, inbox)
         try:
-            while pending:
+            while inbox.unfinished:
                 self._engine.step()
-                for request in pending:
-                    if request.error is not None:
-                        raise request.error
+                if inbox.error is not None:
+                    raise inbox.error
                 yield
-                pending = [request for request in pending if not request.finished]
         finally:
-            for request in pending:
+            for request in requests:
                 self._engine.abort(request)
 
 

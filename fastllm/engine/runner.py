@@ -14,6 +14,7 @@ from fastllm.engine.static import StaticArrays
 from fastllm.graph import record
 from fastllm.models.decoder import Decoder
 from fastllm.nn.batch import Batch
+from fastllm.nn.lora import adapted
 from fastllm.ops.sampling import log_probs
 
 _Outputs = tuple[Tensor, Tensor, Tensor, Tensor]  # the sampler's three results, logits
@@ -47,21 +48,38 @@ class Runner:
         )
         self.inputs.arrays["cu_seqlens_q"][:] = np.arange(slots + 1)
         self._steps: dict[int, _Step] = {}
-        self._addresses = self._read_addresses()
+        self._read_weights()
 
-    def refresh(self) -> None:
-        """Make stale packed caches again; forget captured steps whose weights lie elsewhere now.
+    @property
+    def stale(self) -> bool:
+        """Whether somebody has said, since the last `refresh`, that weights have changed."""
+        return self.model.caches_stale or self.model.weight_changes != self._changes
+
+    def refresh(self) -> bool:
+        """Make stale packed caches again; forget captured steps whose weights lie elsewhere now, or
+        whose adapters are on that were off. Returns whether any weight has changed.
 
         Weights that changed where they are need no new capture: a step reads them as it runs.
         """
         self.model.refresh_caches()
-        addresses = self._read_addresses()
-        if addresses != self._addresses:
+        places, versions = self._places, self._versions
+        self._read_weights()
+        if places != self._places:
             self._steps.clear()
-            self._addresses = addresses
+        return places != self._places or versions != self._versions
 
-    def _read_addresses(self) -> list[int]:
-        return [tensor.data_ptr() for tensor in self.model.served_tensors()]
+    def _read_weights(self) -> None:
+        """Note where the weights lie, which adapters are on, and how often each has changed."""
+        model = self.model
+        tensors = list(model.served_tensors())
+        self._places = [tensor.data_ptr() for tensor in tensors]
+        for _, layer in adapted(model):
+            assert layer.low_rank is not None, "adapted yields such layers"
+            self._places.append(int(layer.low_rank.enabled))
+        self._changes = model.weight_changes
+        # writes through torch count themselves; tensors made for inference alone do not
+        self._versions = [self._changes]
+        self._versions += [tensor._version for tensor in tensors if not tensor.is_inference()]
 
     # Slots
 
@@ -72,6 +90,10 @@ class Runner:
         arrays["positions"][slot] = position
         arrays["cache_seqlens"][slot] = position + 1
         arrays["block_table"][slot, : len(pages)] = pages
+
+    def add_page(self, slot: int, place: int, page: int) -> None:
+        """Give a slot's sequence its page number `place`."""
+        self.inputs.arrays["block_table"][slot, place] = page
 
     def free_slot(self, hole: int, last: int) -> None:
         """Move slot `last` into `hole` and make `last` a dead one."""
@@ -94,8 +116,6 @@ class Runner:
         The slots then stand at the next position, with the new token as input. The arrays are
         overwritten by the next step. An id of -1 says that the logits had NaN or no finite value.
         """
-        if self.model.caches_stale:
-            self.refresh()
         step = self._step(count)
         self.inputs.upload()
         self.sampler.static.upload()

@@ -41,9 +41,10 @@ class Sampler:
 
     def set(
         self, slot: int, params: SamplingParams, seed: int, prompt_ids: Sequence[int],
-        banned: Sequence[int],
+        token_ids: Sequence[int], banned: Sequence[int],
     ) -> None:  # fmt: skip
-        """Give a slot to a new sample; `banned` ids cannot be drawn until `unban`."""
+        """Give a slot to a sample that has drawn `token_ids` so far; `banned` ids cannot be drawn
+        until `unban`."""
         penalized = (
             params.repetition_penalty != 1
             or params.presence_penalty != 0
@@ -68,7 +69,11 @@ class Sampler:
         if penalized:
             self.counts[slot].zero_()
             self.in_prompt[slot].zero_()
-            self.in_prompt[slot, torch.tensor(prompt_ids, device=self.in_prompt.device)] = 1
+            device = self.counts.device
+            self.in_prompt[slot, torch.tensor(prompt_ids, device=device)] = 1
+            if token_ids:
+                drawn = torch.tensor(token_ids, device=device)
+                self.counts[slot].index_add_(0, drawn, torch.ones_like(drawn, dtype=torch.int32))
 
     def unban(self, slot: int) -> None:
         """Let every id be drawn."""

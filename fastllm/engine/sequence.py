@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
 
+from fastllm.engine.inbox import Inbox
 from fastllm.engine.request import CompletionOutput, Logprob, RequestOutput, SamplingParams
 from fastllm.models.detokenizer import Detokenizer, StopMatcher
 from fastllm.models.tokenizer import Tokenizer
+
+
+class State(Enum):
+    """Where a sample is."""
+
+    QUEUED = "queued"  # or preempted; or it waits for another sample's pages
+    PREFILLING = "prefilling"
+    RUNNING = "running"
+    ENDED = "ended"  # or aborted
 
 
 @dataclass(eq=False, slots=True)
@@ -23,8 +34,8 @@ class Request:
     tokenizer: Tokenizer | None  # None: no text is made
     samples: list[Sequence] = field(default_factory=list)
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
-    shared_pages: list[int] | None = None  # of the prefilled prompt, kept for samples to come
-    spare_pages: list[int] = field(default_factory=list)  # held back for the second sample
+    arrival: int = -1  # the scheduler's count of requests
+    inbox: Inbox = field(default_factory=Inbox)
     error: Exception | None = None
 
     def __post_init__(self) -> None:
@@ -54,9 +65,10 @@ class Sequence:
     """One sample of a request."""
 
     __slots__ = (
-        "_delta", "_detokenizer", "_stop_ids", "_stops", "cumulative_logprob", "finish_reason",
-        "index", "logprobs", "pages", "prefilled", "request", "sampled_logprobs", "slot",
-        "stop_reason", "text", "token_ids", "token_logprobs",
+        "_delta", "_detokenizer", "_stop_ids", "_stops", "cumulative_logprob", "epoch",
+        "finish_reason", "followers", "index", "logprobs", "page_names", "pages", "prefilled",
+        "request", "room", "sampled_logprobs", "slot", "state", "stop_reason", "text", "token_ids",
+        "token_logprobs",
     )  # fmt: skip
 
     def __init__(self, request: Request, index: int) -> None:
@@ -81,14 +93,48 @@ class Sequence:
             self._detokenizer = request.tokenizer.detokenizer()
         if params.stop:
             self._stops = StopMatcher(params.stop, params.include_stop_str_in_output)
-        self.pages: list[int] = []
-        self.prefilled = 0  # positions of the prompt in the cache
+        # The scheduler's
+        self.state = State.QUEUED
         self.slot = -1
+        self.pages: list[int] = []
+        self.room = 0  # tokens of the answer for which the pages suffice
+        self.prefilled = 0  # positions in the cache, while it is not running
+        self.followers: list[Sequence] = []  # they wait for pages that this one computes
+        # The prefix cache's
+        self.page_names: list[bytes] = []
+        self.epoch = -1
 
     @property
     def seed(self) -> int:
         """Of this sample: samples of one request differ by their seeds alone."""
         return (self.request.seed + self.index + 2**63) % 2**64 - 2**63
+
+    @property
+    def age(self) -> tuple[int, int]:
+        """Who came first is least."""
+        return self.request.arrival, self.index
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and answer so far."""
+        return len(self.request.prompt_ids) + len(self.token_ids)
+
+    @property
+    def reusable(self) -> int:
+        """How many positions may be taken from the cache: all that a prefill writes, or those whose
+        prompt_logprobs are known."""
+        known = self.request.prompt_logprobs
+        if known is not None and self.index == 0 and len(known) < len(self.request.prompt_ids):
+            return len(known) - 1
+        return self.length - 1
+
+    def ids(self, start: int, stop: int) -> list[int]:
+        """Tokens start to stop - 1 of prompt and answer."""
+        prompt = self.request.prompt_ids
+        if stop <= len(prompt):
+            return prompt[start:stop]
+        behind = self.token_ids[max(start - len(prompt), 0) : stop - len(prompt)]
+        return prompt[start:] + behind
 
     def append(self, token: int, logprob: float, sampled_logprob: float) -> None:
         """Add a token; sets `finish_reason` if the sample ends with it."""
