@@ -124,7 +124,7 @@ class SftTask(DecoderTask):
     def _prompt(self, conversation: Conversation) -> list[int]:
         turn = next(turn for turn in conversation.answers if turn)
         text = self.encoder.prompt(conversation, turn)
-        room = self._llm.max_model_len - MAX_ANSWER
+        room = max(self._llm.max_model_len - MAX_ANSWER, self._llm.max_model_len // 2)
         return self.tokenizer.encode(text, add_special_tokens=False)[-room:]
 
     @cached_property
