@@ -17,25 +17,14 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
-from torch import Tensor
-
-from fastllm.models.chat_template import CHATML
 from fastllm.models.loader import read_tokenizer
 from fastllm.models.names import resolve
-from fastllm.models.tokenizer import Tokenizer
 from fastllm.models.weights import open_weights
 from fastllm.train import distributed
 from fastllm.train.config import load_config, to_dict
-from fastllm.train.data.order import permutation
-from fastllm.train.data.prompts import (
-    EncodedPrompt,
-    PromptRecord,
-    encode_prompts,
-    gather_columns,
-    read_prompts,
-)
-from fastllm.train.loop import LoopConfig, MetricsConfig, Result, ScheduleConfig, run
-from fastllm.train.rewards import NamedReward, check, score
+from fastllm.train.data.prompts import gather_columns
+from fastllm.train.loop import LoopConfig, Result, run
+from fastllm.train.rewards import check
 from fastllm.train.rewards import resolve as resolve_rewards
 from fastllm.train.rl.algorithms import (
     PRESETS,
@@ -50,41 +39,29 @@ from fastllm.train.rl.batches import RlBatches
 from fastllm.train.rl.groups import GroupCollector
 from fastllm.train.rl.metrics import SAMPLES, SampleFile
 from fastllm.train.rl.policy_task import PolicyTask
-from fastllm.train.rl.rollout import PromptStream, Rollouts
-from fastllm.train.tasks import is_task
-from fastllm.train.tune_config import ALIASES as TUNE_ALIASES
-from fastllm.train.tune_config import TuneConfig
+from fastllm.train.rl.rollout import PromptStream
+from fastllm.train.rl.setup import (
+    ALIASES,
+    RolloutConfig,
+    loop_config,
+    make_rollouts,
+    read_data,
+    read_template,
+    refuse_processes,
+    rl_loop,
+    score_texts,
+)
 
-ALIASES = TUNE_ALIASES | {"reward": "rewards", "eval_every": "loop.eval_every"}
 Say = Callable[[str], None]
 
 
-def _loop() -> LoopConfig:
-    return LoopConfig(
-        out="runs/grpo",
-        steps=200,
-        schedule=ScheduleConfig(kind="constant"),
-        eval_every=20,
-        save_every=20,
-        metrics=MetricsConfig(every=1),
-    )
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GrpoConfig(TuneConfig):
+class GrpoConfig(RolloutConfig):
     """What is asked, what is rewarded, and how the policy follows. None: as the algorithm has it.
 
     Raises ValueError naming the field.
     """
 
-    data: tuple[str, ...] = ()  # tasks (arithmetic:2), .jsonl, .json, .parquet files, or folders
-    task_count: int = 10_000  # problems of a task
-    eval_data: tuple[str, ...] = ()  # default: the tasks' test split, or a part of the files
-    eval_prompts: int = 100  # held-out prompts, at most; 0: no evaluation
-    chat_template: str = "model"  # its own, else plain; chatml, plain, or a Jinja file
-    rewards: tuple[str, ...] = ("accuracy",)  # names, file.py:function, model:DIRECTORY
-    reward_weights: tuple[float, ...] = ()  # default: 1 for each
-    reward_timeout: float = 60.0  # seconds for the completions of a rollout
     algorithm: Literal["grpo", "dr_grpo", "dapo", "gspo", "rloo", "rejection"] = "grpo"
     advantage: Baseline | None = None
     scale: Scale | None = None
@@ -98,74 +75,21 @@ class GrpoConfig(TuneConfig):
     mask_truncated: bool | None = None
     dynamic_sampling: bool | None = None
     keep_from: float | None = None
-    group_size: int = 8  # completions of a prompt
-    prompts_per_rollout: int = 8
-    mini_batches: int = 1  # optimizer steps of one pass over a rollout
-    epochs: int = 1  # passes
-    max_completion: int = 256  # tokens
-    temperature: float = 1.0
-    top_p: float = 1.0  # neither may cut the distribution
-    top_k: int = 0
-    stop: tuple[str, ...] = ()  # strings that end a completion
-    max_num_seqs: int | None = None  # completions that are decoded together
-    cache_pages: int | None = None  # of the engine's cache; default: what fits in memory
-    samples: int = 4  # completions of each rollout that samples.jsonl gets
-    loop: LoopConfig = field(default_factory=_loop)
+    loop: LoopConfig = field(default_factory=lambda: rl_loop("runs/grpo"))
 
     def __post_init__(self) -> None:
-        TuneConfig.__post_init__(self)
-        self.check_positive(
-            "task_count", "reward_timeout", "prompts_per_rollout", "mini_batches", "epochs",
-            "max_completion", "temperature", "max_num_seqs", "cache_pages",
-        )  # fmt: skip
-        for name in ("eval_prompts", "samples"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        if self.top_p != 1 or self.top_k > 0:
-            name = "top_p" if self.top_p != 1 else "top_k"
-            raise ValueError(
-                f"{name} must not cut the distribution, got {getattr(self, name)}: completions "
-                "would come from another one than that whose log-probabilities are trained. A "
-                "lower temperature is understood by both"
-            )
-        if not self.rewards:
-            raise ValueError("rewards is empty: name at least one")
-        if self.reward_weights and len(self.reward_weights) != len(self.rewards):
-            raise ValueError(
-                f"reward_weights has {len(self.reward_weights)} numbers for {len(self.rewards)} "
-                "rewards"
-            )
-        if self.lora.dropout:
-            raise ValueError(
-                f"lora.dropout must be 0, got {self.lora.dropout}: the policy that is trained "
-                "would not be the one that sampled"
-            )
+        RolloutConfig.__post_init__(self)
         algorithm = self.parts()
         if self.group_size < algorithm.least_group:
             raise ValueError(
                 f"group_size must be at least {algorithm.least_group}, got {self.group_size}: "
                 f"advantage {algorithm.advantage} compares a sample with others of its prompt"
             )
-        if self.mini_batches > self.prompts_per_rollout * self.group_size:
-            raise ValueError(
-                f"mini_batches is {self.mini_batches}, more than the "
-                f"{self.prompts_per_rollout * self.group_size} completions of a rollout"
-            )
 
     def parts(self) -> Algorithm:
         """The preset with what the configuration says otherwise."""
         named = {f.name: getattr(self, f.name) for f in fields(Algorithm)}
         return replace(PRESETS[self.algorithm], **{k: v for k, v in named.items() if v is not None})
-
-    def learning_rate(self, hidden: int) -> float:
-        """`lr`, or a tenth of what supervised stages take."""
-        rate = TuneConfig.learning_rate(self, hidden)
-        return rate if self.lr is not None else rate / 10
-
-    @property
-    def weights(self) -> tuple[float, ...]:
-        """A weight for each reward."""
-        return self.reward_weights or (1.0,) * len(self.rewards)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -194,11 +118,7 @@ def main(config: GrpoConfig, say: Say = print) -> GrpoResult:
     """
     if not config.data:
         raise ValueError("data is empty: name tasks, such as arithmetic:2, or files of prompts")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(
-            "rollouts run in the one process that trains: start it without torchrun, with all "
-            "cores (OMP_NUM_THREADS) or one GPU"
-        )
+    refuse_processes()
     with distributed.process_group(config.device) as device:
         algorithm, rewards = config.parts(), resolve_rewards(config.rewards)
         source = open_weights(resolve(config.model))
@@ -258,95 +178,3 @@ def main(config: GrpoConfig, say: Say = print) -> GrpoResult:
         output = task.save_result(config.loop.out)
         say(f"saved to {output}")
         return GrpoResult(run=result, output=output, before=task.first_evaluation)
-
-
-def loop_config(config: GrpoConfig) -> LoopConfig:
-    """The loop's configuration with the warmup in steps."""
-    schedule = config.loop.schedule
-    warmup = schedule.warmup or round(config.warmup * config.loop.steps)
-    return replace(config.loop, schedule=replace(schedule, warmup=warmup))
-
-
-def make_rollouts(
-    config: GrpoConfig, task: PolicyTask, prompts: Sequence[EncodedPrompt]
-) -> Rollouts:
-    """The engine on the task's live weights, as long as the longest prompt needs."""
-    total = config.prompts_per_rollout * config.group_size
-    pages = {} if config.cache_pages is None else {"num_pages": config.cache_pages}
-    llm = task.serve(
-        max_model_len=max(len(prompt.ids) for prompt in prompts) + config.max_completion,
-        max_num_seqs=config.max_num_seqs or min(total, 64),
-        **pages,
-    )
-    return Rollouts(
-        llm,
-        group_size=config.group_size,
-        temperature=config.temperature,
-        max_completion=config.max_completion,
-        end_ids=task.end_ids,
-        stop=config.stop,
-        seed=config.loop.seed,
-        stopping=lambda: task.stopping(),
-    )
-
-
-def read_data(
-    config: GrpoConfig, tokenizer: Tokenizer, template: str, context: int
-) -> tuple[list[EncodedPrompt], list[EncodedPrompt]]:
-    """(prompts to train on, held-out prompts), encoded.
-
-    Raises DataError naming the record, also of a prompt that does not fit into the context with a
-    completion.
-    """
-    room = context - config.max_completion
-    if room < 1:
-        raise ValueError(
-            f"max_completion {config.max_completion} fills the model's context of {context}"
-        )
-
-    def encoded(records: Sequence[PromptRecord]) -> list[EncodedPrompt]:
-        return encode_prompts(records, tokenizer, template, max_tokens=room) if records else []
-
-    count, seed = config.eval_prompts, config.loop.seed
-    records = read_prompts(config.data, task_count=config.task_count, seed=seed)
-    if not count:
-        return encoded(records), []
-    if config.eval_data or all(map(is_task, config.data)):
-        held = read_prompts(
-            config.eval_data or config.data, task_count=count, seed=seed, split="test"
-        )
-        chosen = set(permutation(len(held), seed, -1)[:count].tolist())
-        return encoded(records), encoded([r for i, r in enumerate(held) if i in chosen])
-    chosen = set(permutation(len(records), seed, -1)[: min(count, len(records) // 20)].tolist())
-    kept = [r for i, r in enumerate(records) if i not in chosen]
-    return encoded(kept), encoded([r for i, r in enumerate(records) if i in chosen])
-
-
-def read_template(name: str, tokenizer: Tokenizer) -> str:
-    """Jinja source of the template that `name` means, or "plain". Raises ValueError."""
-    if name == "model":
-        return tokenizer.chat_template or "plain"
-    if name in ("plain", "chatml"):
-        return CHATML if name == "chatml" else name
-    if Path(name).is_file():
-        return Path(name).read_text(encoding="utf-8")
-    raise ValueError(
-        f"chat_template must be model, chatml, plain or a file that exists, got {name!r}"
-    )
-
-
-def score_texts(
-    config: GrpoConfig,
-    rewards: Sequence[NamedReward],
-    records: Sequence[PromptRecord],
-    completions: Sequence[str],
-) -> Tensor:
-    """Rewards of a completion of each record, float32 [N, F]. Raises RewardError."""
-    return score(
-        rewards,
-        None,
-        [record.prompt for record in records],
-        completions,
-        gather_columns(records),
-        timeout=config.reward_timeout,
-    )
