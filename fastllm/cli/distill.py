@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 from .training import Help, asks_for_help, parse, train
 
 if TYPE_CHECKING:
-    from ..train.distill import DistillResult, StoreResult
+    from ..train.distill import DistillResult, SequencesResult, StoreResult
 
 USAGE = "fastllm distill STUDENT DATA [DATA...] --teacher TEACHER [--KEY VALUE...]"
 
 DESCRIPTION = """
---mode logits: at every token of DATA (a token store, texts, or conversations, of which the
-assistant's tokens count) the student's distribution is drawn to the teacher's.
+--mode logits, the default: at every token of DATA (a token store, texts, or conversations, of which
+the assistant's tokens count) the student's distribution is drawn to the teacher's.
 
   loss = alpha T^2 D(teacher, student at temperature T) + (1 - alpha) cross entropy
 
@@ -29,6 +29,14 @@ is loaded; or a folder that --store-top-k has written:
   fastllm distill STUDENT DATA --teacher BIG --store-top-k 64 --out answers
   fastllm distill STUDENT DATA --teacher answers
 
+--mode sequences: TEACHER answers the prompts of DATA (files with prompt, question or messages, or
+tasks such as arithmetic:2), --sequences.samples times each; answers whose rewards reach
+--sequences.threshold are kept in OUT/sequences.jsonl, and STUDENT is fine-tuned on them as by
+`fastllm sft`. The vocabularies may differ.
+
+--mode on_policy: STUDENT answers the prompts of DATA, a --on_policy.student_share of them; the
+divergence (reverse unless said otherwise) is taken at every token of those answers.
+
 The run's folder (--out) gets checkpoints, metrics.jsonl, a loss curve, a report, and the result:
 adapter/ in PEFT's format, or with --method full model/, a Hugging Face directory.
 
@@ -41,6 +49,8 @@ EXAMPLES = """
 fastllm distill new store --teacher smollm2 --depth 4
 fastllm distill ./SmolLM2-135M chats.jsonl --teacher ./SmolLM2-1.7B-Instruct --method full
 fastllm distill smollm2 chats.jsonl --teacher ./big --teacher-quant nf4 --divergence reverse
+fastllm distill smollm2 gsm8k.jsonl --teacher ./big --mode sequences --sequences.samples 8
+fastllm distill smollm2 chats.jsonl --teacher ./big --mode on_policy --steps 200
 """
 
 CHOICES = """
@@ -61,10 +71,14 @@ def run(argv: Sequence[str]) -> int:
     return train(main, parse(argv, load, USAGE), show)
 
 
-def show(result: DistillResult | StoreResult) -> None:
+def show(result: DistillResult | StoreResult | SequencesResult) -> None:
     """Where the result is."""
-    from ..train.distill import StoreResult
+    from ..train.distill import SequencesResult, StoreResult
 
+    if isinstance(result, SequencesResult):
+        print(f"\n{result.kept.line()}: {result.sequences}")
+        print(f"{result.sft.run.status} after {result.sft.run.step} steps: {result.sft.output}")
+        return
     if isinstance(result, StoreResult):
         print(f"\nstored the answers to {result.examples} examples: {result.output}")
         return

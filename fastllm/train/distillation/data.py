@@ -18,16 +18,19 @@ from numpy.typing import NDArray
 
 from fastllm.errors import DataError
 from fastllm.models.tokenizer import Tokenizer
+from fastllm.train.data.conversations import data_files
 from fastllm.train.data.masks import Example
 from fastllm.train.data.order import permutation
 from fastllm.train.data.prepare import vocabulary_of
 from fastllm.train.data.records import is_record_file, read_records
 from fastllm.train.data.sources import Reader, SourceOptions
 from fastllm.train.data.store import INDEX, TokenStore
+from fastllm.train.tasks import is_task
 
 Kind = Literal["text", "conversations", "store"]
 MAX_HELD_OUT = 64  # pieces of text: some ten thousand tokens
-_CONVERSATION_FIELDS = ("messages", "conversations", "conversation", "prompt", "instruction")
+_TURNS = ("messages", "conversations", "conversation")
+_CONVERSATION_FIELDS = (*_TURNS, "prompt", "instruction", "question", "problem")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,6 +71,21 @@ def kind_of_all(paths: Sequence[str]) -> Kind:
     if len(paths) > 1 and "store" in kinds.values():
         raise ValueError("data must be one token store, or files")
     return next(iter(kinds.values()))
+
+
+def are_prompts(paths: Sequence[str]) -> bool:
+    """Whether tasks are among them, or files whose first record is a prompt without an answer of
+    the assistant's. Raises FileNotFoundError."""
+    if any(is_task(path) and not Path(path).exists() for path in paths):
+        return True
+    if kind_of_all(paths) != "conversations":
+        return False
+    _, record = next(read_records(data_files(paths[:1])[0]), ("", {}))
+    turns = next((record[name] for name in _TURNS if isinstance(record.get(name), list)), None)
+    if turns is None:
+        return not ("completion" in record or "instruction" in record)
+    speakers = {turn.get("role", turn.get("from")) for turn in turns if isinstance(turn, dict)}
+    return not speakers & {"assistant", "gpt", "chatgpt", "model"}
 
 
 def read_texts(

@@ -27,6 +27,7 @@ from fastllm.train.data.masks import Example
 from fastllm.train.decoder_task import DecoderTask
 from fastllm.train.distillation.teacher import StoredTeacher, Teacher
 from fastllm.train.distillation.vocabulary import SharedVocabulary, narrowed
+from fastllm.train.running_means import RunningMeans
 from fastllm.train.task import Batches
 from fastllm.train.tune_config import TuneConfig
 
@@ -91,7 +92,7 @@ class DistillTask(DecoderTask):
         self._measure = _MEASURE
         if isinstance(teacher, StoredTeacher):  # it knows one temperature
             self._measure = LossConfig(alpha=0.5, temperature=teacher.store.temperature)
-        self._sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        self._means = RunningMeans(("divergence", "cross_entropy"), self.device)
 
     def set_data(
         self,
@@ -123,7 +124,7 @@ class DistillTask(DecoderTask):
     def loss(self, micro: MicroBatch) -> Tensor:
         """The weighted sum of both losses over the targets that count."""
         loss, divergence, entropy = self._terms(micro, self._train, self.losses)
-        self._sums += torch.stack([divergence, entropy, entropy.new_tensor(micro.tokens)]).detach()
+        self._means.add({"divergence": divergence, "cross_entropy": entropy}, micro.tokens)
         return loss
 
     def evaluate(self) -> dict[str, float]:
@@ -133,11 +134,18 @@ class DistillTask(DecoderTask):
         return {} if found is None else {"eval_kl": found[0], "eval_loss": found[1]}
 
     def numbers(self, *, whole: bool) -> dict[str, Any]:
-        """Means per token since the line before."""
-        divergence, entropy, tokens = distributed.sum_(self._sums).tolist()
-        self._sums.zero_()
-        found = {"divergence": divergence / tokens} if self.losses.alpha > 0 else {}
-        return found | ({"cross_entropy": entropy / tokens} if self.losses.alpha < 1 else {})
+        """Means per token since the line before, of the terms that have a weight."""
+        found = self._means.read()
+        unused = {"divergence": self.losses.alpha == 0, "cross_entropy": self.losses.alpha == 1}
+        return {name: value for name, value in found.items() if not unused[name]}
+
+    def after_update(self) -> None:
+        """Adds up what is reported."""
+        self._means.after_step()
+
+    def state(self) -> dict[str, Tensor]:
+        """What is reported so far."""
+        return self._means.state()
 
     def flops(self, micro: MicroBatch) -> float:
         """Of the student's forward and backward."""

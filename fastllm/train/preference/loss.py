@@ -20,6 +20,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+MEASURES = (
+    "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
+    "logps/chosen", "logps/rejected",
+)  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PreferenceConfig:
@@ -62,8 +67,10 @@ def preference_loss(
 
 
 def measures(logps: Tensor, reference: Tensor, beta: float) -> dict[str, Tensor]:
-    """Sums over pairs under TRL's names; their means are what is reported. Arguments as of
-    `preference_loss`. An equal pair counts as wrong."""
+    """`MEASURES`: sums over pairs, whose means are reported, under TRL's names.
+
+    Arguments as of `preference_loss`. A pair of equal rewards counts as wrong.
+    """
     rewards = beta * (logps - reference)
     chosen, rejected = rewards.unbind(1)
     return {

@@ -26,8 +26,9 @@ from fastllm.train import distributed
 from fastllm.train.data.examples import ExampleBatches
 from fastllm.train.data.masks import ConversationEncoder
 from fastllm.train.decoder_task import DecoderTask
-from fastllm.train.preference.loss import PreferenceConfig, measures, preference_loss
+from fastllm.train.preference.loss import MEASURES, PreferenceConfig, measures, preference_loss
 from fastllm.train.preference.pairs import Pair, PairMicro, fingerprint, pair_batches
+from fastllm.train.running_means import RunningMeans
 from fastllm.train.tune_config import TuneConfig
 
 REFERENCE = "reference.safetensors"
@@ -59,8 +60,7 @@ class DpoTask(DecoderTask):
             device=device,
         )
         self.losses = losses
-        self._sums: dict[str, Tensor] = {}
-        self._pairs = 0
+        self._means = RunningMeans(MEASURES, self.device)
 
     def set_data(
         self,
@@ -109,9 +109,7 @@ class DpoTask(DecoderTask):
         micro = micro.to(self.device)
         logps = self._logps(micro)
         reference = self._reference["train"][list(micro.numbers)]
-        self._pairs += micro.tokens
-        for name, value in measures(logps.detach(), reference, self.losses.beta).items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
+        self._means.add(measures(logps.detach(), reference, self.losses.beta), micro.tokens)
         return preference_loss(logps, reference, micro.lengths, self.losses).sum()
 
     def evaluate(self) -> dict[str, float]:
@@ -120,11 +118,15 @@ class DpoTask(DecoderTask):
 
     def numbers(self, *, whole: bool) -> dict[str, Any]:
         """Means over the pairs since the line before, under TRL's names."""
-        names = list(self._sums)
-        sums = torch.stack([*self._sums.values(), self._sums[names[0]].new_tensor(self._pairs)])
-        *totals, pairs = distributed.sum_(sums).tolist()
-        self._sums, self._pairs = {}, 0
-        return {name: total / pairs for name, total in zip(names, totals, strict=True)}
+        return self._means.read()
+
+    def after_update(self) -> None:
+        """Adds up what is reported."""
+        self._means.after_step()
+
+    def state(self) -> dict[str, Tensor]:
+        """What is reported so far."""
+        return self._means.state()
 
     def flops(self, micro: PairMicro) -> float:
         """Of forward and backward."""

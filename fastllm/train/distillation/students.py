@@ -1,0 +1,146 @@
+"""What a distillation begins with: the student, its vocabulary beside the teacher's, data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from fastllm.models.decoder import Decoder
+from fastllm.models.loader import save_pretrained
+from fastllm.models.names import resolve
+from fastllm.models.tokenizer import Tokenizer
+from fastllm.models.trainable import initialize
+from fastllm.models.weights import WeightSource
+from fastllm.train import distributed, presets
+from fastllm.train.data.masks import ConversationEncoder, Example
+from fastllm.train.distillation.config import NEW, DistillConfig
+from fastllm.train.distillation.data import kind_of_all, read_store, read_texts
+from fastllm.train.distillation.teacher import LiveTeacher, StoredTeacher
+from fastllm.train.distillation.vocabulary import SharedVocabulary, shared_vocabulary
+from fastllm.train.sft import choose_length, read_data, read_template
+
+_DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Data:
+    """Examples to train on and to evaluate on; who goes with the model; what to say."""
+
+    train: Sequence[Example]
+    held_out: Sequence[Example]
+    lines: tuple[str, ...]
+    end_ids: Sequence[int]
+    template: str | None
+
+
+def student_path(config: DistillConfig, teacher: LiveTeacher | StoredTeacher) -> Path:
+    """Where the student's weights are. A new one is made first: a Hugging Face directory `start` in
+    the run's folder, with the teacher's tokenizer, vocabulary and context.
+
+    Raises ValueError for a new student of a teacher that is not there.
+    """
+    if config.model != NEW:
+        return resolve(config.model)
+    if isinstance(teacher, StoredTeacher):
+        raise ValueError("a new student takes vocabulary and context of a live teacher: make it "
+                         "first, from the model that was stored")  # fmt: skip
+    start = Path(config.loop.out) / "start"
+    if distributed.rank() == 0 and not start.exists():
+        save_pretrained(_new(config, teacher), start, teacher.tokenizer)
+    distributed.gather(None)  # nobody reads it before it is whole
+    return start
+
+
+def _new(config: DistillConfig, teacher: LiveTeacher) -> Decoder:
+    """The model of random weights."""
+    its = teacher.decoder.config
+    shape = presets.model_config(
+        config.student,
+        vocab_size=its.vocab_size,
+        bos=its.bos_token_id,
+        eos=its.eos_token_ids,
+        context=config.student.context or its.max_position_embeddings,
+    )
+    dtype = _DTYPES[config.dtype]
+    return initialize(replace(shape, dtype=dtype), dtype=dtype, seed=config.loop.seed)
+
+
+def check_vocabularies(
+    tokenizer: Tokenizer, source: WeightSource, teacher: LiveTeacher | StoredTeacher
+) -> SharedVocabulary:
+    """What both vocabularies share. Raises ValueError where they differ."""
+    rows = source.config.vocab_size
+    shared = shared_vocabulary(tokenizer, teacher.tokenizer, rows, teacher.rows)
+    if isinstance(teacher, StoredTeacher) and shared.size < teacher.rows:
+        raise ValueError(
+            f"{teacher.store.directory} holds probabilities over {teacher.rows} ids, and the "
+            f"student's head has {rows} rows: store them again for this student"
+        )
+    return shared
+
+
+def check_stored(
+    config: DistillConfig, teacher: StoredTeacher, examples: Sequence[Example]
+) -> None:
+    """Raises ValueError or DataError unless the store fits the objective and the examples."""
+    stored = teacher.store.temperature
+    if config.objective.alpha > 0 and config.objective.temperature != stored:
+        raise ValueError(
+            f"temperature {config.objective.temperature:g} is not that of the stored "
+            f"log-probabilities, {stored:g}: give --temperature {stored:g}, or store them again"
+        )
+    teacher.store.check(examples)
+
+
+def read(config: DistillConfig, tokenizer: Tokenizer, seq_len: int) -> Data:
+    """The examples of `config.data`. Raises DataError, FileNotFoundError, ValueError."""
+    kind = kind_of_all(config.data)
+    if kind == "conversations":
+        template = read_template(config.chat_template)
+        encoder = ConversationEncoder(tokenizer, template, loss=config.loss)
+        found = read_data(config, encoder, seq_len)
+        return Data(
+            train=found.train,
+            held_out=found.held_out,
+            lines=tuple(found.counts.lines(seq_len)),
+            end_ids=sorted(encoder.end_ids),
+            template=encoder.template.source,
+        )
+    if kind == "store":
+        texts = read_store(config.data[0], tokenizer, seq_len)
+    else:
+        texts = read_texts(config.data, tokenizer, seq_len, config.holdout, config.loop.seed)
+    return Data(
+        train=texts.train,
+        held_out=texts.held_out,
+        lines=texts.lines,
+        end_ids=sorted(tokenizer.eos_token_ids),
+        template=tokenizer.chat_template,
+    )
+
+
+def with_rate(
+    config: DistillConfig, source: WeightSource, examples: Sequence[Example]
+) -> DistillConfig:
+    """A new student learns at the rate of pretraining, which its size and the tokens decide."""
+    if config.model != NEW or config.lr is not None:
+        return config
+    size = presets.active_parameters(source.config)
+    tokens = sum(len(example.ids) - 1 for example in examples) * (config.epochs or 1)
+    budget = presets.budget(size, row=512, tokens=max(round(tokens), 1))
+    return replace(config, lr=budget.lr * config.lr_multiplier)
+
+
+def longest_document(
+    config: DistillConfig, source: WeightSource, teacher: LiveTeacher | StoredTeacher
+) -> int:
+    """Tokens that both models can read. Raises ValueError if `config.seq_len` is beyond it."""
+    seq_len = choose_length(config, source.config)
+    if teacher.longest is None or seq_len <= teacher.longest:
+        return seq_len
+    if config.seq_len is not None:
+        raise ValueError(f"seq_len {seq_len} is beyond the teacher's context of {teacher.longest}")
+    return teacher.longest
