@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,12 @@ import numpy as np
 import pytest
 import torch
 
-from fastllm.errors import FastLLMError, RewardError
+from fastllm.errors import FastLLMError, ModelNotFoundError, RewardError
+from fastllm.models.loader import save_pretrained
+from fastllm.models.tokenizer_training import train_tokenizer
+from fastllm.models.trainable import initialize
+from fastllm.testing.small_models import config_of
+from fastllm.train.reward_model import RewardModel
 from fastllm.train.rewards import NamedReward, check, resolve, score
 from fastllm.train.rewards.process import FunctionProcess
 
@@ -331,7 +337,7 @@ def test_missing_columns_are_found_before_a_run() -> None:
     with pytest.raises(RewardError, match="needs the column 'answer'; the data has solution, x"):
         check(rewards, {"solution": ["a"], "x": ["b"]})
     for empty in (None, "", " ", True, [1]):
-        with pytest.raises(RewardError, match="prompt 2 of 2: .*'answer' holds"):
+        with pytest.raises(RewardError, match=r"prompt 2 of 2: .*'answer' holds"):
             check(rewards, {"answer": ["1", empty]})
     check(rewards, {"answer": ["1", 2]})
     assert "needs the column 'answer'; the data has none" in str(failure("exact_match", ["a"]))
@@ -367,3 +373,28 @@ def test_the_error_survives_pickling_and_shows_the_beginning_of_the_prompt() -> 
         str(copy) == str(error) == f"reward 'mine', completions[3] (prompt '{'p' * 77}...'): raised"
     )
     assert isinstance(error, FastLLMError)
+
+
+def test_a_reward_model_is_a_reward(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    tokenizer = train_tokenizer(
+        ["user: hello there, how are you? fine."] * 3, 300, allow_smaller=True
+    )
+    config = replace(
+        config_of("llama"), vocab_size=tokenizer.vocab_size, scalar_head=True,
+        tie_word_embeddings=True, eos_token_ids=(0,), bos_token_id=0,
+    )  # fmt: skip
+    save_pretrained(initialize(config, dtype=torch.float32, seed=2), folder, tokenizer)
+    rewards = resolve([f"model:{folder}", "length"])
+    assert [reward.name for reward in rewards] == ["model", "length"]
+    user = {"role": "user", "content": "hello"}
+    prompts = ["hello", [user], [{"role": "system", "content": "there"}, user], "how"]
+    completions = ["fine"] * 4
+    found = score(rewards, [2.0, 1.0], prompts, completions, {"answer": [None] * 4})
+    own = RewardModel(folder)(prompts, completions)
+    assert found[:, 0].tolist() == pytest.approx([2 * value for value in own])
+    assert found[0, 0] == found[1, 0] and len(set(found[1:, 0].tolist())) == 3
+    with pytest.raises(ModelNotFoundError):
+        resolve([f"model:{tmp_path / 'nothing'}"])
+    error = failure(rewards[0], ["fine", "a\ud800"])
+    assert error.sample == 1 and "surrogate" in error.problem
