@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 # public name -> module that defines it
 _LAZY = {
     "LLM": "fastllm.engine.llm",
+    "AsyncLLM": "fastllm.engine.async_llm",
     "SamplingParams": "fastllm.engine.request",
     "RequestOutput": "fastllm.engine.request",
     "quantize_model": "fastllm.nn.quantize_model",

@@ -73,8 +73,10 @@ class Scheduler:
         request.arrival = self._arrivals
         self._arrivals += 1
         self._queued += len(request.samples)
-        first = request.samples[0]
-        first.followers = request.samples[1:]
+        first, *others = request.samples
+        for sequence in others:
+            sequence.state = State.QUEUED
+        first.followers = others
         self._push(first)
 
     # Admission

@@ -14,6 +14,7 @@ from fastllm.models.tokenizer import Tokenizer
 class State(Enum):
     """Where a sample is."""
 
+    NEW = "new"
     QUEUED = "queued"  # or preempted; or it waits for another sample's pages
     PREFILLING = "prefilling"
     RUNNING = "running"
@@ -94,7 +95,7 @@ class Sequence:
         if params.stop:
             self._stops = StopMatcher(params.stop, params.include_stop_str_in_output)
         # The scheduler's
-        self.state = State.QUEUED
+        self.state = State.NEW
         self.slot = -1
         self.pages: list[int] = []
         self.room = 0  # tokens of the answer for which the pages suffice
