@@ -23,6 +23,7 @@ from fastllm.models.loader import save_pretrained
 from fastllm.models.tokenizer_training import train_tokenizer
 from fastllm.models.trainable import initialize
 from fastllm.models.weights import open_weights
+from fastllm.nn.batch import Documents
 from fastllm.train import dpo
 from fastllm.train.data.examples import ExampleBatches
 from fastllm.train.data.masks import PLAIN, ConversationEncoder
@@ -256,7 +257,8 @@ def test_loss_and_metrics_are_trls(base: Path, tmp_path: Path, kind: str) -> Non
         theirs = trainer.compute_loss(trainer.model, batch).item()
     logged = {name: values[-1] for name, values in trainer._metrics["eval"].items()}
     micro = pair_micro(task._train, list(range(6)))
-    assert len(ids) == len(micro.targets) + 12  # the same tokens: ours end before the last one
+    shared = sum(pair.shared for pair in task._train[:6])  # ours are there once
+    assert len(ids) == len(micro.documents.ids) + shared + 12  # and end before the last token
     ours = task.loss(micro).item() / 6
     assert ours == pytest.approx(theirs, abs=1e-4)
     task.after_update()
@@ -357,6 +359,26 @@ def test_packing_and_micro_batches_change_no_loss(base: Path, tmp_path: Path) ->
 
 
 # data
+
+
+def test_what_a_pair_begins_with_is_read_once_with_the_same_bits(base: Path) -> None:
+    task = task_of(base, PreferenceConfig(), method="full")
+    tokenizer = task.tokenizer
+    pairs = [pair for pair in task._train if pair.chosen.ids[0] == pair.rejected.ids[0]]
+    for pair in pairs:
+        prompt = tokenizer.decode(pair.chosen.ids[: pair.shared].tolist())
+        assert prompt.endswith(("?", ".")) and pair.rejected.trained[pair.shared :].all()
+    micro = pair_micro(pairs, range(len(pairs)))
+    whole = sum(len(e.ids) - 1 for pair in pairs for e in (pair.chosen, pair.rejected))
+    assert len(micro.documents.ids) == sum(pair.places for pair in pairs) < 0.8 * whole
+    with torch.no_grad():
+        found = task._logps(micro)
+        for row, pair in zip(found, pairs, strict=True):
+            for sum_, example in zip(row, (pair.chosen, pair.rejected), strict=True):
+                targets = torch.from_numpy(example.targets()[:-1])
+                alone = Documents.pack([torch.from_numpy(example.ids[:-1])])
+                logp, _ = task.decoder.log_probs(alone, targets)
+                assert logp[pair.shared - 1 :].double().sum() == sum_
 
 
 def test_every_two_answers_of_different_rank_are_a_pair(base: Path) -> None:

@@ -1,4 +1,4 @@
-"""Pairs of answers as packed documents: a chosen and a rejected one of a prompt, side by side."""
+"""Pairs of answers as packed documents: a prompt, read once, and the answers that follow it."""
 
 from __future__ import annotations
 
@@ -26,9 +26,17 @@ class Pair:
     rejected: Example
 
     @property
+    def shared(self) -> int:
+        """Tokens that both begin with and that neither learns: at least the first."""
+        both = self.chosen, self.rejected
+        most = min(int(np.flatnonzero(example.trained)[0]) for example in both)
+        equal = self.chosen.ids[:most] == self.rejected.ids[:most]
+        return most if equal.all() else int(np.argmin(equal))
+
+    @property
     def places(self) -> int:
-        """Inputs of the model for both."""
-        return len(self.chosen.ids) + len(self.rejected.ids) - 2
+        """Inputs of the model for both, what they share once."""
+        return len(self.chosen.ids) + len(self.rejected.ids) - 2 - self.shared
 
     @property
     def lengths(self) -> tuple[int, int]:
@@ -65,11 +73,15 @@ class PairCounts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairMicro:
-    """P pairs as 2 P documents, chosen and rejected in turn."""
+    """P pairs as 2 P documents, chosen and rejected in turn, with what a pair shares once.
+
+    N places predict what is not shared: `sizes` of them for each document.
+    """
 
     documents: Documents
-    targets: Tensor  # [T] int64: the next token where it is an answer's, else NO_LOSS
-    sizes: tuple[int, ...]  # 2 P: places of each document
+    rows: Tensor  # [N] int64: where the documents' hidden states are
+    targets: Tensor  # [N] int64: the next token where it is an answer's, else NO_LOSS
+    sizes: tuple[int, ...]  # 2 P
     lengths: Tensor  # [P, 2] float64: tokens of the answers
     numbers: tuple[int, ...]  # P: which pair of the data set
     tokens: int  # pairs: what the loop divides by
@@ -79,6 +91,7 @@ class PairMicro:
         return replace(
             self,
             documents=self.documents.to(device),
+            rows=self.rows.to(device),
             targets=self.targets.to(device),
             lengths=self.lengths.to(device),
         )
@@ -146,18 +159,23 @@ def pair_batches(
 
 def pair_micro(pairs: Sequence[Pair], numbers: Sequence[int]) -> PairMicro:
     """The pairs packed; without any, one place that trains nothing."""
-    examples = [e for i in numbers for e in (pairs[i].chosen, pairs[i].rejected)]
-    documents = [torch.from_numpy(example.ids[:-1]) for example in examples]
-    targets = [torch.from_numpy(example.targets()[:-1]) for example in examples]
-    if not examples:
-        documents = [torch.from_numpy(pairs[0].chosen.ids[:1])]
-        targets = [torch.tensor([NO_LOSS])]
-    lengths = [pairs[i].lengths for i in numbers]
+    groups, targets = [], []
+    for pair in (pairs[number] for number in numbers):
+        both, shared = (pair.chosen, pair.rejected), pair.shared
+        suffixes = [example.ids[shared:-1].tolist() for example in both]
+        groups.append((pair.chosen.ids[:shared].tolist(), suffixes))
+        targets += [torch.from_numpy(example.targets()[shared - 1 : -1]) for example in both]
+    if not numbers:
+        groups = [(pairs[0].chosen.ids[:1].tolist(), [[]])]
+    documents, rows = Documents.pack_shared(groups)
     return PairMicro(
-        documents=Documents.pack(documents),
-        targets=torch.cat(targets),
-        sizes=tuple(map(len, documents)) if examples else (),
-        lengths=torch.tensor(lengths, dtype=torch.float64).reshape(-1, 2),
+        documents=documents,
+        rows=torch.cat(rows),
+        targets=torch.cat(targets) if targets else torch.tensor([NO_LOSS]),
+        sizes=tuple(map(len, targets)),
+        lengths=torch.tensor([pairs[i].lengths for i in numbers], dtype=torch.float64).reshape(
+            -1, 2
+        ),
         numbers=tuple(numbers),
         tokens=len(numbers),
     )

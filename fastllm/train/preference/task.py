@@ -130,7 +130,7 @@ class DpoTask(DecoderTask):
 
     def flops(self, micro: PairMicro) -> float:
         """Of forward and backward."""
-        return self.training_flops(len(micro.targets), int(micro.lengths.sum()))
+        return self.training_flops(len(micro.documents.ids), int(micro.lengths.sum()))
 
     # beside the loop
 
@@ -163,7 +163,7 @@ class DpoTask(DecoderTask):
     def _logps(self, micro: PairMicro) -> Tensor:
         """Sums over the answers' tokens, float64 `[P, 2]`: differences of large sums count."""
         logp, _ = self.decoder.log_probs(
-            micro.documents, micro.targets, checkpoint=self.checkpointing
+            micro.documents, micro.targets, rows=micro.rows, checkpoint=self.checkpointing
         )
         if not micro.sizes:  # a process that has none left goes backward too
             return logp.double()[:0].reshape(-1, 2)
