@@ -21,6 +21,7 @@ COMMANDS = {
     "sft": "fine-tune a model on conversations",
     "rank": "rank the answers of a model, for a reward model",
     "reward": "train a reward model on rankings of answers",
+    "ppo": "let a model learn from rewards, with a critic",
     "grpo": "let a model learn from rewards of its own samples: GRPO, DAPO, RLOO, ...",
     "dpo": "fine-tune a model on pairs of answers",
     "distill": "let a student learn from a teacher",

@@ -86,7 +86,7 @@ class DecoderTask(Task):
 
     def describe(self) -> list[str]:
         """What is trained, on what."""
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        trained = sum(p.numel() for p in self.decoder.parameters() if p.requires_grad)
         what = "all weights" if self.lora is None else f"an adapter of rank {self.lora.r}"
         base = " on packed quantized weights" if self._quantized and self.lora else ""
         return [*self._quantization_lines(), f"training {what}{base}: {trained:,} parameters"]

@@ -46,12 +46,12 @@ class RlMetrics:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the seconds inside."""
+        """Count the seconds inside; a name beside `PHASES` is one more phase."""
         began = time.perf_counter()
         try:
             yield
         finally:
-            self._seconds[name] += time.perf_counter() - began
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
 
     def update_begins(self) -> None:
         """A micro batch of the step is about to be computed; the first one counts."""

@@ -1,0 +1,201 @@
+"""Proximal policy optimization (Schulman et al., 2017) with a critic, as for human feedback.
+
+    prompts -> a completion of each, sampled from the live weights
+    reward of a token = -kl_coef KL(policy || first policy), at the last token + the reward
+    critic: the reward still to come before every token -> advantages (GAE), whitened
+    loss = the clipped policy gradient + vf_coef the critic's clipped squared error
+
+Actor, critic, frozen reference and rewards. With an adapter the three models share one frozen base:
+the reference is the base with adapters off, the critic has an adapter and a head of its own.
+Rewards are functions, reward models (model:DIRECTORY), or both.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from fastllm.models.loader import read_tokenizer
+from fastllm.models.names import resolve
+from fastllm.models.weights import open_weights
+from fastllm.train import distributed
+from fastllm.train.config import load_config, to_dict
+from fastllm.train.data.prompts import gather_columns
+from fastllm.train.loop import LoopConfig, Result, run
+from fastllm.train.rewards import check
+from fastllm.train.rewards import resolve as resolve_rewards
+from fastllm.train.rl.algorithms import Algorithm
+from fastllm.train.rl.batches import RlBatches
+from fastllm.train.rl.kl_control import KlControl
+from fastllm.train.rl.metrics import SAMPLES, SampleFile
+from fastllm.train.rl.ppo_collector import PpoCollector, TokenRewards
+from fastllm.train.rl.ppo_task import PpoTask
+from fastllm.train.rl.rollout import PromptStream
+from fastllm.train.rl.setup import (
+    ALIASES,
+    RolloutConfig,
+    loop_config,
+    make_rollouts,
+    read_data,
+    read_template,
+    refuse_processes,
+    rl_loop,
+    score_texts,
+)
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PpoConfig(RolloutConfig):
+    """What is asked, what is rewarded, and how policy and critic follow. Names are TRL's.
+
+    Raises ValueError naming the field.
+    """
+
+    group_size: int = 1  # completions of a prompt
+    prompts_per_rollout: int = 64
+    mini_batches: int = 2  # optimizer steps of one pass over a rollout
+    epochs: int = 2  # passes
+    kl_coef: float = 0.05  # of the KL to the first policy, taken from every token's reward; 0: none
+    kl_target: float | None = None  # nats a completion that an adaptive coefficient aims at
+    kl_horizon: float = 10_000  # completions in which it may double
+    kl_estimator: Literal["k1", "k3"] = "k1"
+    cliprange: float = 0.2  # of the policy's ratio
+    cliprange_value: float | None = 0.2  # how far a value may move from the rollout's
+    vf_coef: float = 0.1  # weight of the critic's loss
+    gamma: float = 1.0
+    lam: float = 0.95
+    whiten_rewards: bool = False
+    missing_eos_penalty: float | None = None  # taken from the score of a completion that was cut
+    critic: str | None = None  # a reward model's directory to start from; none: from the policy
+    critic_lr: float | None = None
+    loop: LoopConfig = field(default_factory=lambda: rl_loop("runs/ppo"))
+
+    def __post_init__(self) -> None:
+        RolloutConfig.__post_init__(self)
+        self.check_positive("kl_target", "kl_horizon", "cliprange", "cliprange_value", "critic_lr")
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
+        for name in ("kl_coef", "vf_coef", "missing_eos_penalty"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be a number from 0, got {value}")
+        if self.kl_target is not None and not self.kl_coef:
+            raise ValueError("kl_coef 0 cannot be adapted to kl_target: give one above 0")
+
+    def critic_rate(self, hidden: int) -> float:
+        """`critic_lr`, or ten times the policy's."""
+        return 10 * self.learning_rate(hidden) if self.critic_lr is None else self.critic_lr
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PpoResult:
+    """How a run ended, where its model is, and what greedy answers to held-out prompts earned."""
+
+    run: Result
+    output: Path  # adapter or model directory
+    before: Mapping[str, float]  # empty without evaluation, and where a run was resumed
+
+    @property
+    def after(self) -> Mapping[str, float]:
+        """The last evaluation."""
+        return self.run.metrics
+
+
+def load(path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()) -> PpoConfig:
+    """The configuration of a YAML file and overrides. Raises ValueError naming the key."""
+    return load_config(PpoConfig, path, overrides, aliases=ALIASES)
+
+
+def main(config: PpoConfig, say: Say = print) -> PpoResult:
+    """Train as `config` says; `say` gets lines for people.
+
+    Raises DataError, ModelFileError, RewardError, ValueError and what `loop.run` raises.
+    """
+    if not config.data:
+        raise ValueError("data is empty: name tasks, such as arithmetic:2, or files of prompts")
+    refuse_processes()
+    with distributed.process_group(config.device) as device:
+        rewards = resolve_rewards(config.rewards, str(device))
+        source = open_weights(resolve(config.model))
+        tokenizer = read_tokenizer(source)
+        template = read_template(config.chat_template, tokenizer)
+        context = source.config.max_position_embeddings
+        trained, held_out = read_data(config, tokenizer, template, context)
+        check(rewards, gather_columns([prompt.record for prompt in [*trained, *held_out]]))
+        algorithm = Algorithm(
+            ratio="token", clip_low=config.cliprange, clip_high=config.cliprange,
+            aggregation="token",
+        )  # fmt: skip
+        hidden = source.config.hidden_size
+        task = PpoTask(
+            config,
+            source,
+            tokenizer,
+            algorithm,
+            temperature=config.temperature,
+            lr=config.learning_rate(hidden),
+            end_ids=sorted({*tokenizer.eos_token_ids, *source.config.eos_token_ids}),
+            template=None if template == "plain" else template,
+            device=device,
+            critic=config.critic,
+            critic_lr=config.critic_rate(hidden),
+            value_clip=config.cliprange_value,
+            value_weight=config.vf_coef,
+        )
+        rollouts = make_rollouts(config, task, [*trained, *held_out])
+        names = [reward.name for reward in rewards]
+        collector = PpoCollector(
+            PromptStream(trained, config.loop.seed),
+            rollouts,
+            lambda found: score_texts(
+                config, rewards, [t.record for t in found], [t.text for t in found]
+            ),
+            names=names,
+            weights=config.weights,
+            algorithm=algorithm,
+            prompts=config.prompts_per_rollout,
+            reference=task.reference_log_probs if config.kl_coef else None,
+            metrics=task.metrics,
+            say=say,
+            file=SampleFile(Path(config.loop.out) / SAMPLES) if config.samples else None,
+            shown=config.samples,
+            values=task.values_of,
+            control=KlControl(config.kl_coef, config.kl_target, config.kl_horizon),
+            rewards=TokenRewards(
+                gamma=config.gamma,
+                lam=config.lam,
+                kl=config.kl_estimator,
+                whiten_rewards=config.whiten_rewards,
+                missing_eos_penalty=config.missing_eos_penalty,
+            ),
+        )
+        task.batches = RlBatches(
+            collector,
+            mini_batches=config.mini_batches,
+            epochs=config.epochs,
+            micro_tokens=task.micro_tokens,
+            aggregation="token",
+            longest=config.max_completion,
+            seed=config.loop.seed,
+        )
+        task.set_evaluation(
+            rollouts,
+            lambda asked, answers: score_texts(
+                config, rewards, [prompt.record for prompt in asked], answers
+            ),
+            names=names,
+            weights=config.weights,
+            asked=held_out,
+            shown=config.samples,
+        )
+        result = run(task, loop_config(config), settings=to_dict(config))
+        output = task.save_result(config.loop.out)
+        say(f"saved to {output}")
+        return PpoResult(run=result, output=output, before=task.first_evaluation)
