@@ -24,8 +24,8 @@ LOGITS_ROWS = 64  # rows of logits made at once where many are wanted: 12 MB for
 class Runner:
     """`inputs` and `sampler` hold what a decode step reads; row i belongs to slot i.
 
-    A step is captured once for 1, 2, 4, ... slots, when it is first needed, and serves every number
-    of sequences up to that: slots without a sequence have `cache_seqlens` 0.
+    A step is captured once for each `bucket` of slots, when it is first needed, and serves every
+    number of sequences up to that: slots without a sequence have `cache_seqlens` 0.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class Runner:
         return self._step(count).logits[:count]
 
     def _step(self, count: int) -> _Step:
-        size = min(1 << (count - 1).bit_length(), self.slots)
+        size = min(bucket(count), self.slots)
         if size not in self._steps:
             self._steps[size] = self._make_step(size)
         return self._steps[size]
@@ -235,5 +235,21 @@ class _Step:
         else:
             self._run()
         if self.logits.device.type != "cpu":
-            return [tensor.cpu().numpy() for tensor in self._drawn]
+            return on_host(*self._drawn)
         return self._arrays
+
+
+def bucket(count: int) -> int:
+    """How many slots the step for `count` sequences has: 1, 2, 4, 8, then two sizes an octave.
+
+    Rows without a sequence cost what others do where products are bound by compute, from about 8
+    rows on a CPU; every size keeps its own logits.
+    """
+    size = 1 << (count - 1).bit_length()
+    return size * 3 // 4 if size >= 16 and count <= size * 3 // 4 else size
+
+
+def on_host(ids: Tensor, *values: Tensor) -> list[np.ndarray]:
+    """int32 ids and float32 values `[S]` as arrays, in one transfer: each one waits for the GPU."""
+    first, *others = torch.stack([ids.view(torch.float32), *values]).cpu().numpy()
+    return [first.view(np.int32), *others]
