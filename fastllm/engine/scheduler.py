@@ -61,6 +61,7 @@ class Scheduler:
         self.preemptions = 0  # so far
         self._waiting: list[tuple[int, int, Sequence]] = []  # a heap by age; the aborted stay in it
         self._queued = 0  # samples that wait, followers included
+        self._owed = 0  # pages that the admitted may come to need besides theirs
         self._arrivals = 0
 
     @property
@@ -119,8 +120,9 @@ class Scheduler:
     def _give_pages(self, sequence: Sequence, match: Match, admitted: int) -> bool:
         """Give a sample the pages for its tokens, those of `match` among them, if they are there.
 
-        A page for every two of the `admitted` samples stays free: a page lasts for 64 tokens, so
-        that the newcomer does not have to give way before some 32 steps.
+        A page for every two of the `admitted` samples stays free, unless they cannot ask for so
+        many: a page lasts for 64 tokens, so that the newcomer does not have to give way before some
+        32 steps.
         """
         pool, shared = self.cache.pool, match.pages
         taken_over = match.rest is not None and pool.users(match.rest) == 0
@@ -129,10 +131,11 @@ class Scheduler:
             shared = [*shared, match.rest]
         needed = pages_for(sequence.length) - len(shared)
         free = pool.free_pages - sum(pool.users(page) == 0 for page in shared)
-        if needed + (admitted + 1) // 2 > free:
+        if needed + min((admitted + 1) // 2, self._owed) > free:
             return False
         pool.share(shared)
         sequence.pages = shared + pool.allocate(needed)
+        self._owed += _still_to_come(sequence)
         self._set_room(sequence)
         sequence.prefilled = len(match.pages) * PAGE_SIZE
         if match.rest is not None:
@@ -210,6 +213,7 @@ class Scheduler:
                 growth.moves += self._preempt(youngest)
             if sequence.state is State.RUNNING:
                 sequence.pages += pool.allocate(1)
+                self._owed -= 1
                 self._set_room(sequence)
                 growth.grown.append(sequence)
         growth.grown = [s for s in growth.grown if s.state is State.RUNNING]
@@ -258,6 +262,13 @@ class Scheduler:
             self.prefilling.remove(sequence)
             self.prefix.withdraw(sequence)
             self._release_followers(sequence)
+        self._owed -= _still_to_come(sequence)
         self.cache.pool.release(sequence.pages)
         sequence.pages = []
         return moves
+
+
+def _still_to_come(sequence: Sequence) -> int:
+    """Pages that an admitted sample may come to need besides those that it has."""
+    positions = len(sequence.request.prompt_ids) + sequence.request.max_tokens - 1
+    return pages_for(positions) - len(sequence.pages)

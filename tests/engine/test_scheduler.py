@@ -82,6 +82,10 @@ class Books:
                 users[page] += 1
         assert users == [pool.users(page) for page in range(pool.num_pages)]
         assert pool.free_pages == users.count(0)
+        assert scheduler._owed == sum(
+            pages_for(len(s.request.prompt_ids) + s.request.max_tokens - 1) - len(s.pages)
+            for s in admitted
+        )
 
     def _start(self, sequences: Many[Sequence]) -> None:
         for sequence in sequences:
@@ -119,7 +123,7 @@ def _order(books: Books) -> list[int]:
 
 def test_arrival_order_is_kept_when_pages_run_out() -> None:
     books = Books(pages=4)
-    for prompt, tokens in ((1, 30), (3 * PAGE_SIZE, 5), (5, 2)):
+    for prompt, tokens in ((1, 100), (3 * PAGE_SIZE, 5), (5, 2)):
         books.scheduler.add(_request(prompt, tokens, first=prompt))
     books.step()
     assert len(books.scheduler.running) == 1  # the second needs all pages; the third waits too
@@ -139,6 +143,16 @@ def test_admission_asks_for_the_pages_needed_now() -> None:
     assert _order(books) == [0, 1, 2, 3]  # the youngest give way
 
 
+def test_samples_whose_pages_all_fit_run_together() -> None:
+    books = Books(pages=16, slots=8)
+    for i in range(8):
+        books.scheduler.add(_request(60, 69, first=i))  # two pages in the end
+    books.step()
+    assert len(books.scheduler.running) == 8
+    books.run()
+    assert not books.scheduler.preemptions
+
+
 def test_who_gives_way_keeps_its_tokens_and_goes_first_again() -> None:
     books = Books(pages=3)
     old, young, later = (_request(60, tokens, first=i) for i, tokens in enumerate((30, 30, 1)))
@@ -149,9 +163,12 @@ def test_who_gives_way_keeps_its_tokens_and_goes_first_again() -> None:
     books.scheduler.add(later)
     given = list(young.samples[0].token_ids)
     assert young.samples[0].state is State.QUEUED and given and not young.samples[0].pages
+    while young.samples[0].state is State.QUEUED:
+        assert later.samples[0].state is State.QUEUED  # though it would fit
+        books.step()
     books.run()
     assert young.samples[0].token_ids[: len(given)] == given
-    assert _order(books) == [0, 1, 2] and len(young.samples[0].token_ids) == 30
+    assert len(young.samples[0].token_ids) == 30 and len(books.ended) == 3
 
 
 def test_prompts_are_chunked_oldest_first() -> None:
