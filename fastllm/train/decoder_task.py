@@ -205,4 +205,5 @@ class DecoderTask(Task):
             with torch.no_grad():
                 yield
         finally:
+            distributed.reshard(self.model)  # else the whole weights pass for the model's own
             self.model.train(training)

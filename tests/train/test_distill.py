@@ -300,6 +300,54 @@ def test_a_run_killed_with_9_resumes_with_the_same_bits(
     assert one.read_bytes() == other.read_bytes()
 
 
+@pytest.mark.full
+def test_two_processes_learn_what_one_does(
+    pair: Pair, tiny: Any, runner: Any, tmp_path: Path
+) -> None:
+    options = ["--epochs=1", "--batch_size=8", "--lr=1e-3", "--alpha=0.5", "--loop.save_every=0",
+               "--loop.metrics.every=1", "--micro_tokens=64", "--dtype=float32"]  # fmt: skip
+    empty = tmp_path / "empty.yaml"
+    empty.write_text("")
+    for count in (1, 2):
+        argv = words(pair, tiny.store, tmp_path / str(count), *options)
+        status = runner.run(["distill", "--config", str(empty), *argv], processes=count)
+        assert status == 0, runner.log.read_text()
+    one, two = (
+        [json.loads(x) for x in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("1", "2")
+    )
+    names = ("loss", "norm", "tokens", "divergence", "cross_entropy", "eval_kl", "eval_loss")
+    assert len(one) == len(two)
+    for mine, theirs in zip(one, two, strict=True):
+        assert {n: mine[n] for n in names if n in mine} == pytest.approx(
+            {n: theirs[n] for n in names if n in theirs}, rel=1e-4
+        )
+
+
+@pytest.mark.full
+def test_a_student_of_a_trained_teacher_is_nearer_to_it_than_by_the_text(
+    tiny: Any, tmp_path: Path
+) -> None:
+    from fastllm.train import pretrain
+
+    words_of_teacher = tiny.words(
+        tmp_path / "teacher", "loop.steps=120", "loop.save_every=0", "data.batch_tokens=512",
+        "loop.metrics.progress=none",
+    )  # fmt: skip
+    pretrain.main(pretrain.load(None, words_of_teacher))
+    teacher = next((tmp_path / "teacher/checkpoints").glob("step-*"))
+    after = {}
+    for alpha in ("1", "0"):
+        argv = ["--model=new", f"--data={tiny.store}", f"--teacher={teacher}", "--depth=1",
+                f"--out={tmp_path / alpha}", "--student.width=32", "--student.head_dim=16",
+                f"--alpha={alpha}", "--epochs=4", "--batch_size=8", "--lr=1e-2",
+                *QUIET]  # fmt: skip
+        result = distill.main(distill.load(None, argv), say=lambda line: None)
+        assert isinstance(result, DistillResult) and result.after is not None
+        after[alpha] = result.after[0]
+    assert after["1"] < 0.7 * after["0"], after
+
+
 def test_an_adapter_learns_from_a_quantized_teacher_and_conversations(
     pair: Pair, chats: Path, tmp_path: Path
 ) -> None:

@@ -327,6 +327,27 @@ def test_a_run_killed_with_9_resumes_with_the_same_bits(
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.full
+def test_two_processes_learn_what_one_does(
+    base: Path, data: Path, tmp_path: Path, runner: Any
+) -> None:
+    options = ["--epochs=2", "--lr=1e-3", "--method=full", "--loop.metrics.every=1",
+               f"--holdout={data}", "--micro_tokens=40"]  # fmt: skip
+    empty = tmp_path / "empty.yaml"
+    empty.write_text("")
+    for count in (1, 2):
+        argv = ["dpo", "--config", str(empty), *words(base, data, tmp_path / str(count), *options)]
+        assert runner.run(argv, processes=count) == 0, runner.log.read_text()
+    one, two = (
+        [json.loads(x) for x in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("1", "2")
+    )
+    for mine, theirs in zip(one, two, strict=True):
+        for timed in ("seconds", "tokens_per_second", "mfu"):
+            mine.pop(timed, None), theirs.pop(timed, None)
+        assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+
+
 def test_a_resumed_run_reads_its_reference_and_none_of_other_data(
     base: Path, data: Path, tmp_path: Path
 ) -> None:

@@ -179,22 +179,27 @@ class DistillTask(DecoderTask):
         come."""
         micro = micro.to(self.device)
         places = micro.targets != NO_LOSS
+        activation = self.decoder.activation
         wanted = losses.alpha > 0 and micro.tokens > 0
         teacher = self.teacher.targets(micro, examples, self.shared.size) if wanted else {}
 
         def use(x: Tensor, head: Tensor | PackedWeight) -> tuple[Tensor, Tensor, Tensor]:
-            nothing = 0.0 * x.sum().float()  # a process without a target still goes backward
+            if not micro.tokens:  # zero, with gradients of zeros that other processes wait for
+                nothing = linear_cross_entropy(
+                    x, head, micro.targets, reduction="sum", activation=activation
+                )
+                return nothing, nothing, nothing
             x, targets = x[places], micro.targets[places]
-            divergence = entropy = nothing
+            divergence = entropy = torch.zeros((), device=x.device)
             if wanted:
                 divergence = linear_kl(
                     x, narrowed(head, self.shared.size), temperature=losses.temperature,
-                    kind=losses.divergence, beta=losses.beta, activation=self.decoder.activation,
+                    kind=losses.divergence, beta=losses.beta, activation=activation,
                     **teacher,
                 ).sum()  # fmt: skip
-            if losses.alpha < 1 and micro.tokens:
+            if losses.alpha < 1:
                 entropy = linear_cross_entropy(
-                    x, head, targets, reduction="sum", activation=self.decoder.activation
+                    x, head, targets, reduction="sum", activation=activation
                 )
             scaled = losses.alpha * losses.temperature**2 * divergence
             return scaled + (1 - losses.alpha) * entropy, divergence, entropy
