@@ -97,11 +97,11 @@ class Scheduler:
             if match.leader is not None:
                 continue
             self._queued -= 1
+            sequence.state = State.PREFILLING
             if sequence.prefilled == sequence.length - 1:
                 self._release_followers(sequence)
                 ready.append(sequence)
             else:
-                sequence.state = State.PREFILLING
                 self.prefilling.append(sequence)
         return ready
 
@@ -259,7 +259,8 @@ class Scheduler:
             sequence.slot = -1
             moves.append((hole, last))
         else:
-            self.prefilling.remove(sequence)
+            if sequence in self.prefilling:  # not if a Ctrl-C has come between two steps of it
+                self.prefilling.remove(sequence)
             self.prefix.withdraw(sequence)
             self._release_followers(sequence)
         self._owed -= _still_to_come(sequence)

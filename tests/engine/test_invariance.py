@@ -236,3 +236,30 @@ def test_the_number_of_pages_bounds_the_context() -> None:
     llm = LLM.from_model(model, num_pages=2)
     out = llm.generate([PROMPT[:60]] * 3, SamplingParams(max_tokens=None, detokenize=False))
     assert [len(o.outputs[0].token_ids) for o in out] == [68] * 3
+
+
+@pytest.mark.parametrize("where", ["set_slot", "prefill", "decode", "add_page"])
+def test_an_interrupted_step_leaves_nothing_behind(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = LLM.from_model(model_of(CASES[0], torch.float32), num_pages=6, max_num_seqs=4)
+    params = replace(FEW, n=3, max_tokens=60, ignore_eos=True)
+    prompts = [PROMPT[:70], PROMPT[:30], PROMPT[:140]]
+    wanted = _bits(llm.generate(prompts, params))
+    for calls in (0, 1):
+        llm.reset_prefix_cache()
+        left = iter(range(calls))
+        original = getattr(llm._engine.runner, where)
+
+        def interrupted(*args: Any, left: Any = left, original: Any = original) -> Any:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return original(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(llm._engine.runner, where, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                llm.generate(prompts, params)
+        assert llm._engine.scheduler.idle and llm._engine.cache.free_pages == 6
+        assert not llm._engine.scheduler.prefix._computing
+        assert _bits(llm.generate(prompts, params)) == wanted
