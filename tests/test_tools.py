@@ -46,8 +46,8 @@ def test_readme_tables_are_written_between_the_marks_only() -> None:
         "|---|---|---|---|---|",
         "| decode: 128 tokens | int8 | **200** tok/s | 100 (2x) | 67% |",
     ]
-    page = f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n"
-    assert table.replace(page, "new") == f"before\n{table.BEGIN}\nnew\n{table.END}\nafter\n"
+    page = "before\n<!-- measured:begin -->\n{}\n<!-- measured:end -->\nafter\n"
+    assert table.replace(page.format("old"), "new") == page.format("new")
     with pytest.raises(ValueError, match="measured:begin"):
         table.replace("no marks", "new")
 
@@ -55,7 +55,18 @@ def test_readme_tables_are_written_between_the_marks_only() -> None:
 @pytest.mark.parametrize("name", ["README.md", "README.zh.md"])
 def test_readmes_have_the_marks(name: str) -> None:
     table = tool("readme_table")
-    assert "new" in table.replace((ROOT / name).read_text(encoding="utf-8"), "new")
+    page = (ROOT / name).read_text(encoding="utf-8")
+    for mark in table.NAMES:
+        assert "new" in table.replace(page, "new", mark)
+
+
+def test_a_printed_table_of_formats_is_taken_without_its_notes() -> None:
+    table_of = tool("readme_table").table_of
+    assert table_of("| a | b |\n| --- | ---: |\n| f32 | 1 |\n\n- notes") == (
+        "| a | b |\n| --- | ---: |\n| f32 | 1 |"
+    )
+    with pytest.raises(ValueError, match="no Markdown table"):
+        table_of("nothing\n")
 
 
 def test_gpu_results_of_another_commit_are_not_kept(tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """Put measured tables into the READMEs.
 
 Usage: python tools/readme_table.py FILE.json
+       python tools/readme_table.py TABLE.md NAME
 
-FILE holds rows of `fastllm bench ... --json FILE`. The text between the lines
-`<!-- measured:begin -->` and `<!-- measured:end -->` of README.md and README.zh.md is replaced: no
-number gets into them by hand.
+FILE.json holds rows of `fastllm bench ... --json FILE`, which replace the text between the lines
+`<!-- measured:begin -->` and `<!-- measured:end -->` of README.md and README.zh.md. TABLE.md is
+what `fastllm eval perplexity --formats ... --markdown` printed: its table goes between the marks of
+NAME (formats-smollm2, formats-pretrained). No number gets into them by hand.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
+NAMES = ("measured", "formats-smollm2", "formats-pretrained")
 WORDS = {
     "README.md": ("case", "activation", "fastllm", "of the bound"),
     "README.zh.md": ("项目", "激活", "fastllm", "占上限"),
@@ -65,17 +67,32 @@ def markdown(rows: list[dict[str, Any]], words: tuple[str, ...]) -> str:
     return "\n".join(lines)
 
 
-def replace(text: str, table: str) -> str:
+def replace(text: str, table: str, name: str = "measured") -> str:
     """`text` with `table` between the two marks. Raises ValueError if a mark is missing."""
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"{BEGIN} and {END} must both be in the file")
-    head, rest = text.split(BEGIN, 1)
-    return f"{head}{BEGIN}\n{table}\n{END}{rest.split(END, 1)[1]}"
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if begin not in text or end not in text:
+        raise ValueError(f"{begin} and {end} must both be in the file")
+    head, rest = text.split(begin, 1)
+    return f"{head}{begin}\n{table}\n{end}{rest.split(end, 1)[1]}"
+
+
+def table_of(page: str) -> str:
+    """The lines of the Markdown table of a page. Raises ValueError if there is none."""
+    lines = [line for line in page.splitlines() if line.startswith("|")]
+    if len(lines) < 3:
+        raise ValueError("the file holds no Markdown table: it must be what --markdown printed")
+    return "\n".join(lines)
 
 
 def main() -> None:
     """Rewrite both READMEs."""
     source = Path(sys.argv[1])
+    if len(sys.argv) == 3:
+        table = table_of(source.read_text(encoding="utf-8"))
+        for path in (ROOT / name for name in WORDS):
+            text = replace(path.read_text(encoding="utf-8"), table, sys.argv[2])
+            path.write_text(text, encoding="utf-8")
+        return
     rows = json.loads(source.read_text(encoding="utf-8"))
     date = datetime.date.fromtimestamp(source.stat().st_mtime).isoformat()
     for name, words in WORDS.items():
