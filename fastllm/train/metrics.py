@@ -182,6 +182,8 @@ def summary(record: Mapping[str, Any], steps: int, remaining: float, *, short: b
     short: leave out rate and norm, so that a bar and the line fit into 80 columns.
     """
     parts = [f"step {record['step']}/{steps}", f"loss {record['loss']:.4f}"]
+    if "reward" in record:
+        parts.append(f"reward {record['reward']:.3f}")
     if not short:
         parts += [f"lr {record['lr']:.2e}", f"norm {record['norm']:.2f}"]
     if "expert_load" in record:

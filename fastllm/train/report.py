@@ -38,6 +38,13 @@ def write_report(
     """Write both files into `out`; without matplotlib the page alone, and say so."""
     curves = {
         "loss": [("training", series(records, "loss")), ("held out", series(records, "eval_loss"))],
+        "reward": [
+            ("samples", series(records, "reward")),
+            ("held out, greedy", series(records, "eval_reward")),
+        ],
+        "KL to the reference": [("", series(records, "kl"))],
+        "entropy of a token": [("", series(records, "entropy"))],
+        "tokens of a completion": [("", series(records, "completions/mean_length"))],
         "bits per byte": [("held out", series(records, "bits_per_byte"))],
         "tokens per second": [("", series(records, "tokens_per_second"))],
         "load of the busiest expert, over the mean": load_curves(records),

@@ -229,7 +229,8 @@ def test_micro_batches_hold_every_token_once_and_prompts_once_where_they_fit(
     whole = sum(len(s.prompt_ids) + len(s.completion_ids) - 1 for s in SAMPLES)
     shared = whole - sum(n * k for n, k in ((3, 2), (5, 1), (9, 3)))
     assert shared <= rows <= whole
-    assert (rows == shared) == (micro_tokens == 1000)
+    if micro_tokens >= 16:
+        assert rows == shared
 
 
 def test_stretches_keep_the_order() -> None:
