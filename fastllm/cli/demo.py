@@ -1,37 +1,30 @@
-"""`fastllm demo`: the machine, three answers, speeds, models from nothing, a model fine-tuned."""
+"""`fastllm demo`: the whole life of a language model on this machine, one stage after the other."""
 
 from __future__ import annotations
 
-import itertools
 import json
-import time
 from collections.abc import Sequence
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from . import bench, doctor
-from .answering import load, print_stream, sampling_params
-from .console import console, heading, note
+from . import doctor
+from .console import heading, human_bytes, table
+from .demo_stage import Outcome, Part, Setting, Stage, run_stage
 from .parsing import add_model_options, add_sampling_options, command_parser
 
-if TYPE_CHECKING:
-    from ..testing.suite import BenchCase, Row, Work
-
 DESCRIPTION = """
-Shows what the machine offers and that every op is right on it, then, one part after the other:
+Shows what the machine offers and that every op is right on it, then a model's whole life:
 
-  answers   streams the answers to three prompts
-  speed     measures generation, reading of prompts and training beside transformers (in whichever
-            of bfloat16 and float32 is faster) and llama.cpp, if they are installed, on the same
-            model
-  pretrain  trains a tokenizer and two small models, a mixture of experts and a dense one of equal
-            active size, on the documentation and the sources of this Python, for two minutes in
-            all, and compares them with gzip -9 on files that they never saw
-  sft       fine-tunes the model with an adapter on dialogues made here, for 90 seconds, and asks
-            it held-out questions before and after
+{stages}
 
-Writes demo.json (speeds), demo.png, training.json, and the runs with their reports.
+That takes some {full:.0f} minutes on two cores, with --quick {quick:.0f}. A stage uses what those
+before it have left in the folder --out, and the given model where they have left nothing, so each
+can be run alone (--parts). One that fails says so, the others are run all the same, and the exit
+status is 1.
+
+Writes report.html, with curves, samples, speeds and peers of all stages, demo.json, and a folder
+for each stage, with its runs and models.
 """
 
 EXAMPLES = """
@@ -41,154 +34,168 @@ fastllm demo --parts pretrain,sft --out results
 fastllm demo --model ./model.gguf --parts answers,speed
 """
 
-PARTS = ("answers", "speed", "pretrain", "sft")
-SECONDS = {"pretrain": 120.0, "sft": 90.0}
-QUICK_SECONDS = 20.0
-# Training steps to measure: models of the shapes that the trainings have, and batches like theirs.
-STEPS = {"pretrain": ("3M", "full", 7, 512), "sft": ("135M", "lora", 2, 128)}
-PROMPTS = (
-    "What is photosynthesis? Answer in one sentence.",
-    "Name three primary colors.",
-    "Explain gravity to a child in one sentence.",
+
+def _later(module: str, function: str) -> Any:
+    """A stage's function, imported when it runs: the help of the command loads nothing."""
+
+    def run(setting: Setting) -> Part:
+        part = getattr(import_module(f"{__package__}.{module}"), function)(setting)
+        assert isinstance(part, Part), "stages return what they show"
+        return part
+
+    return run
+
+
+STAGES = (
+    Stage(name="answers", title="Three prompts", run=_later("demo_answers", "answers")),
+    Stage(
+        name="speed",
+        title="Speed beside its peers, measured in turn on the same model",
+        run=_later("demo_speed", "speed"),
+        in_quick=False,
+    ),
+    Stage(
+        name="pretrain",
+        title="A tokenizer and two models of your own Python's texts, from nothing",
+        run=_later("demo_pretrain", "pretrain"),
+        training=120,
+        quick=25,
+    ),
+    Stage(
+        name="sft",
+        title="Fine-tuning: an adapter learns a style from dialogues",
+        run=_later("demo_sft", "sft"),
+        training=90,
+        quick=40,
+    ),
+    Stage(
+        name="reward",
+        title="A reward model of ranked answers",
+        run=_later("demo_reward", "reward"),
+        training=60,
+        quick=25,
+    ),
+    Stage(
+        name="grpo",
+        title="GRPO: arithmetic by trial and error",
+        run=_later("demo_grpo", "grpo"),
+        training=300,
+        quick=100,
+    ),
+    Stage(
+        name="distill",
+        title="Distillation of the fine-tuned model into a small one",
+        run=_later("demo_distill", "distill"),
+        training=120,
+        quick=40,
+    ),
+    Stage(
+        name="quantize",
+        title="The result in fewer bits",
+        run=_later("demo_quantize", "quantize"),
+    ),
+    Stage(name="chat", title="A talk with the result", run=_later("demo_answers", "chat")),
 )
+WHAT = {
+    "answers": "the answers of the model as it comes, to three prompts",
+    "speed": "generation, reading of prompts and training beside transformers and llama.cpp",
+    "pretrain": "a mixture of experts and a dense model of equal active size, beside gzip -9",
+    "sft": "an adapter on made dialogues; held-out questions before and after",
+    "reward": "which of four answers is the better one; held-out rankings",
+    "grpo": "two-digit sums, rewarded where they are right; accuracy before, during and after",
+    "distill": "a new small model learns the fine-tuned one's probabilities, another the text",
+    "quantize": "sizes, perplexity and accuracy in 16, 8 and 4 bits",
+    "chat": "a talk with the model in 4 bits",
+}
+MINUTES, QUICK_MINUTES = 20.0, 8.0  # in all, on two quiet cores
 
 
 def run(argv: Sequence[str]) -> int:
     """Run the command."""
-    parser = command_parser("demo", DESCRIPTION, EXAMPLES)
+    parser = command_parser("demo", _description(), EXAMPLES)
     parser.add_argument("--model", default="smollm2", help="default: smollm2")
     parser.add_argument("--out", default="out", metavar="FOLDER", help="default: out")
-    parser.add_argument(
-        "--parts", default=",".join(PARTS), metavar="PARTS", help=f"default: {','.join(PARTS)}"
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="trainings of 20 seconds, and no speeds"
-    )
+    names = ",".join(stage.name for stage in STAGES)
+    parser.add_argument("--parts", default=names, metavar="PARTS", help=f"default: {names}")
+    parser.add_argument("--quick", action="store_true", help="shorter trainings, and no speeds")
     add_sampling_options(parser, temperature=0.0, max_tokens=96)
     add_model_options(parser)
     options = parser.parse_args(list(argv))
-    parts = chosen_parts(options.parts, quick=options.quick)
+    stages = chosen_stages(options.parts, quick=options.quick)
     report = doctor.examine()
     doctor.show(report, short=True)
     out = Path(options.out)
-    if "answers" in parts:
-        _answer(options)
-    if "speed" in parts:
-        _measure(options.model, options.device or "cpu", out, parts)
-    _train(parts, options, out)
-    return 1 if any(outcome["problem"] for outcome in report["self_test"]) else 0
+    out.mkdir(parents=True, exist_ok=True)
+    outcomes: list[Outcome] = []
+    for stage in stages:
+        outcomes.append(run_stage(stage, _setting(stage, options, out)))
+        _write(out, outcomes, report)  # whatever happens to the next ones
+    _summary(out, outcomes)
+    wrong = any(outcome["problem"] for outcome in report["self_test"])
+    return 1 if wrong or any(outcome.failed for outcome in outcomes) else 0
 
 
-def chosen_parts(names: str, *, quick: bool = False) -> list[str]:
-    """The parts that `names` lists, in their order. Raises ValueError naming one that is none."""
+def chosen_stages(names: str, *, quick: bool = False) -> list[Stage]:
+    """The stages that `names` lists, in their order. Raises ValueError naming one that is none."""
+    known = [stage.name for stage in STAGES]
     asked = [name.strip() for name in names.split(",") if name.strip()]
     for name in asked:
-        if name not in PARTS:
-            raise ValueError(f"--parts names {name!r}; there are {', '.join(PARTS)}")
-    return [part for part in PARTS if part in asked and not (quick and part == "speed")]
+        if name not in known:
+            raise ValueError(f"--parts names {name!r}; there are {', '.join(known)}")
+    return [s for s in STAGES if s.name in asked and (s.in_quick or not quick)]
 
 
-def _answer(options: Any) -> None:
-    heading("Three prompts")
-    llm = load(options)
-    params = sampling_params(options)
-    for prompt in PROMPTS:
-        console().print(f"\n> {prompt}", style="bold", markup=False)
-        _, speed = print_stream(
-            llm.chat([{"role": "user", "content": prompt}], params, stream=True)
-        )
-        note(f"[{speed}]")
+def _description() -> str:
+    width = max(len(name) for name in WHAT)
+    lines = "\n".join(f"  {name:{width}}  {text}" for name, text in WHAT.items())
+    return DESCRIPTION.format(stages=lines, full=MINUTES, quick=QUICK_MINUTES)
 
 
-def _train(parts: Sequence[str], options: Any, out: Path) -> None:
-    """The trainings among the parts, and their numbers in training.json."""
-    records: dict[str, Any] = {}
-    for part in ("pretrain", "sft"):
-        if part not in parts:
-            continue
-        seconds = QUICK_SECONDS if options.quick else SECONDS[part]
-        start = time.perf_counter()
-        if part == "pretrain":
-            from .demo_pretrain import pretrain_demo
-
-            records[part] = pretrain_demo(out / part, seconds).record()
-        else:
-            from .demo_sft import sft_demo
-
-            records[part] = sft_demo(out / part, options.model, seconds).record()
-        records[part]["seconds"] = round(time.perf_counter() - start, 1)
-    if records:
-        text = json.dumps(records, indent=2) + "\n"
-        (out / "training.json").write_text(text, encoding="utf-8")
-
-
-def _measure(model: str, device: str, folder: Path, parts: Sequence[str]) -> None:
-    from ..bench.bench_train import step_case
-    from ..testing.suite import Settings, run_cases
-
-    heading("Speed beside its peers, measured in turn on the same model")
-    settings = Settings(quick=True, model=model, device=device)
-    suites = bench.find_suites()
-    firsts = (itertools.islice(suites[name].cases(settings), 1) for name in ("prefill", "decode"))
-    steps = (step_case(settings, *STEPS[part]) for part in STEPS if part in parts)
-    notes: dict[str, None] = {}
-
-    def report(case: BenchCase, row: Row, work: Work) -> None:
-        note(f"  {case}: {row.value:g} {row.unit}")
-        notes.update(dict.fromkeys(work.notes))
-
-    rows = run_cases(itertools.chain(*firsts, steps), report)
-    bench.show(rows)
-    for line in notes:
-        print(f"  {line}")
-    bench.write_rows(folder / "demo.json", rows)
-    print(f"rows: {(folder / 'demo.json').resolve()}")
-    if find_spec("matplotlib") is None:
-        print("matplotlib is not installed, so there is no picture (pip install matplotlib)")
-        return
-    print(f"picture: {draw(rows, folder / 'demo.png').resolve()}")
-
-
-def draw(rows: Sequence[Row], path: Path) -> Path:
-    """Bars of ours and the peers, one panel a row, with the machine's bound as a dashed line."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(
-        len(rows), 1, figsize=(8, 0.9 + 1.5 * len(rows)), layout="constrained", squeeze=False
+def _setting(stage: Stage, options: Any, out: Path) -> Setting:
+    return Setting(
+        root=out,
+        model=options.model,
+        seconds=stage.quick if options.quick else stage.training,
+        quick=options.quick,
+        options=options,
     )
-    for axes, row in zip(panels[:, 0], rows, strict=True):
-        _panel(axes, row)
-    figure.suptitle(f"{rows[0].device}", fontsize=9, color="#555555")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-    return path
 
 
-def _panel(axes: Any, row: Row) -> None:
-    values = {"fastllm": row.value, **row.peers}
-    names = sorted(values, key=lambda name: values[name])
-    colors = ["#1f6feb" if name == "fastllm" else "#b8c0cc" for name in names]
-    bars = axes.barh(names, [values[name] for name in names], color=colors, height=0.62)
-    labels = [
-        f"{values[name]:,.0f}"
-        + (f"  (fastllm {row.ratio[name]:.2f}x)" if name in row.ratio else "")
-        for name in names
-    ]
-    axes.bar_label(bars, labels, padding=4, fontsize=9)
-    axes.set_title(f"{row.suite}: {row.case}, {row.unit}", loc="left", fontsize=10)
-    widest = max(values.values())
-    if row.bound is not None and row.bound < 2.5 * widest:
-        axes.axvline(row.bound, color="#d1242f", linestyle="--", linewidth=1)
-        axes.annotate(
-            "machine's bound", (row.bound, 1.0), xycoords=("data", "axes fraction"),
-            xytext=(0, 3), textcoords="offset points", ha="center", va="bottom",
-            fontsize=8, color="#d1242f",
-        )  # fmt: skip
-        widest = max(widest, row.bound)
-    axes.set_xlim(0, 1.25 * widest)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(axis="y", length=0)
+def _write(out: Path, outcomes: Sequence[Outcome], machine: Any) -> None:
+    """demo.json and report.html, of the stages so far."""
+    from .demo_report import write_report
+
+    records = {
+        outcome.stage.name: {
+            **outcome.part.record,
+            "seconds": round(outcome.seconds, 1),
+            "cpu_seconds": round(outcome.cpu_seconds, 1),
+            "problem": outcome.part.problem,
+        }
+        for outcome in outcomes
+    }
+    text = json.dumps(records, indent=2) + "\n"
+    (out / "demo.json").write_text(text, encoding="utf-8")
+    write_report(out / "report.html", outcomes, _machine(machine))
+
+
+def _machine(report: Any) -> dict[str, str]:
+    """What the report says of the machine."""
+    from .. import __version__
+
+    kinds = ", ".join(report["accelerators"]) or "none"
+    return {
+        "fastllm": __version__,
+        "processor": f"{report['processor']}, {report['cores']} cores, {report['isa']}",
+        "GPU": kinds,
+        "memory": human_bytes(report["memory_bytes"]),
+        "versions": ", ".join(f"{k} {v}" for k, v in report["versions"].items()),
+    }
+
+
+def _summary(out: Path, outcomes: Sequence[Outcome]) -> None:
+    heading("All of it")
+    rows = [[o.stage.name, f"{o.seconds:.0f} s", "FAILED" if o.failed else "ok"] for o in outcomes]
+    table(["stage", "time", "result"], rows, right=["time"])
+    print(f"{sum(outcome.seconds for outcome in outcomes) / 60:.1f} minutes in all")
+    print(f"report: {(out / 'report.html').resolve()}")

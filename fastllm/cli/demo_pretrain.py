@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import gzip
 import itertools
-import json
 import shutil
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .console import facts, heading
+from .console import facts
+from .demo_stage import Part, Setting, read_lines
 
 if TYPE_CHECKING:
     from ..models.tokenizer import Tokenizer
@@ -80,6 +80,30 @@ class Pretrained:
         }
 
 
+def pretrain(setting: Setting) -> Part:
+    """The stage: `pretrain_demo`, and what it shows."""
+    folder = setting.folder("pretrain")
+    done = pretrain_demo(folder, setting.seconds)
+    runs = {"experts": done.experts, "dense": done.dense}
+    losses = [
+        (name, [(r["tokens"] / 1e6, r["loss"]) for r in run.lines if "loss" in r])
+        for name, run in runs.items()
+    ]
+    rows = [
+        [name, f"{run.parameters / 1e6:.2f}M", f"{run.active / 1e6:.2f}M",
+         f"{run.tokens_per_second:,.0f}", f"{run.bits_per_byte:.3f}"]
+        for name, run in runs.items()
+    ]  # fmt: skip
+    rows.append(["gzip -9", "", "", "", f"{done.gzip_bits_per_byte:.3f}"])
+    columns = ["", "parameters", "active", "tok/s", "bits per byte, held out"]
+    return Part(
+        record=done.record(),
+        curves={"training loss, nats a token, over million tokens": losses},
+        tables=[("beside gzip", columns, rows)],
+        samples=show(done, folder),
+    )
+
+
 def pretrain_demo(out: Path, seconds: float, depth: int = DEPTH) -> Pretrained:
     """Corpus, tokenizer, store, two models; everything below `out`.
 
@@ -88,7 +112,6 @@ def pretrain_demo(out: Path, seconds: float, depth: int = DEPTH) -> Pretrained:
     from ..models.tokenizer_training import save_tokenizer, train_tokenizer
     from ..train.data.prepare import PrepareConfig, prepare
 
-    heading(f"A tokenizer and two models of your own Python's texts, in {seconds:.0f} seconds")
     files = corpus(out / "topics")
     size = sum(file.stat().st_size for file in files)
     tokenizer = train_tokenizer((f.read_text("utf-8") for f in files), VOCAB_SIZE)
@@ -118,9 +141,7 @@ def pretrain_demo(out: Path, seconds: float, depth: int = DEPTH) -> Pretrained:
     )
     experts = trained(out, "experts", expert_overrides(SHARE * seconds, depth))
     dense = trained(out, "dense", dense_overrides(experts.steps, out / "experts", depth))
-    done = Pretrained(experts=experts, dense=dense, gzip_bits_per_byte=gzip_bits(store, tokenizer))
-    show(done, out)
-    return done
+    return Pretrained(experts=experts, dense=dense, gzip_bits_per_byte=gzip_bits(store, tokenizer))
 
 
 def trained(out: Path, name: str, words: Sequence[str]) -> Run:
@@ -135,7 +156,7 @@ def trained(out: Path, name: str, words: Sequence[str]) -> Run:
     if result.status != "finished" or result.checkpoint is None:
         raise KeyboardInterrupt
     model = ModelConfig.from_directory(result.checkpoint)
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").open(encoding="utf-8")]
+    lines = read_lines(folder / "metrics.jsonl")
     return Run(
         model=result.checkpoint,
         parameters=presets.parameters(model)[0],
@@ -223,8 +244,8 @@ def rate(records: Sequence[dict[str, Any]]) -> float:
     return rates[len(rates) // 2] if rates else float("nan")
 
 
-def show(done: Pretrained, out: Path) -> None:
-    """Numbers, curves, chart and samples."""
+def show(done: Pretrained, out: Path) -> list[tuple[str, str]]:
+    """Print numbers, curve, chart and samples; returns the samples."""
     from ..engine.llm import LLM
     from ..engine.request import SamplingParams
 
@@ -246,8 +267,11 @@ def show(done: Pretrained, out: Path) -> None:
            ("chart", _chart(done, out / "experts-and-dense.png"))])  # fmt: skip
     llm = LLM(done.experts.model)
     params = SamplingParams(max_tokens=48, temperature=0.7, top_p=0.95, seed=1)
-    for prompt, output in zip(_PROMPTS, llm.generate(list(_PROMPTS), params), strict=True):
-        print(f"\n{prompt}{output.outputs[0].text}")
+    outputs = llm.generate(list(_PROMPTS), params)
+    samples = [(p, o.outputs[0].text) for p, o in zip(_PROMPTS, outputs, strict=True)]
+    for prompt, text in samples:
+        print(f"\n{prompt}{text}")
+    return samples
 
 
 def _chart(done: Pretrained, path: Path) -> str:

@@ -34,7 +34,7 @@ COMMANDS = {
     "inspect": "show what a model file holds: metadata, tensors, formats, memory",
     "doctor": "show hardware, libraries and the backend table, and test every op",
     "bench": "measure fastllm beside PyTorch, transformers and llama.cpp",
-    "demo": "answers, speeds, a model trained and one fine-tuned, in some ten minutes",
+    "demo": "a model's whole life in 20 minutes: trained, tuned, rewarded, distilled, quantized",
 }
 
 EXPECTED = (FastLLMError, ValueError, OSError, ModuleNotFoundError)

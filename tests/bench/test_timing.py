@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 
 from fastllm.cli.bench import find_suites, measure, show, write_rows
-from fastllm.cli.demo import draw
+from fastllm.cli.demo_speed import draw
 from fastllm.testing import suite, timing
 from fastllm.testing.suite import OURS, BenchCase, Row, Settings, Work, run_case
 

@@ -5,14 +5,19 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from fastllm.cli import demo, demo_pretrain
+from fastllm.cli import demo, demo_distill, demo_grpo, demo_pretrain
+from fastllm.cli.demo_reward import rankings
 from fastllm.cli.demo_sft import configuration, score
+from fastllm.cli.demo_stage import Part, Setting, Stage
 from fastllm.models.tokenizer_training import train_tokenizer
+from fastllm.train import distill, grpo
 from fastllm.train.config import save_config
 from fastllm.train.data.conversations import read_conversations
+from fastllm.train.data.example_dialogues import has_style
 from fastllm.train.data.store_writer import Vocabulary, write_store
 from fastllm.train.presets import active_parameters, model_config
 from fastllm.train.pretrain import load
@@ -20,11 +25,23 @@ from fastllm.train.sft import Answer
 
 
 def test_parts_are_chosen_by_name() -> None:
-    assert demo.chosen_parts("answers,speed,pretrain,sft") == list(demo.PARTS)
-    assert demo.chosen_parts("sft, answers") == ["answers", "sft"]
-    assert demo.chosen_parts("speed,sft", quick=True) == ["sft"]
+    def names(parts: str, quick: bool = False) -> list[str]:
+        return [stage.name for stage in demo.chosen_stages(parts, quick=quick)]
+
+    assert names(",".join(demo.WHAT)) == [stage.name for stage in demo.STAGES]
+    assert names("sft, answers") == ["answers", "sft"]
+    assert names("speed,sft", quick=True) == ["sft"]
     with pytest.raises(ValueError, match="--parts names 'train'; there are answers, speed"):
-        demo.chosen_parts("answers,train")
+        demo.chosen_stages("answers,train")
+
+
+def test_the_stages_fit_the_time_that_the_help_promises() -> None:
+    # what is not training took as long as that, or less, in the runs that NOTES.md tells of
+    for total, training in (
+        (demo.MINUTES, sum(stage.training for stage in demo.STAGES)),
+        (demo.QUICK_MINUTES, sum(stage.quick for stage in demo.STAGES)),
+    ):
+        assert 0 < training < 0.65 * 60 * total
 
 
 def test_the_corpus_is_this_pythons_own_and_enough(tmp_path: Path) -> None:
@@ -108,6 +125,109 @@ def test_answers_are_scored_by_result_and_style(tmp_path: Path) -> None:
     ]
     texts = ["Work: 1 + 1 = 2\nAnswer: 2", "It is\n2.", "Work: 1 + 1 = 3\nAnswer: 3", ""]
     assert score(texts, answers) == (0.5, 0.5)
+
+
+def test_rankings_have_four_answers_and_a_known_order() -> None:
+    records = rankings(40)
+    assert rankings(40) == records and rankings(12, holdout=True)[0] != records[0]
+    for record in records:
+        assert set(record["ranks"]) in ({1, 2, 3, 4}, {1, 2, 4})
+        best = [a for a, r in zip(record["answers"], record["ranks"], strict=True) if r == 1]
+        bare = record["answers"][record["ranks"].index(2)]
+        assert any(has_style(answer) and answer.endswith(f"Answer: {bare}") for answer in best)
+    held = {record["prompt"] for record in rankings(40, holdout=True)}
+    assert not held & {record["prompt"] for record in records}
+
+
+def grpo_lines(accuracies: list[float], difference: float = 0.0) -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = []
+    for step, value in enumerate(accuracies):
+        lines.append({"step": step, "eval_exact_match": value})
+        lines.append({
+            "step": step + 1, "reward": value, "completions/mean_length": 20.0,
+            "logprob_difference": difference, "tokens_per_second": 100.0,
+            "seconds/rollout": 1.0, "seconds/reward": 0.0, "seconds/update": 3.0,
+        })  # fmt: skip
+    return lines
+
+
+def test_grpo_fails_unless_accuracy_rises_and_bits_agree(tmp_path: Path) -> None:
+    part = demo_grpo.shown(tmp_path, grpo_lines([0.25, 0.5, 0.75]))
+    assert part.problem is None and part.record["accuracy"] == [0.25, 0.75]
+    assert part.record["seconds_per_step"] == {"rollout": 1.0, "reward": 0.0, "update": 3.0}
+    curve = part.curves["share of right answers, over steps"][0]
+    assert curve == ("held out", [(0, 0.25), (1, 0.5), (2, 0.75)])
+    assert "did not rise" in str(demo_grpo.shown(tmp_path, grpo_lines([0.5, 0.9, 0.5])).problem)
+    problem = demo_grpo.shown(tmp_path, grpo_lines([0.1, 0.9], difference=1e-7)).problem
+    assert problem is not None and "differ by 1e-07" in problem
+
+
+def test_samples_of_the_last_rollout_are_shown(tmp_path: Path) -> None:
+    rows = [
+        {"step": step, "prompt": f"{step}?", "completion": "4", "reward": 1.0} for step in (1, 2, 2)
+    ]
+    path = tmp_path / "samples.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert demo_grpo.samples(path) == [("2?", "4\n\nreward 1")] * 2
+    assert demo_grpo.samples(tmp_path / "none.jsonl") == []
+
+
+def test_the_runs_of_the_stages_are_configurations_that_load(tmp_path: Path) -> None:
+    setting = Setting(root=tmp_path, model="smollm2", seconds=7.0, quick=True, options=None)
+    config = grpo.load(None, demo_grpo.overrides(setting, "model", tmp_path / "run"))
+    assert config.loop.seconds == 7.0 and config.eval_prompts == 50 and config.group_size == 8
+    student = distill.load(None, [*demo_distill.SHAPE, "--model=new", "--teacher=x"])
+    assert student.student.width == 256 and student.student.tied and student.method == "full"
+
+
+def stage(name: str, run: Any) -> Stage:
+    return Stage(name=name, title=f"The {name} <part>", run=run, training=1.0, quick=1.0)
+
+
+def test_a_stage_that_fails_is_told_and_the_others_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[Path | None] = []
+
+    def first(setting: Setting) -> Part:
+        (setting.folder("first") / "model").mkdir()
+        return Part(record={"x": 1}, facts=[("a", "b")], curves={"c": [("", [(0, 1), (1, 2)])]})
+
+    def second(setting: Setting) -> Part:
+        raise KeyError("no such thing")
+
+    def third(setting: Setting) -> Part:
+        seen.append(setting.found("second/model", "first/model"))
+        return Part(samples=[("<b>?", "1 < 2")], tables=[("t", ["h"], [["<cell>"]])])
+
+    def worse(setting: Setting) -> Part:
+        return Part(problem="it fell")
+
+    parts = {"first": first, "second": second, "third": third, "worse": worse}
+    monkeypatch.setattr(demo, "STAGES", tuple(stage(n, run) for n, run in parts.items()))
+    machine = {"self_test": [], "processor": "p", "cores": 2, "isa": "x", "accelerators": [],
+               "memory_bytes": 1e9, "versions": {"torch": "2"}}  # fmt: skip
+    monkeypatch.setattr(demo.doctor, "examine", lambda: machine)
+    monkeypatch.setattr(demo.doctor, "show", lambda report, short: None)
+    assert demo.run(["--out", str(tmp_path), "--parts", "first,second,third"]) == 1
+    printed = capsys.readouterr()
+    assert "FAILED: KeyError: 'no such thing'" in printed.out and "Traceback" in printed.err
+    assert seen == [tmp_path / "first" / "model"]
+    record = json.loads((tmp_path / "demo.json").read_text())
+    assert record["first"]["x"] == 1 and record["first"]["problem"] is None
+    assert "no such thing" in record["second"]["problem"]
+    page = (tmp_path / "report.html").read_text()
+    assert "The third &lt;part&gt;" in page and "1 &lt; 2" in page and "&lt;cell&gt;" in page
+    assert page.count("<polyline") == 1 and "failed: KeyError" in page and "<b>?" not in page
+    assert demo.run(["--out", str(tmp_path), "--parts", "first,third"]) == 0
+    assert demo.run(["--out", str(tmp_path), "--parts", "worse"]) == 1
+
+    def stopped(setting: Setting) -> Part:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "STAGES", (stage("stopped", stopped),))
+    with pytest.raises(KeyboardInterrupt):
+        demo.run(["--out", str(tmp_path), "--parts", "stopped"])
 
 
 def test_the_dialogues_of_the_demo_train_and_hold_out(tmp_path: Path) -> None:
