@@ -110,8 +110,9 @@ class CompletionOutput:
 
     text: the whole answer so far; delta: what of it is new since the previous item of the stream
     (all of it when not streaming). logprobs: per token, {token id: Logprob}. cumulative_logprob:
-    sum of the tokens' raw log-probabilities. finish_reason: None (unfinished), "stop" or "length".
-    stop_reason: the stop string or stop token id, None for the model's own end of sequence.
+    sum of the tokens' raw log-probabilities. finish_reason: None (unfinished), "stop", "length"
+    or "abort" (`AsyncLLM.abort`). stop_reason: the stop string or stop token id, None for the
+    model's own end of sequence.
 
     token_logprobs: each token's log-probability, raw. sampled_logprobs: the same at the request's
     temperature, before penalties, min_tokens, min_p, top_k and top_p; greedy (temperature 0): the
