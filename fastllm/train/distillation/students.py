@@ -22,6 +22,7 @@ from fastllm.train.distillation.teacher import LiveTeacher, StoredTeacher
 from fastllm.train.distillation.vocabulary import SharedVocabulary, shared_vocabulary
 from fastllm.train.sft import choose_length, read_data, read_template
 
+_CONTEXT = 2048  # of a new student of a stored teacher
 _DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -38,31 +39,28 @@ class Data:
 
 def student_path(config: DistillConfig, teacher: LiveTeacher | StoredTeacher) -> Path:
     """Where the student's weights are. A new one is made first: a Hugging Face directory `start` in
-    the run's folder, with the teacher's tokenizer, vocabulary and context.
-
-    Raises ValueError for a new student of a teacher that is not there.
-    """
+    the run's folder, with the teacher's tokenizer and vocabulary."""
     if config.model != NEW:
         return resolve(config.model)
-    if isinstance(teacher, StoredTeacher):
-        raise ValueError("a new student takes vocabulary and context of a live teacher: make it "
-                         "first, from the model that was stored")  # fmt: skip
+    if config.store_top_k is not None:  # whoever learns from the store: only its data counts here
+        return resolve(config.teacher.model)
     start = Path(config.loop.out) / "start"
-    if distributed.rank() == 0 and not start.exists():
-        save_pretrained(_new(config, teacher), start, teacher.tokenizer)
+    if distributed.rank() == 0 and (config.loop.resume == "none" or not start.exists()):
+        save_pretrained(_new(config, teacher), start, teacher.tokenizer, overwrite=True)
     distributed.gather(None)  # nobody reads it before it is whole
     return start
 
 
-def _new(config: DistillConfig, teacher: LiveTeacher) -> Decoder:
-    """The model of random weights."""
-    its = teacher.decoder.config
+def _new(config: DistillConfig, teacher: LiveTeacher | StoredTeacher) -> Decoder:
+    """The model of random weights, with the teacher's context where it is known."""
+    tokenizer = teacher.tokenizer
+    context = config.student.context or teacher.longest or config.seq_len or _CONTEXT
     shape = presets.model_config(
         config.student,
-        vocab_size=its.vocab_size,
-        bos=its.bos_token_id,
-        eos=its.eos_token_ids,
-        context=config.student.context or its.max_position_embeddings,
+        vocab_size=teacher.rows,
+        bos=tokenizer.bos_token_id,
+        eos=tuple(sorted(tokenizer.eos_token_ids)),
+        context=context,
     )
     dtype = _DTYPES[config.dtype]
     return initialize(replace(shape, dtype=dtype), dtype=dtype, seed=config.loop.seed)

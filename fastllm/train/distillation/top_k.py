@@ -129,6 +129,7 @@ class TopKWriter:
         file = self.directory / f"shard-{number:05d}.safetensors"
         aside = file.with_name(f".{file.name}.part")
         save_file(tensors, aside)
+        aside.chmod((self.directory / INDEX).stat().st_mode)  # the library makes it private
         sync(aside)
         os.replace(aside, file)
         sync(self.directory)

@@ -188,5 +188,6 @@ def _write(path: Path, values: dict[str, Tensor], name: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.part")
     save_file(values, aside, metadata={"data": name})
+    aside.chmod(path.parent.stat().st_mode & 0o666)  # the library makes it private
     sync(aside)
     os.replace(aside, path)
