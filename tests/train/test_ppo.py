@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -128,6 +132,40 @@ def test_a_run_that_goes_on_from_within_a_rollout_ends_with_the_same_bits(
         for name in ("loss/value_avg", "objective/kl_coef", "episode", "val/mean"):
             assert last.get(name) == other.get(name)
     assert records(tmp_path / "whole")[4]["objective/kl_coef"] != 0.05
+
+
+def test_a_run_killed_with_9_gives_the_bits_of_the_whole_one(
+    folder: Path, tmp_path: Path, runner: Any
+) -> None:
+    def argv(out: Path) -> list[str]:
+        return [
+            "ppo", str(folder / "dense"), str(folder / "prompts.jsonl"), f"--out={out}",
+            f"--rewards={folder / 'rewards.py'}:ascii_share", *QUIET, *SMALL, "--steps=8",
+            "--lr=1e-2", "--mini_batches=2", "--epochs=2", "--loop.save_every=1", "--resume=auto",
+        ]  # fmt: skip
+
+    assert runner.run(argv(tmp_path / "whole")) == 0, runner.log.read_text()
+    out, moments = tmp_path / "run", random.Random(0)
+    for step in (2, 5):  # within rollouts of four steps
+        pid = runner.start(argv(out))
+        deadline = time.monotonic() + 120
+        file = out / "metrics.jsonl"
+        while not (file.exists() and f'{{"step": {step}, "loss"' in file.read_text()):
+            assert time.monotonic() < deadline, runner.log.read_text()
+            time.sleep(0.002)
+        time.sleep(moments.uniform(0, 0.03))
+        os.kill(pid, signal.SIGKILL)
+        runner.wait(pid)
+    assert runner.run(argv(out)) == 0, runner.log.read_text()
+    name = "adapter/adapter_model.safetensors"
+    assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert untimed(out) == untimed(tmp_path / "whole")
+
+
+def untimed(out: Path) -> list[dict[str, Any]]:
+    """The lines of metrics without what a clock says."""
+    clocks = ("seconds", "tokens_per_second", "mfu")
+    return [{k: v for k, v in line.items() if not k.startswith(clocks)} for line in records(out)]
 
 
 def test_another_critic_is_not_resumed(folder: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import random
 from dataclasses import replace
 from itertools import combinations, islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -208,6 +209,28 @@ def test_a_resumed_run_ends_with_the_same_bits(
     ours, theirs = load_file(whole.output / name), load_file(resumed.output / name)
     assert "base_model.model.score.weight" in ours
     assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_two_processes_learn_what_one_does(
+    base: Path, data: tuple[Path, Path], tmp_path: Path, runner: Any, method: str
+) -> None:
+    for count in (1, 2):
+        words = [
+            "reward", str(base), str(data[0]), f"--holdout={data[1]}", f"--method={method}",
+            f"--out={tmp_path / str(count)}", "--steps=4", "--batch_size=8", "--micro_tokens=256",
+            "--lr=1e-3", "--loop.metrics.every=1", *QUIET,
+        ]  # fmt: skip
+        assert runner.run(words, processes=count) == 0, runner.log.read_text()
+    one, two = (
+        [json.loads(x) for x in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("1", "2")
+    )
+    assert len(one) == len(two) == 5
+    for first, second in zip(one, two, strict=True):
+        for name in {"loss", "norm", "tokens", "eval_accuracy", "eval_margin"} & first.keys():
+            assert first[name] == pytest.approx(second[name], rel=1e-3, abs=1e-5)
 
 
 def test_the_command_trains_and_shows_order_and_calibration(
