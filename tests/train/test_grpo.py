@@ -349,9 +349,17 @@ def test_a_reward_that_raises_names_the_sample_and_keeps_what_was_done(
     assert done and newest(out).name == f"step-{done[-1]:06d}"
 
 
+@pytest.mark.parametrize(
+    ("case", "weight", "problem"),
+    [
+        ("llama", "model.norm.weight", "logits for position"),
+        ("qwen3 moe", "model.layers.0.input_layernorm.weight", "has no distribution"),
+    ],
+)
 def test_weights_that_are_none_stop_the_rollout_and_no_checkpoint_is_lost(
-    base: Callable[[str], Path], files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    case: str, weight: str, problem: str, base: Callable[[str], Path], files: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     original = Rollouts.__call__
     rollouts = 0
 
@@ -360,15 +368,26 @@ def test_weights_that_are_none_stop_the_rollout_and_no_checkpoint_is_lost(
         rollouts += 1
         if rollouts == 3:
             with torch.no_grad():
-                self.llm.model.model.norm.weight.fill_(float("nan"))
+                self.llm.model.get_parameter(weight).fill_(float("nan"))
             self.llm.model.weights_changed()
         return original(self, *args)
 
     monkeypatch.setattr(Rollouts, "__call__", poisoned)
     out = tmp_path / "run"
-    with pytest.raises(NumericalError, match="NaN"):
-        train(base("llama"), files, out, "--steps=5", "--loop.save_every=1")
+    with pytest.raises(NumericalError, match=problem):
+        train(base(case), files, out, "--steps=5", "--loop.save_every=1")
     assert newest(out).name == "step-000002"
+
+
+def test_latent_attention_differs_by_rounding_and_says_so(
+    base: Callable[[str], Path], files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, metrics = train(
+        base("deepseek v3"), files, tmp_path / "run", "--steps=2", "--dtype=float32",
+        "--loop.metrics.progress=plain",
+    )  # fmt: skip
+    assert all(m["logprob_difference"] < 1e-3 for m in metrics)
+    assert "of the size of rounding, not 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,16 @@ class PolicyTask(DecoderTask):
         self._names, self._weights = list(names), torch.tensor(list(weights))
         self._asked, self._shown = asked, shown
 
+    def describe(self) -> list[str]:
+        """What is trained, on what."""
+        lines = super().describe()
+        if self.decoder.config.mla is not None:
+            lines.append(
+                "latent attention trains in its expanded form: logprob_difference is of the size "
+                "of rounding, not 0"
+            )
+        return lines
+
     # what the loop calls
 
     def loss(self, micro: RlMicro) -> Tensor:
