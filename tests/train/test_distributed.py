@@ -81,7 +81,7 @@ with distributed.process_group():
 
 
 def test_log_probabilities_of_a_sharded_model_are_those_of_the_whole(group: Any) -> None:
-    group(LOG_PROBS, timeout=120)
+    group(LOG_PROBS)
 
 
 @pytest.mark.full

@@ -247,7 +247,7 @@ def test_what_one_router_refuses_stops_every_process(
 ) -> None:
     words = ("model.preset=moe", "loop.steps=2", "loop.eval_every=1", *SIZES, *words)
     cases = [tiny.words(tmp_path / name, *words) for name in ("step", "evaluation")]
-    for printed in group(ONE_REFUSES.format(cases=json.dumps(cases)), timeout=120):
+    for printed in group(ONE_REFUSES.format(cases=json.dumps(cases))):
         in_step, in_evaluation = map(json.loads, printed.splitlines())
         assert in_step.startswith("step 1: process 1: logits has no distribution in row")
         assert in_evaluation.startswith("evaluation after step 1: process 1: logits has no")
