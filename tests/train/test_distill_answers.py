@@ -66,6 +66,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     questions.write_text("".join(json.dumps(line) + "\n" for line in asked))
     texts = [f"{line['prompt']} {line['completion']}" for line in lines]
     tokenizer = tokenizer_of(texts, 300)
+    reversed_ = tokenizer_of([text[::-1] for text in texts], 275)
     words = [f"--model={random_model(folder / 'untaught', tokenizer, 64, 1)}", f"--data={chats}",
              f"--out={folder / 'taught'}", "--method=full", "--holdout=none", "--epochs=60",
              "--batch_size=12", "--lr=1e-2", "--samples=0",
@@ -75,7 +76,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
         "teacher": taught.output, "chats": chats, "questions": questions,
         "student": random_model(folder / "student", tokenizer, 32, 2),
-        "foreign": random_model(folder / "foreign", tokenizer_of([text[::-1] for text in texts], 275), 48, 3),
+        "foreign": random_model(folder / "foreign", reversed_, 48, 3),
     }  # fmt: skip
 
 
@@ -221,6 +222,16 @@ def test_a_student_comes_nearer_to_its_teacher_by_its_own_answers(
     assert 0 <= steps[0]["completions/clipped_ratio"] <= 1 and "seconds/rollout" in steps[0]
 
 
+def test_problems_of_tasks_are_asked_and_shown(files: dict[str, Path], tmp_path: Path) -> None:
+    result = run(files, tmp_path / "run", "on_policy", "--data=arithmetic:1", "--task_count=12",
+                 "--on_policy.max_completion=4", "--chat_template=plain", "--steps=2",
+                 "--loop.sample_every=1", "--holdout=0.2", "--batch_size=4")  # fmt: skip
+    assert result.before is not None and result.run.step == 2
+    lines = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    samples = [line["samples"] for line in lines if "samples" in line]
+    assert len(samples) == 2 and len(samples[0]) == 4
+
+
 @pytest.mark.parametrize("share", ["0", "0.5", "1"])
 def test_a_share_of_the_prompts_is_answered_by_the_student(
     files: dict[str, Path], tmp_path: Path, share: str
@@ -244,15 +255,17 @@ def test_a_run_killed_with_9_in_the_middle_resumes_with_the_same_bits(
                 f"--teacher={files['teacher']}", f"--data={files['chats']}", f"--out={out}",
                 "--mode=on_policy", "--method=full", *OWN, *QUIET, "--epochs=8", "--holdout=0.2",
                 "--on_policy.student_share=0.7", "--loop.save_every=2", "--resume=auto",
-                "--loop.metrics.every=3"]  # fmt: skip
+                "--loop.metrics.every=1"]  # fmt: skip
 
     assert runner.run(argv(tmp_path / "whole")) == 0, runner.log.read_text()
     out = tmp_path / "run"
-    pid = runner.start(argv(out))
-    while not list(out.glob("checkpoints/step-*4")):
-        time.sleep(0.002)
-    os.kill(pid, signal.SIGKILL)
-    assert runner.wait(pid) in (-signal.SIGKILL, 0)
+    for number, step in ((signal.SIGTERM, 1), (signal.SIGKILL, 6)):
+        pid = runner.start(argv(out))
+        metrics = out / "metrics.jsonl"
+        while not (metrics.exists() and f'"step": {step}' in metrics.read_text()):
+            time.sleep(0.002)
+        os.kill(pid, number)  # most often within a rollout
+        assert runner.wait(pid) in (-signal.SIGKILL, 0), runner.log.read_text()
     assert runner.run(argv(out)) == 0, runner.log.read_text()
     found, wanted = (
         [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]

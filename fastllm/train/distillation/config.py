@@ -44,7 +44,8 @@ class DistillConfig(SftConfig):
     """Who learns what from whom. None: chosen from the data.
 
     model: the student; "new" is one of random weights, whose shape `student` gives and whose
-    vocabulary and context are the teacher's. Raises ValueError naming the field.
+    vocabulary and context are the teacher's. samples: of mode sequences. Raises ValueError naming
+    the field.
     """
 
     teacher: TeacherConfig = field(default_factory=TeacherConfig)

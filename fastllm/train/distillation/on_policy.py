@@ -27,8 +27,9 @@ from fastllm.train.data.masks import Example
 from fastllm.train.data.order import key, permutation
 from fastllm.train.data.prompts import EncodedPrompt, PromptRecord
 from fastllm.train.distillation.task import DistillTask
-from fastllm.train.rl.rollout import Rollouts
+from fastllm.train.rl.rollout import Rollouts, Trajectory
 
+_SHOWN = 4  # answers of a sample
 _WHO = 0x64697374  # keeps the draw of who answers apart from the seeds of answers
 
 
@@ -142,6 +143,7 @@ class OnPolicyBatches:
         self._data = fingerprint([question.example() for question in questions])
         self._tokens = self._cut = self._answers = 0
         self._seconds = 0.0
+        self.newest: list[Trajectory] = []  # the student's answers of the last step that has any
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         return self
@@ -203,6 +205,7 @@ class OnPolicyBatches:
         began = time.perf_counter()
         found = self.rollouts([self._at(number).prompt for number in numbers], numbers)
         self._seconds += time.perf_counter() - began
+        self.newest = found
         self._answers += len(found)
         self._tokens += sum(len(t.completion_ids) for t in found)
         self._cut += sum(t.truncated for t in found)
@@ -243,6 +246,11 @@ class OnPolicyTask(DistillTask):
             seed=seed,
             stopping=lambda: self.stopping(),  # which the loop sets later
         )
+
+    def sample(self) -> list[tuple[str, str]]:
+        """The student's newest answers."""
+        shown = self.batches.newest[:_SHOWN]
+        return [(self.tokenizer.decode(t.prompt_ids), t.text) for t in shown]
 
     def numbers(self, *, whole: bool) -> dict[str, Any]:
         """Also of the answers."""
