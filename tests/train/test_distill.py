@@ -308,6 +308,20 @@ def test_a_run_killed_with_9_resumes_with_the_same_bits(
     assert one.read_bytes() == other.read_bytes()
 
 
+def test_recomputed_activations_change_no_bit_and_a_saved_configuration_goes_on(
+    pair: Pair, tiny: Any, tmp_path: Path
+) -> None:
+    options = ["--epochs=1", "--batch_size=16", "--lr=1e-3", "--alpha=0.5", "--divergence=js"]
+    plain = run(pair, tiny.store, tmp_path / "plain", *options)
+    again = run(pair, tiny.store, tmp_path / "again", *options, "--checkpointing")
+    one, other = (r.output / "model.safetensors" for r in (plain, again))
+    assert one.read_bytes() == other.read_bytes()
+    config = distill.load(tmp_path / "plain" / "config.yaml", ["--resume=auto"])
+    resumed = distill.main(config, say=lambda line: None)
+    assert isinstance(resumed, DistillResult) and resumed.before is None
+    assert resumed.after == plain.after
+
+
 @pytest.mark.full
 def test_two_processes_learn_what_one_does(
     pair: Pair, tiny: Any, runner: Any, tmp_path: Path

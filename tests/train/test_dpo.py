@@ -327,6 +327,19 @@ def test_a_run_killed_with_9_resumes_with_the_same_bits(
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_recomputed_activations_change_no_bit_and_a_saved_configuration_goes_on(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    options = ["--epochs=2", "--lr=1e-3", "--method=full", f"--holdout={data}"]
+    plain = run(base, data, tmp_path / "plain", *options)
+    again = run(base, data, tmp_path / "again", *options, "--checkpointing")
+    one, other = (load_file(r.output / "model.safetensors") for r in (plain, again))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    config = dpo.load(tmp_path / "plain" / "config.yaml", ["--resume=auto"])
+    resumed = dpo.main(config, say=lambda line: None)
+    assert resumed.before is None and resumed.after == plain.after
+
+
 @pytest.mark.full
 def test_two_processes_learn_what_one_does(
     base: Path, data: Path, tmp_path: Path, runner: Any

@@ -34,8 +34,9 @@ class TeacherConfig:
     model: a GGUF file, a directory, a name or an id; or a directory of `--store-top-k`.
     quant: round its layers' matrices to this format as they are loaded (nf4, int4, q4_k, ...).
     activation: how inputs meet quantized weights. "auto" is inference's choice, int8 on a CPU: the
-    fastest, and what the teacher computes with when it generates; its log-probabilities are then
-    off by what int8 inputs cost. "bf16" and "fp32" compute as training does.
+    fastest, and what the teacher computes with when it generates. Its log-probabilities are then
+    off by what int8 inputs cost: 0.005 nats a token of KL for SmolLM2-135M in 4 bits. "bf16" and
+    "fp32" compute as training does: a model is then at 0 from itself.
     """
 
     model: str = ""
