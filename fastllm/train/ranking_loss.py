@@ -65,7 +65,7 @@ class Ordering:
     def numbers(self) -> dict[str, float]:
         """For a line of metrics."""
         return {
-            "eval_accuracy": self.accuracy, "eval_margin": self.margin, "eval_ece": self.ece,
+            "eval_order": self.accuracy, "eval_margin": self.margin, "eval_ece": self.ece,
         }  # fmt: skip
 
     def lines(self) -> list[str]:

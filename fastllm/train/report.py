@@ -42,7 +42,10 @@ def write_report(
             ("samples", series(records, "reward")),
             ("held out, greedy", series(records, "eval_reward")),
         ],
+        "held-out pairs in the right order": [("", series(records, "eval_order"))],
         "KL to the reference": [("", series(records, "kl"))],
+        "KL to the reference, of a completion": [("", series(records, "objective/kl"))],
+        "squared error of the critic": [("", series(records, "val/error"))],
         "entropy of a token": [("", series(records, "entropy"))],
         "tokens of a completion": [("", series(records, "completions/mean_length"))],
         "bits per byte": [("held out", series(records, "bits_per_byte"))],
@@ -106,6 +109,13 @@ def page(
     layers, loads = last_loads(records)
     if loads:
         parts.append(f"<h2>load of every expert, at the end</h2>{load_table(layers, loads)}")
+    bins: Sequence[Mapping[str, Any]] = next(
+        (r["reliability"] for r in reversed(records) if "reliability" in r), []
+    )
+    if bins:
+        found = {f"said {b['confidence']:.0%}": f"right {b['accuracy']:.0%} of {b['pairs']} pairs"
+                 for b in bins}  # fmt: skip
+        parts.append(f"<h2>reliability on held-out pairs</h2>{table(found)}")
     samples = [r for r in records if r.get("samples")]
     if samples:
         parts.append(f"<h2>samples of step {samples[-1]['step']}</h2>")

@@ -37,7 +37,9 @@ from fastllm.train.data.rankings import (
     read_rankings,
 )
 from fastllm.train.loop import LoopConfig, Result, ScheduleConfig, run
+from fastllm.train.metrics import FILE, read
 from fastllm.train.ranking_loss import Ordering
+from fastllm.train.report import write_report
 from fastllm.train.reward_task import RewardTask
 from fastllm.train.sft import MAX_HELD_OUT, read_template, split
 from fastllm.train.tune_config import ALIASES, TuneConfig
@@ -181,6 +183,8 @@ def train(config: RewardConfig, plan: Plan, task: RewardTask, say: Say) -> Rewar
             say(line)
         if distributed.rank() == 0:
             write_evaluation(Path(config.loop.out), before, after)
+            if config.loop.metrics.report:
+                add_reliability(config, result.step, after, say)
     say(f"saved to {output}")
     return RewardResult(run=result, output=output, before=before, after=after)
 
@@ -191,6 +195,13 @@ def write_evaluation(out: Path, before: Ordering | None, after: Ordering) -> Non
     if before is not None:
         values["before"] = asdict(before)
     (out / EVALUATION).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def add_reliability(config: RewardConfig, step: int, after: Ordering, say: Say) -> None:
+    """Write the run's page again, with how often the model was right at each confidence."""
+    out = Path(config.loop.out)
+    last = {"step": step, "reliability": [asdict(b) for b in after.bins]}
+    write_report(out, [*read(out / FILE), last], to_dict(config), say)
 
 
 def choose(config: RewardConfig, examples: Sequence[RankedExample], hidden: int) -> Plan:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +18,25 @@ from fastllm.train.data.rankings import RankedExample, RankingMicro, ranking_bat
 from fastllm.train.decoder_task import DecoderTask
 from fastllm.train.ranking_loss import Ordering, ordering, ranking_loss
 from fastllm.train.tune_config import TuneConfig
+
+
+class Rate:
+    """Things a second since the first was added, until they are taken."""
+
+    def __init__(self) -> None:
+        self._count, self._began = 0, 0.0
+
+    def add(self, count: int) -> None:
+        """So many begin now."""
+        if not self._count:
+            self._began = time.perf_counter()
+        self._count += count
+
+    def take(self) -> float:
+        """The rate; the count begins anew."""
+        rate = self._count / max(time.perf_counter() - self._began, 1e-9)
+        self._count = 0
+        return rate
 
 
 class RewardTask(DecoderTask):
@@ -49,6 +70,7 @@ class RewardTask(DecoderTask):
         self.scorer = Scorer(self.decoder)
         self.margin = margin
         self.center = center
+        self._rate = Rate()
         self._held_out: Sequence[RankedExample] = ()
         self._micro_tokens = 0
         self._lines: tuple[str, ...] = ()
@@ -73,6 +95,7 @@ class RewardTask(DecoderTask):
     def loss(self, micro: RankingMicro) -> Tensor:
         """The ranking loss, summed over rankings: one forward pass over all their answers."""
         micro = micro.to(self.device)
+        self._rate.add(len(micro.documents.ids))
         scores = self.scorer.scores(micro.documents, rows=micro.ends, checkpoint=self.checkpointing)
         margins = micro.margins + self.margin
         loss = ranking_loss(scores, micro.better, micro.worse, micro.weights, margins, self.center)
@@ -81,6 +104,10 @@ class RewardTask(DecoderTask):
     def flops(self, micro: RankingMicro) -> float:
         """Of forward and backward."""
         return self.training_flops(len(micro.documents.ids), 0)
+
+    def numbers(self, *, whole: bool) -> dict[str, Any]:
+        """Tokens a second: the loop counts rankings, which the loss is a mean of."""
+        return {"tokens_per_second": self._rate.take() * distributed.world()}
 
     def evaluate(self) -> dict[str, float]:
         """How held-out pairs are ordered."""
