@@ -163,6 +163,7 @@ def main(config: GrpoConfig, say: Say = print) -> GrpoResult:
             aggregation=algorithm.aggregation,
             longest=config.max_completion,
             seed=config.loop.seed,
+            skip=not (algorithm.beta and algorithm.kl_in == "loss"),  # else all of them pull
         )
         task.set_evaluation(
             rollouts,

@@ -180,10 +180,13 @@ class _Loop:
         while progress.step < progress.steps and not stop:
             try:
                 stop = self.step(signals)
+                self.after_step(last=stop or progress.step >= progress.steps)
             except StepAbandoned:
                 self.keep()
                 break
-            self.after_step(last=stop or progress.step >= progress.steps)
+            except RewardError:  # of one sample: it spoils no step that was done
+                self.keep()
+                raise
         self.metrics.report()
         finished = progress.step >= progress.steps
         if not finished:
@@ -209,7 +212,7 @@ class _Loop:
         total = torch.zeros((), dtype=torch.float64, device=task.device)
         counts = [0.0, 0.0, 0.0, 0.0]
         with self.refusals(f"step {progress.step + 1}") as refused:
-            for micro in self.micro_batches():
+            for micro in next(task.batches):
                 loss = task.loss(micro)
                 loss.backward()
                 total += loss.detach()
@@ -240,15 +243,6 @@ class _Loop:
         self.clock += time.perf_counter() - began
         progress.seconds += time.perf_counter() - began
         return bool(stop)
-
-    def micro_batches(self) -> list[Any]:
-        """This step's. A reward that fails spoils no step that was done: the state is as it was
-        after the last one, and is saved before the error goes on."""
-        try:
-            return next(self.task.batches)
-        except RewardError:
-            self.keep()
-            raise
 
     @contextmanager
     def refusals(self, what: str) -> Iterator[list[NotFiniteError]]:

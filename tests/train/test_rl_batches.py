@@ -233,6 +233,27 @@ def test_micro_batches_hold_every_token_once_and_prompts_once_where_they_fit(
         assert rows == shared
 
 
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
+def test_samples_without_advantage_are_left_out_and_change_nothing(aggregation: str) -> None:
+    samples = [
+        replace(s, advantages=[0.0] * len(s.advantages)) if s.group in (0, 2) else s
+        for s in SAMPLES
+    ]
+
+    def loss(skip: bool) -> float:
+        """As the loop makes it, of -A old."""
+        micros = micro_batches(
+            samples, 16, aggregation=aggregation, longest=9, fresh=False, skip=skip
+        )
+        total = sum(float((m.weights.double() * -m.advantages * m.old).sum()) for m in micros)
+        return total / sum(m.tokens for m in micros)
+
+    assert loss(True) == pytest.approx(loss(False), rel=1e-6)
+    flat = [replace(s, advantages=[0.0] * len(s.advantages)) for s in SAMPLES]
+    micros = micro_batches(flat, 16, aggregation=aggregation, longest=9, fresh=False, skip=True)
+    assert sum(m.tokens for m in micros) == sum(len(s.completion_ids) for s in SAMPLES)
+
+
 def test_stretches_keep_the_order() -> None:
     for most in (1, 9, 30, 1000):
         parts = list(stretches(SAMPLES, most))

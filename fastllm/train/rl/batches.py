@@ -86,11 +86,12 @@ class RlBatches:
         micro_tokens: rows that go through the model at once; a longer sample goes alone.
         aggregation, longest: see `token_weights`.
         seed: of the shuffling.
+        skip: see `micro_batches`.
     """
 
     def __init__(
         self, collect: Collector, *, mini_batches: int = 1, epochs: int = 1, micro_tokens: int,
-        aggregation: str, longest: int, seed: int = 0,
+        aggregation: str, longest: int, seed: int = 0, skip: bool = False,
     ) -> None:  # fmt: skip
         self.collect = collect
         self.mini_batches = mini_batches
@@ -99,6 +100,7 @@ class RlBatches:
         self.aggregation = aggregation
         self.longest = longest
         self.seed = seed
+        self.skip = skip
         self._rollouts = 0  # made so far
         self._step = 0  # steps taken from the buffer
         self._taken = 0  # steps in all
@@ -122,7 +124,7 @@ class RlBatches:
             self._buffer = []  # a checkpoint need not hold what is done with
         return micro_batches(
             chosen, self.micro_tokens, aggregation=self.aggregation, longest=self.longest,
-            fresh=fresh,
+            fresh=fresh, skip=self.skip,
         )  # fmt: skip
 
     def _steps(self) -> list[list[int]]:
@@ -171,12 +173,21 @@ class RlBatches:
 
 
 def micro_batches(
-    samples: Sequence[Sample], micro_tokens: int, *, aggregation: str, longest: int, fresh: bool
-) -> list[RlMicro]:
+    samples: Sequence[Sample], micro_tokens: int, *, aggregation: str, longest: int, fresh: bool,
+    skip: bool = False,
+) -> list[RlMicro]:  # fmt: skip
     """The samples of one optimizer step, packed best-fit; those of a prompt stay together as far as
-    `micro_tokens` rows allow."""
+    `micro_tokens` rows allow.
+
+    skip: leave out samples whose advantages are all 0, unless all are: weights are such that the
+        loss and its gradient are what they would be with them.
+    """
     lengths = torch.tensor([len(sample.completion_ids) for sample in samples])
     weights = token_weights(lengths, aggregation, longest).tolist()
+    if skip and (chosen := [i for i, sample in enumerate(samples) if any(sample.advantages)]):
+        # The loop divides by the tokens that are there.
+        share = int(lengths[chosen].sum()) / int(lengths.sum())
+        samples, weights = [samples[i] for i in chosen], [share * weights[i] for i in chosen]
     units = list(_units(samples, micro_tokens))
     sizes = [_rows([samples[i] for i in unit]) for unit in units]
     packed = pack_rows(sizes, max(micro_tokens, *sizes))
