@@ -27,7 +27,7 @@ from .quantize_fits import (
     value,
 )
 from .quantize_super import fit_super, fit_super_min
-from .triton_compat import divide, round_even
+from .triton_compat import divide, recomputed, round_even
 
 # As in `fastllm.ops.quantize_search`.
 SIGNED_STARTS = {
@@ -136,6 +136,12 @@ def store_group(
 
 
 @triton.jit
+def program_groups(LANES: tl.constexpr):
+    """int64 [LANES], computed at every call: kept during a search they take registers."""
+    return tl.program_id(0).to(tl.int64) * LANES + recomputed(tl.arange(0, LANES))
+
+
+@triton.jit
 def quantize_groups_kernel(
     data_ptr,
     scales_ptr,
@@ -157,7 +163,7 @@ def quantize_groups_kernel(
     OFFSET: tl.constexpr = kind(FORMAT, "offset")
     BITS: tl.constexpr = kind(FORMAT, "bits")
     BLOCKS: tl.constexpr = G // 32
-    group = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
+    group = program_groups(LANES)
     mask = group < total
     row, column = group // groups, group % groups * G
     x = w_ptr + row * stride_w + column
@@ -185,7 +191,10 @@ def quantize_groups_kernel(
     elif SCALES == "half_zero":
         d, z = fit_zero(x, w, mask, some, starts, 15, STARTS, G, WEIGHTED)
         factor = inverse(half(d))
-        store_group(data_ptr, x, block, mask, factor, 0.0, z, FORMAT, "even", 0, 15, BLOCKS)
+        group = program_groups(LANES)
+        store_group(
+            data_ptr, x, group * BLOCKS, mask, factor, 0.0, z, FORMAT, "even", 0, 15, BLOCKS
+        )
         tl.store(scales_ptr + 2 * group, d.to(tl.float16), mask=mask)
         tl.store(scales_ptr + 2 * group + 1, z.to(tl.float16), mask=mask)
     else:
@@ -224,6 +233,19 @@ def first_peak(x, mask, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def places_of_super(data_ptr, scales_ptr, FORMAT: tl.constexpr, SUPERS: tl.constexpr):
+    """Where they go: codes of blocks [SUPERS, 8], scales [SUPERS, 1], the same as halves.
+
+    Computed after the search, whose registers they would take.
+    """
+    RECORD: tl.constexpr = 18 if FORMAT == "q6_k" else 20
+    index = recomputed(tl.program_id(0) * SUPERS + tl.arange(0, SUPERS))[:, None].to(tl.int64)
+    to = data_ptr + (index * 8 + tl.arange(0, 8)[None, :]) * block_bytes(FORMAT)
+    record = scales_ptr + index * RECORD
+    return to, record, record.to(tl.pointer_type(tl.float16), bitcast=True)
+
+
+@triton.jit
 def quantize_super_kernel(
     data_ptr,
     scales_ptr,
@@ -241,21 +263,19 @@ def quantize_super_kernel(
 ):
     SUBS: tl.constexpr = 16 if FORMAT == "q6_k" else 8
     LEVELS: tl.constexpr = (1 << kind(FORMAT, "bits")) - 1
-    RECORD: tl.constexpr = 18 if FORMAT == "q6_k" else 20
-    index = tl.program_id(0).to(tl.int64) * SUPERS + tl.arange(0, SUPERS)[:, None]
+    # int32: 2^31 super-blocks are 2^39 values
+    index = (tl.program_id(0) * SUPERS + tl.arange(0, SUPERS))[:, None]
     sub = tl.arange(0, SUBS)[None, :]
     live = index < total
     mask = live & (sub < SUBS)
-    row, column = index // supers, index % supers * 256
+    row, column = (index // supers).to(tl.int64), index % supers * 256
     x = w_ptr + row * stride_w + column + sub * (256 // SUBS)
     w = importance_ptr + row * stride_i + column + sub * (256 // SUBS)
-    record = scales_ptr + index * RECORD
-    halves = record.to(tl.pointer_type(tl.float16), bitcast=True)
     block = tl.arange(0, 8)[None, :]
-    to = data_ptr + (index * 8 + block) * block_bytes(FORMAT)
     of_block = w_ptr + row * stride_w + column + block * 32
     if FORMAT == "q6_k":
         d, sc = fit_super(x, w, mask, starts, STARTS, WEIGHTED)
+        to, record, halves = places_of_super(data_ptr, scales_ptr, FORMAT, SUPERS)
         tl.store(record + 2 + sub, sc.to(tl.int32).to(tl.uint8), mask=mask)
         first, second = tl.split(tl.reshape(inverse(d * sc), (SUPERS, 8, 2)))
         factors = (first, second)
@@ -263,6 +283,7 @@ def quantize_super_kernel(
         store_block(to, of_block, inside, factors, 0.0, 32.0, FORMAT, "even", 0, 63)
     else:
         d, dmin, sc, mn = fit_super_min(x, w, mask, starts, LEVELS, STARTS, WEIGHTED)
+        to, record, halves = places_of_super(data_ptr, scales_ptr, FORMAT, SUPERS)
         tl.store(halves + 1, dmin.to(tl.float16), mask=live)
         tl.store(record + 4 + 2 * sub, sc.to(tl.int32).to(tl.uint8), mask=mask)
         tl.store(record + 5 + 2 * sub, mn.to(tl.int32).to(tl.uint8), mask=mask)

@@ -151,13 +151,17 @@ _QUANT_FP32 = {
 }
 # Gated: n rows of gate and n of up, sums of both beside a product. 128 x 64 takes up to 202
 # registers on sm_90, with minima, q6_k or wide units of bytes 236 and more: 64 x 64. On sm_80
-# minima, wide units and int8 take 64 x 32 (162 to 246; 64 x 64 spills up to 452 bytes).
+# minima, wide units and int8 take 64 x 32 (162 to 246; 64 x 64 spills up to 452 bytes). Few tokens
+# of 5-bit codes, whose fifth bits are words of their own, take 96 to 128 at 32 columns a step; at
+# 64, 128 to 182, and q5_0 spills 8 bytes on sm_80. Five programs an SM are 60 KB in flight.
 _QUANT_GATED_FEW = {
     16: ProductTile(64, 16, 64, 4, 4),
     32: ProductTile(64, 32, 32, 4, 3),
 }
+_QUANT_GATED_FEW_5_BITS = _QUANT_GATED_FEW | {16: ProductTile(64, 16, 32, 4, 4)}
 # fp32: 32 x 32 takes 90 to 134 registers at 4 warps. Wide units of bytes, gated or not, spill 8
-# bytes at 64 x 32 and 12 at 4 warps; q6_k 8 at 32 x 16 on sm_80.
+# bytes at 64 x 32 and 12 at 4 warps; q6_k 8 at 32 x 16 on sm_80. Few tokens of int4 units of 128
+# columns take 74 to 80 at three stages; at two int4_g128 is held to 64 on sm_80 and spills 16.
 _QUANT_GATED_FP32 = {
     16: ProductTile(32, 16, 32, 4, 2),
     64: ProductTile(32, 32, 32, 4, 2),
@@ -166,6 +170,7 @@ _QUANT_FP32_BYTES = {
     16: ProductTile(32, 16, 32, 8, 2),
     64: ProductTile(32, 32, 32, 8, 2),
 }
+_QUANT_FP32_WIDE = _QUANT_FP32 | {16: ProductTile(64, 16, 32, 8, 3)}
 
 # Input gradient of a packed weight: n columns of dx, m rows, k rows of W a step. Codes and scales
 # become an operand through registers, so the step is short; one tile for any number of tokens.
@@ -184,19 +189,27 @@ def linear_tile(m: int, dtype: torch.dtype) -> ProductTile:
 
 def quant_tile(m: int, format: str, mode: str, gated: bool, device: torch.device) -> ProductTile:
     """Tile of a packed product of m tokens; of n rows of gate and n of up if gated."""
+    bits = FORMATS[format].bits
     if mode == "fp32":
-        if FORMATS[format].bits == 8 and int(unit_columns(format, mode)) > 32:
-            return tile_for(_QUANT_FP32_BYTES, m)
-        if gated and FORMATS[format].bits == 6:
-            return _QUANT_GATED_FP32[64]
-        return tile_for(_QUANT_GATED_FP32 if gated else _QUANT_FP32, m)
-    few = _QUANT_GATED_FEW if gated else _QUANT_FEW
+        return _fp32_tile(m, bits, int(unit_columns(format, mode)), gated)
+    few = _QUANT_FEW
+    if gated:
+        few = _QUANT_GATED_FEW_5_BITS if bits == 5 else _QUANT_GATED_FEW
     columns, tokens = (_gated_size if gated else _product_size)(
         format, mode, architecture(device) == 90
     )
     if m <= min(max(few), tokens):
         return tile_for(few, m)
     return ProductTile(columns, tokens, 32, 8, 3)
+
+
+def _fp32_tile(m: int, bits: int, unit: int, gated: bool) -> ProductTile:
+    """Tile of a product of m tokens in mode fp32, `unit` columns of codes of `bits` a unit."""
+    if bits == 8 and unit > 32:
+        return tile_for(_QUANT_FP32_BYTES, m)
+    if gated:
+        return _QUANT_GATED_FP32[64] if bits == 6 else tile_for(_QUANT_GATED_FP32, m)
+    return tile_for(_QUANT_FP32_WIDE if unit > 64 else _QUANT_FP32, m)
 
 
 def _product_size(format: str, mode: str, hopper: bool) -> tuple[int, int]:

@@ -87,7 +87,7 @@ def as_e4m3(rows: Tensor) -> Tensor:
 
 
 def quant_case(problem: MoeProblem, formats: tuple[str, str], mode: str) -> float:
-    """y, and the gradients of x and of the routing weights (the weights rounded to x's dtype)."""
+    """y, and the gradients of x and of the routing weights; their peer has a copy in x's dtype."""
     from fastllm.kernels.quant_moe_backward import quant_moe_backward
 
     layer, packed = quant_layer(problem, formats, mode)
@@ -113,8 +113,11 @@ def quant_case(problem: MoeProblem, formats: tuple[str, str], mode: str) -> floa
     )
     names = ("x", "topk_weights")
     grads = []
-    for exactly in (True, False):
-        leaf, leaves = (stored.double() if exactly else stored).leaves(names)
+    # Right are the gradients of the packed values, as y is theirs: the forward never rounds a
+    # weight. Were the rounded copy right, its roundings in pre would count as the kernel's errors
+    # and be none of the peer's.
+    for judge, exactly in ((layer.double(), True), (stored, False)):
+        leaf, leaves = judge.leaves(names)
         out = expert_loop(leaf, exact=exactly)
         grads.append(torch.autograd.grad(out, leaves, dy.to(out.dtype)))
     return max(worst, *map(judged, found, *grads))
