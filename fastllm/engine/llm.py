@@ -56,7 +56,8 @@ class LLM:
         max_num_batched_tokens: prompt tokens in one forward pass.
         enable_prefix_caching: keep the pages of prompts and answers for later requests that begin
             with the same tokens, until the pages are needed or the weights change. The samples of
-            one prompt share its pages in any case. It never changes a bit of an answer.
+            one prompt share its pages in any case. It changes no bit of an answer (on a GPU: in
+            batch-invariant mode).
         num_pages: of the KV cache, each of 64 tokens; default what all samples may need, as far as
             memory allows. With fewer the youngest samples give way to older ones and go on later.
         enforce_eager: run decode steps op by op, without captured graphs (same bits, slower).
@@ -262,8 +263,12 @@ class LLM:
         return self._engine.logits(self._requests.check_ids(ids, "ids", self.max_model_len))
 
     def reset_prefix_cache(self) -> None:
-        """Forget the pages that are kept for later requests. (Changed weights do so by themselves:
-        those of an optimizer step, of `load_state_dict`, of adapters.)"""
+        """Forget the pages that are kept for later requests.
+
+        Changed weights do so by themselves: those of an optimizer step, `load_state_dict`, adapters
+        and whatever else torch counts. After other writes, to `parameter.data` for example, call
+        `Decoder.weights_changed`.
+        """
         self._engine.reset_prefix_cache()
 
     def _run(

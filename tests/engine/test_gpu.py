@@ -58,3 +58,26 @@ def test_batch_invariant_mode_keeps_parity(random_model: Callable[[str], Path]) 
             assert alone.cumulative_logprob == out.outputs[0].cumulative_logprob
     finally:
         set_batch_invariant(False)
+
+
+def test_batch_invariant_mode_keeps_answers_through_preemption_and_shared_pages(
+    random_model: Callable[[str], Path],
+) -> None:
+    set_batch_invariant(True)
+    try:
+        prompts = [_prompt(n) for n in (5, 70, 100, 64)]
+        params = SamplingParams(
+            n=3, max_tokens=80, seed=1, detokenize=False, repetition_penalty=1.2, ignore_eos=True
+        )
+        roomy = LLM(random_model("bf16"), device="cuda", max_model_len=256)
+        tight = LLM(random_model("bf16"), device="cuda", max_model_len=256, num_pages=6)
+        wanted = [out.outputs for out in roomy.generate(prompts, params)]
+        for llm in (tight, tight, roomy):  # the second time pages are found
+            for out, want in zip(llm.generate(prompts, params), wanted, strict=True):
+                for got, one in zip(out.outputs, want, strict=True):
+                    assert got.token_ids == one.token_ids
+                    assert got.token_logprobs == one.token_logprobs
+                    assert got.sampled_logprobs == one.sampled_logprobs
+        assert tight._engine.scheduler.preemptions
+    finally:
+        set_batch_invariant(False)
