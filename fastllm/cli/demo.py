@@ -10,7 +10,7 @@ from typing import Any
 
 from . import doctor
 from .console import heading, human_bytes, table
-from .demo_stage import Outcome, Part, Setting, Stage, run_stage
+from .demo_stage import Outcome, Part, Setting, Stage, check_folder, run_stage
 from .parsing import add_model_options, add_sampling_options, command_parser
 
 DESCRIPTION = """
@@ -122,10 +122,12 @@ def run(argv: Sequence[str]) -> int:
     add_model_options(parser)
     options = parser.parse_args(list(argv))
     stages = chosen_stages(options.parts, quick=options.quick)
+    out = Path(options.out)
+    for stage in stages:
+        check_folder(out / stage.name)
+    out.mkdir(parents=True, exist_ok=True)
     report = doctor.examine()
     doctor.show(report, short=True)
-    out = Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)
     outcomes: list[Outcome] = []
     for stage in stages:
         outcomes.append(run_stage(stage, _setting(stage, options, out)))

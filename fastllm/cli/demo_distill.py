@@ -45,9 +45,11 @@ def distill(setting: Setting) -> Part:
              f"--out={stored}"],
         )
     )  # fmt: skip
+    # A constant rate: of the first run the seconds are given, of the second the steps, and both
+    # are to have the same rate at every step.
     words = [f"--model={stored / 'start'}", "--method=full", *data, f"--teacher={stored}",
-             "--epochs=1000", "--loop.schedule.warmup=20", "--loop.save_every=1000000",
-             "--loop.eval_every=20",
+             "--epochs=1000", "--batch_size=8", "--lr=1e-3", "--loop.schedule.kind=constant",
+             "--loop.schedule.warmup=10", "--loop.save_every=1000000", "--loop.eval_every=20",
              "--loop.metrics.every=5"]  # fmt: skip
     taught = _student(words, out / "taught", [f"--loop.seconds={setting.seconds / 2}"])
     steps = f"--loop.steps={taught.run.step}"

@@ -86,7 +86,7 @@ def pretrain(setting: Setting) -> Part:
     done = pretrain_demo(folder, setting.seconds)
     runs = {"experts": done.experts, "dense": done.dense}
     losses = [
-        (name, [(r["tokens"] / 1e6, r["loss"]) for r in run.lines if "loss" in r])
+        (name, [(r["step"], r["loss"]) for r in run.lines if "loss" in r])
         for name, run in runs.items()
     ]
     rows = [
@@ -98,7 +98,7 @@ def pretrain(setting: Setting) -> Part:
     columns = ["", "parameters", "active", "tok/s", "bits per byte, held out"]
     return Part(
         record=done.record(),
-        curves={"training loss, nats a token, over million tokens": losses},
+        curves={"training loss, nats a token, over steps": losses},
         tables=[("beside gzip", columns, rows)],
         samples=show(done, folder),
     )

@@ -16,6 +16,7 @@ from typing import Any
 from .console import facts, heading
 
 Points = list[tuple[float, float]]
+MARK = ".fastllm-demo"  # in folders that may be emptied
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,11 +112,29 @@ class _Attempt:
         return True
 
 
+def check_folder(folder: Path) -> None:
+    """Raise ValueError if a folder holds what no demo has written."""
+    if folder.exists() and not (folder.is_dir() and (folder / MARK).exists()):
+        if folder.is_dir() and not any(folder.iterdir()):
+            return
+        raise ValueError(
+            f"{folder} is there and the demo has not made it: it would be emptied. Give another "
+            "folder with --out, or remove it"
+        )
+
+
+def empty_folder(folder: Path) -> None:
+    """Make the folder of a stage, or empty one that an earlier demo has made. Raises ValueError."""
+    check_folder(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / MARK).touch()
+
+
 def run_stage(stage: Stage, setting: Setting) -> Outcome:
     """Run a stage in an empty folder and print what it shows; its errors are kept, not raised."""
     heading(stage.title)
-    shutil.rmtree(setting.folder(stage.name), ignore_errors=True)
-    setting.folder(stage.name).mkdir(parents=True)
+    empty_folder(setting.folder(stage.name))
     outcome = Outcome(stage=stage, part=Part())
     start, cpu = time.perf_counter(), time.process_time()
     with _Attempt() as attempt:

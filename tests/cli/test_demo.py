@@ -222,6 +222,18 @@ def test_a_stage_that_fails_is_told_and_the_others_run(
     assert demo.run(["--out", str(tmp_path), "--parts", "first,third"]) == 0
     assert demo.run(["--out", str(tmp_path), "--parts", "worse"]) == 1
 
+    (tmp_path / "worse" / "mine.txt").touch()
+    assert demo.run(["--out", str(tmp_path), "--parts", "worse"]) == 1  # its own folder is emptied
+    assert not (tmp_path / "worse" / "mine.txt").exists()
+    other = tmp_path / "other"
+    (other / "first").mkdir(parents=True)
+    assert demo.run(["--out", str(other), "--parts", "first"]) == 0  # an empty one will do
+    (other / "third").mkdir()
+    (other / "third" / "mine.txt").touch()
+    with pytest.raises(ValueError, match="third is there and the demo has not made it"):
+        demo.run(["--out", str(other), "--parts", "first,third"])
+    assert (other / "third" / "mine.txt").exists()
+
     def stopped(setting: Setting) -> Part:
         raise KeyboardInterrupt
 
