@@ -51,7 +51,7 @@ fastllm chat smollm2 --adapter runs/ppo/adapter
 
 CHOICES = """
 What is none is chosen: lr is a tenth of 5e-5 (2000 / hidden)^0.78, ten times that for adapters,
-times lr_multiplier; critic_lr is ten times lr; eval_data: the tasks' test split, or 5% of the
+times lr_multiplier; critic_lr is lr; eval_data: the tasks' test split, or 5% of the
 files' prompts, at most eval_prompts; kl_target, missing_eos_penalty and critic: there is none.
 """
 

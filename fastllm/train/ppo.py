@@ -29,11 +29,10 @@ from fastllm.train.loop import LoopConfig, Result, run
 from fastllm.train.rewards import check
 from fastllm.train.rewards import resolve as resolve_rewards
 from fastllm.train.rl.algorithms import Algorithm
-from fastllm.train.rl.batches import RlBatches
 from fastllm.train.rl.kl_control import KlControl
 from fastllm.train.rl.metrics import SAMPLES, SampleFile
 from fastllm.train.rl.ppo_collector import PpoCollector, TokenRewards
-from fastllm.train.rl.ppo_task import PpoTask
+from fastllm.train.rl.ppo_task import PpoBatches, PpoTask
 from fastllm.train.rl.rollout import PromptStream
 from fastllm.train.rl.setup import (
     ALIASES,
@@ -90,8 +89,10 @@ class PpoConfig(RolloutConfig):
             raise ValueError("kl_coef 0 cannot be adapted to kl_target: give one above 0")
 
     def critic_rate(self, hidden: int) -> float:
-        """`critic_lr`, or ten times the policy's."""
-        return 10 * self.learning_rate(hidden) if self.critic_lr is None else self.critic_lr
+        """`critic_lr`, or the policy's: a step of Adam moves a value by up to the rate times the
+        sum of its inputs' sizes, some hundreds; at 3e-3 SmolLM2's values swung by 1 for rewards
+        of 0 and 1."""
+        return self.learning_rate(hidden) if self.critic_lr is None else self.critic_lr
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,7 +177,7 @@ def main(config: PpoConfig, say: Say = print) -> PpoResult:
                 missing_eos_penalty=config.missing_eos_penalty,
             ),
         )
-        task.batches = RlBatches(
+        task.batches = PpoBatches(
             collector,
             mini_batches=config.mini_batches,
             epochs=config.epochs,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,10 +13,28 @@ from fastllm.models.tokenizer import Tokenizer
 from fastllm.models.weights import WeightSource
 from fastllm.train.optim import MasterOptimizer, OptimConfig, make_optimizer
 from fastllm.train.rl.algorithms import Algorithm
-from fastllm.train.rl.batches import RlMicro, Sample
+from fastllm.train.rl.batches import RlBatches, RlMicro, Sample
 from fastllm.train.rl.critic import ActorCritic, make_critic, value_loss
 from fastllm.train.rl.policy_task import PolicyTask
 from fastllm.train.tune_config import TuneConfig
+
+
+@dataclass(frozen=True, slots=True)
+class ValueMicro:
+    """A micro batch for the critic. Its tokens count where the policy learns from them."""
+
+    micro: RlMicro
+    tokens: int = 0
+
+
+class PpoBatches(RlBatches):
+    """Each micro batch twice: for the policy, then for the critic.
+
+    One after the other they hold the activations of one model at a time.
+    """
+
+    def __next__(self) -> list[Any]:
+        return [part for micro in super().__next__() for part in (micro, ValueMicro(micro))]
 
 
 class PpoTask(PolicyTask):
@@ -77,20 +96,24 @@ class PpoTask(PolicyTask):
 
     # what the loop calls
 
-    def loss(self, micro: RlMicro) -> Tensor:
-        """The policy's loss and the critic's, summed over tokens."""
+    def loss(self, micro: RlMicro | ValueMicro) -> Tensor:
+        """The policy's loss of a micro batch, or the critic's, summed over tokens."""
+        if isinstance(micro, ValueMicro):
+            return self._value_loss(micro.micro.to(self.device))
         policy = super().loss(micro)
-        micro = micro.to(self.device)
+        self.metrics.mean("loss/policy_avg", policy.detach() / micro.tokens, micro.tokens)
+        return policy
+
+    def _value_loss(self, micro: RlMicro) -> Tensor:
         values = self.critic.values(micro, checkpoint=self.checkpointing)
         losses, clipped = value_loss(
             values, micro.extra["values"], micro.extra["returns"], self.value_clip
         )
-        self.metrics.mean("loss/policy_avg", policy.detach() / micro.tokens, micro.tokens)
         self.metrics.mean("loss/value_avg", losses.detach().mean(), micro.tokens)
         self.metrics.mean("val/clipfrac_avg", clipped.float().mean(), micro.tokens)
         if micro.fresh:
             self._note_values(micro, values.detach())
-        return policy + self.value_weight * (losses * micro.weights).sum()
+        return self.value_weight * (losses * micro.weights).sum()
 
     def _note(self, micro: RlMicro, logp: Tensor, entropy: Tensor) -> None:
         super()._note(micro, logp, entropy)
@@ -112,10 +135,11 @@ class PpoTask(PolicyTask):
         self.metrics.mean("val/error", (values - returns).square().mean(), micro.tokens)
         self.metrics.mean("val/mean", values.mean(), micro.tokens)
 
-    def flops(self, micro: RlMicro) -> float:
-        """Of forward and backward of both models."""
-        places = len(micro.documents.ids)
-        return super().flops(micro) + self.training_flops(places, 0)
+    def flops(self, micro: RlMicro | ValueMicro) -> float:
+        """Of forward and backward."""
+        if isinstance(micro, ValueMicro):
+            return self.training_flops(len(micro.micro.documents.ids), 0)
+        return super().flops(micro)
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share."""
