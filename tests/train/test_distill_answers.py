@@ -223,9 +223,10 @@ def test_a_student_comes_nearer_to_its_teacher_by_its_own_answers(
 
 
 def test_problems_of_tasks_are_asked_and_shown(files: dict[str, Path], tmp_path: Path) -> None:
+    held_out = f"--holdout={files['questions']}"
     result = run(files, tmp_path / "run", "on_policy", "--data=arithmetic:1", "--task_count=12",
                  "--on_policy.max_completion=4", "--chat_template=plain", "--steps=2",
-                 "--loop.sample_every=1", "--holdout=0.2", "--batch_size=4")  # fmt: skip
+                 "--loop.sample_every=1", held_out, "--batch_size=4")  # fmt: skip
     assert result.before is not None and result.run.step == 2
     lines = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     samples = [line["samples"] for line in lines if "samples" in line]
@@ -253,13 +254,13 @@ def test_a_run_killed_with_9_in_the_middle_resumes_with_the_same_bits(
     def argv(out: Path) -> list[str]:
         return ["distill", "--config", str(empty), f"--model={files['student']}",
                 f"--teacher={files['teacher']}", f"--data={files['chats']}", f"--out={out}",
-                "--mode=on_policy", "--method=full", *OWN, *QUIET, "--epochs=8", "--holdout=0.2",
+                "--mode=on_policy", "--method=full", *OWN, *QUIET, "--epochs=4", "--holdout=0.2",
                 "--on_policy.student_share=0.7", "--loop.save_every=2", "--resume=auto",
                 "--loop.metrics.every=1"]  # fmt: skip
 
     assert runner.run(argv(tmp_path / "whole")) == 0, runner.log.read_text()
     out = tmp_path / "run"
-    for number, step in ((signal.SIGTERM, 1), (signal.SIGKILL, 6)):
+    for number, step in ((signal.SIGTERM, 1), (signal.SIGKILL, 4)):
         pid = runner.start(argv(out))
         metrics = out / "metrics.jsonl"
         while not (metrics.exists() and f'"step": {step}' in metrics.read_text()):

@@ -80,17 +80,17 @@ def questions_of(examples: Sequence[Example]) -> list[Question]:
     ]
 
 
-def check_room(questions: Sequence[Question], context: int, max_completion: int) -> None:
+def check_room(prompts: Sequence[EncodedPrompt], context: int, max_completion: int) -> None:
     """Raises ValueError or DataError unless every prompt fits into the context with an answer."""
     room = context - max_completion
     if room < 1:
         raise ValueError(f"max_completion {max_completion} fills the context of {context}: give a "
                          "smaller --on_policy.max_completion")  # fmt: skip
-    for question in questions:
-        if len(question.prompt.ids) > room:
+    for prompt in prompts:
+        if len(prompt.ids) > room:
             raise DataError(
-                question.prompt.record.place, "", "",
-                f"the prompt has {len(question.prompt.ids)} tokens, more than {room}",
+                prompt.record.place, "", "",
+                f"the prompt has {len(prompt.ids)} tokens, more than {room}",
                 "Shorten it, or allow shorter answers (--on_policy.max_completion)",
             )  # fmt: skip
 

@@ -18,9 +18,9 @@ from fastllm.train.config import to_dict
 from fastllm.train.data.examples import ExampleBatches, fingerprint
 from fastllm.train.data.masks import Example
 from fastllm.train.data.order import permutation
-from fastllm.train.data.prompts import encode_prompts, read_prompts
+from fastllm.train.data.prompts import EncodedPrompt, encode_prompts, read_prompts
 from fastllm.train.distillation.config import DistillConfig
-from fastllm.train.distillation.data import are_prompts, held_out_count
+from fastllm.train.distillation.data import MAX_HELD_OUT, are_prompts, held_out_count
 from fastllm.train.distillation.on_policy import (
     OnPolicyBatches,
     OnPolicyTask,
@@ -46,7 +46,6 @@ from fastllm.train.loop import Result, run
 from fastllm.train.sft import Plan, Say, choose, loop_config, read_template
 
 Task = TypeVar("Task", bound=DistillTask)
-_ANSWERED = 64  # prompts that a teacher answers at once
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,40 +146,66 @@ def _questions(
     if not are_prompts(config.data):
         data = read(config, models.tokenizer, models.longest)
         questions = questions_of(data.train)
-        check_room(questions, models.longest, options.max_completion)
+        check_room([q.prompt for q in questions], models.longest, options.max_completion)
         return questions, data
     if options.student_share < 1:
         raise ValueError(
             f"on_policy.student_share is {options.student_share:g}, and the data has no answers "
             "that the other prompts could be learned with: give conversations, or 1"
         )
+    asked, held = _prompts(config, models)
+    check_room([*asked, *held], models.longest, options.max_completion)
+    ends = sorted({*models.tokenizer.eos_token_ids, *models.source.config.eos_token_ids})
+    held_out = _answered(teacher, models.tokenizer, held, options.max_completion, ends)
+    questions = [Question(prompt=prompt, answer=None) for prompt in asked]
+    template = read_template(config.chat_template)
+    own = template is None or config.chat_template == "plain"
+    return questions, Data(
+        train=[question.example() for question in questions],
+        held_out=held_out,
+        lines=(f"{len(asked)} prompts, {len(held)} held out with the teacher's answers",),
+        end_ids=ends,
+        template=models.tokenizer.chat_template if own else template,
+    )
+
+
+def _prompts(
+    config: DistillConfig, models: _Models
+) -> tuple[list[EncodedPrompt], list[EncodedPrompt]]:
+    """(prompts to train on, held-out prompts). Raises DataError, ValueError for `holdout`."""
     plain = config.chat_template == "plain"
     template = "plain" if plain else read_template(config.chat_template)
-    records = read_prompts(config.data, task_count=config.task_count, seed=config.loop.seed)
-    prompts = encode_prompts(records, models.tokenizer, template)
-    questions = [Question(prompt=prompt, answer=None) for prompt in prompts]
-    check_room(questions, models.longest, options.max_completion)
-    count = held_out_count(len(questions), config.holdout)
-    chosen = set(permutation(len(questions), config.loop.seed, -1)[:count].tolist())
-    held = [q.prompt for i, q in enumerate(questions) if i in chosen]
-    ends = sorted({*models.tokenizer.eos_token_ids, *models.source.config.eos_token_ids})
-    held_out: list[Example] = []
-    if held:
-        llm = LLM.from_model(
-            teacher.decoder,
-            models.tokenizer,
-            max_model_len=models.longest,
-            max_num_seqs=min(len(held), _ANSWERED),
-        )
-        held_out = answered(llm, held, options.max_completion, ends)
-    asked = [q for i, q in enumerate(questions) if i not in chosen]
-    return asked, Data(
-        train=[question.example() for question in asked],
-        held_out=held_out,
-        lines=(f"{len(asked)} prompts, {len(held_out)} held out with the teacher's answers",),
-        end_ids=ends,
-        template=models.tokenizer.chat_template if plain or template is None else template,
+
+    def read_from(sources: Sequence[str]) -> list[EncodedPrompt]:
+        records = read_prompts(sources, task_count=config.task_count, seed=config.loop.seed)
+        return encode_prompts(records, models.tokenizer, template)
+
+    prompts = read_from(config.data)
+    if Path(config.holdout).exists():
+        return prompts, read_from([config.holdout])[:MAX_HELD_OUT]
+    count = held_out_count(len(prompts), config.holdout)
+    chosen = set(permutation(len(prompts), config.loop.seed, -1)[:count].tolist())
+    asked = [prompt for i, prompt in enumerate(prompts) if i not in chosen]
+    return asked, [prompts[i] for i in sorted(chosen)]
+
+
+def _answered(
+    teacher: LiveTeacher,
+    tokenizer: Tokenizer,
+    prompts: Sequence[EncodedPrompt],
+    max_completion: int,
+    end_ids: Sequence[int],
+) -> list[Example]:
+    """The prompts with the teacher's likeliest answers."""
+    if not prompts:
+        return []
+    llm = LLM.from_model(
+        teacher.decoder,
+        tokenizer,
+        max_model_len=max(len(prompt.ids) for prompt in prompts) + max_completion,
+        max_num_seqs=len(prompts),
     )
+    return answered(llm, prompts, max_completion, end_ids)
 
 
 def _plan(config: DistillConfig, models: _Models, examples: Sequence[Example]) -> Plan:
