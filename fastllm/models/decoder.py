@@ -353,10 +353,12 @@ class Decoder(nn.Module):
         For losses that the ops of the LM-head family make of one forward pass. Differentiable; a
         sharded model's weights are whole while `use` runs.
         """
-        return use(self.train_hidden(documents, checkpoint=checkpoint), self._head())
+        return use(self.train_hidden(documents, checkpoint=checkpoint), self._head(judges=True))
 
-    def _head(self) -> Tensor | PackedWeight:
+    def _head(self, judges: bool = False) -> Tensor | PackedWeight:
         head = self.lm_head
+        if self.config.scalar_head and not judges:
+            raise ValueError("a model with a scalar head gives scores, and predicts no tokens")
         if head.low_rank is not None and head.low_rank.enabled:
             raise ValueError("losses read the LM head as it is: adapters on lm_head have no loss")
         weight = head.packed if head.weight is None else head.weight

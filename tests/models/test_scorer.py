@@ -152,6 +152,15 @@ def test_a_new_head_is_zero_and_replaces_the_language_models(tmp_path: Path) -> 
         Scorer(base)
 
 
+def test_a_scorer_has_no_loss_over_tokens() -> None:
+    decoder = scorer_of("llama").decoder
+    documents, targets = Documents.pack(DOCUMENTS), torch.zeros(29, dtype=torch.int64)
+    with pytest.raises(ValueError, match="predicts no tokens"):
+        decoder.loss(documents, targets)
+    with pytest.raises(ValueError, match="predicts no tokens"):
+        decoder.log_probs(documents, targets)
+
+
 def test_a_scorer_does_not_generate(tmp_path: Path) -> None:
     save_pretrained(scorer_of("llama").decoder, tmp_path / "model")
     with pytest.raises(ValueError, match="scalar head"):
