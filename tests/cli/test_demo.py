@@ -175,7 +175,7 @@ def test_samples_of_the_last_rollout_are_shown(tmp_path: Path) -> None:
 def test_the_runs_of_the_stages_are_configurations_that_load(tmp_path: Path) -> None:
     setting = Setting(root=tmp_path, model="smollm2", seconds=7.0, quick=True, options=None)
     config = grpo.load(None, demo_grpo.overrides(setting, "model", tmp_path / "run"))
-    assert config.loop.seconds == 7.0 and config.eval_prompts == 50 and config.group_size == 8
+    assert config.loop.seconds == 7.0 and config.eval_prompts == 100 and config.group_size == 8
     student = distill.load(None, [*demo_distill.SHAPE, "--model=new", "--teacher=x"])
     assert student.student.width == 256 and student.student.tied and student.method == "full"
 
