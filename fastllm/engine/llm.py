@@ -160,6 +160,10 @@ class LLM:
         self, model: Decoder, plan: CachePlan, max_num_seqs: int, batched_tokens: int,
         graphs: bool, prefix_caching: bool,
     ) -> None:  # fmt: skip
+        if model.config.scalar_head:
+            raise ValueError(
+                "a model with a scalar head gives scores, not text: it is a reward (model:DIR)"
+            )
         self.model = model
         self.config: ModelConfig = model.config
         self.max_model_len = plan.max_model_len
