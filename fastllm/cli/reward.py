@@ -38,6 +38,7 @@ EXAMPLES = """
 fastllm reward smollm2 rankings.jsonl --out runs/judge
 fastllm reward ./SmolLM2-135M-Instruct rankings.jsonl --method full --center 0.01
 fastllm rank smollm2 questions.jsonl --answers 4 --out rankings.jsonl
+fastllm export smollm2 --adapter runs/judge/adapter --format hf --out judge
 fastllm grpo smollm2 questions.jsonl --reward model:runs/judge/adapter
 """
 

@@ -23,6 +23,7 @@ from fastllm.models.expert_files import holds_experts, stacks, to_files
 from fastllm.models.gguf_writer import write_gguf
 from fastllm.models.loader import in_file_order
 from fastllm.models.safetensors_files import save_directory
+from fastllm.models.scorer import HEAD, with_head
 from fastllm.models.stored_tensor import LazyTensor, StoredTensor
 from fastllm.models.tokenizer import Tokenizer
 from fastllm.models.tokenizer_to_gguf import tokenizer_metadata
@@ -61,17 +62,21 @@ def weights_of(source: Decoder | WeightSource, adapter: Adapter | None = None) -
 
     Args:
         source: opened weights, or a model, whose own adapter is merged.
-        adapter: an adapter from disk, merged too.
+        adapter: an adapter from disk, merged too; a reward model's brings its scalar head.
 
     Raises:
         ModelFileError: if `adapter` was made for another model.
     """
+    if adapter is not None and adapter.head is not None and not isinstance(source, Decoder):
+        source = with_head(source)
     get = _decoder_getter(source) if isinstance(source, Decoder) else source.get
     if adapter is None:
         return Weights(source.config, get)
     _check_fits(adapter, source.config)
 
     def merged(name: str) -> StoredTensor:
+        if name == HEAD and adapter.head is not None:
+            return _dense(adapter.head.float())
         stored = get(name)
         delta = None
         if name.endswith(".weight"):
@@ -83,6 +88,11 @@ def weights_of(source: Decoder | WeightSource, adapter: Adapter | None = None) -
 
 def _check_fits(adapter: Adapter, config: ModelConfig) -> None:
     shapes = config.weight_shapes()
+    if adapter.head is not None and shapes.get(HEAD) != adapter.head.shape:
+        raise ModelFileError(
+            adapter.path / WEIGHTS_FILE, HEAD, "has no place in the model",
+            "Give the adapter's own base model",
+        )  # fmt: skip
     for layer, (a, b) in adapter.factors.items():
         if shapes.get(f"{layer}.weight") != (b.shape[0], a.shape[1]):
             raise ModelFileError(

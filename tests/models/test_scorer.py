@@ -14,8 +14,15 @@ from torch import Tensor
 
 from fastllm import LLM
 from fastllm.errors import ModelFileError
-from fastllm.models.adapters import CONFIG_FILE, WEIGHTS_FILE, load_adapter, save_adapter
+from fastllm.models.adapters import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    load_adapter,
+    read_adapter,
+    save_adapter,
+)
 from fastllm.models.config import ModelConfig
+from fastllm.models.gguf_export import export_gguf, export_hf, weights_of
 from fastllm.models.loader import save_pretrained
 from fastllm.models.scorer import Scorer, load_scorer, padding_token, with_head
 from fastllm.models.tokenizer import Tokenizer
@@ -219,6 +226,16 @@ def test_peft_loads_an_adapter_with_its_head_and_gives_the_same_scores(
     assert not any(p.requires_grad for p in again.decoder.parameters())
     trainable = load_scorer(tmp_path / "peft", trainable=True)
     assert trainable.head.weight.requires_grad
+
+
+def test_a_merged_export_keeps_the_head(base: Path, tmp_path: Path) -> None:
+    scorer = adapted(base, tmp_path / "judge")
+    weights = weights_of(open_weights(base), read_adapter(tmp_path / "judge"))
+    export_hf(weights, tmp_path / "merged", "f32", None)
+    merged = load_scorer(tmp_path / "merged")
+    torch.testing.assert_close(last_scores(merged), last_scores(scorer), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="scalar head"):
+        export_gguf(weights, tmp_path / "merged.gguf", "f32", None)
 
 
 def test_an_adapter_with_a_head_goes_on_no_language_model_and_the_reverse(
