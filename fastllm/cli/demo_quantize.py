@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from .demo_sft import dialogues
 from .demo_stage import Part, Setting
 
 if TYPE_CHECKING:
+    from ..engine.continuations import Continued
     from ..engine.llm import LLM
     from ..models.tokenizer import Tokenizer
     from ..models.weights import WeightSource
@@ -30,12 +32,12 @@ def quantize(setting: Setting) -> Part:
     tuned = setting.found("grpo/model", "sft/model")
     source = open_weights(resolve(setting.model) if tuned is None else tuned)
     tokenizer = read_tokenizer(source)
-    text = _text(out, tokenizer)
+    answers = held_out_answers(out, tokenizer)
     rows = []
     for format in FORMATS:
         path = out / "model.gguf"
         write(source, path, format, tokenizer)
-        rows.append(measured(path, format, text, QUICK_PROBLEMS if setting.quick else PROBLEMS))
+        rows.append(measured(path, format, answers, QUICK_PROBLEMS if setting.quick else PROBLEMS))
         note(f"{format}: perplexity {rows[-1]['perplexity']:.3f}")
     columns = ["format", "size", "perplexity", "right sums", "decode tok/s"]
     cells = [
@@ -47,7 +49,7 @@ def quantize(setting: Setting) -> Part:
     return Part(
         record={"rows": rows, "model": str(path)},
         facts=[("model", str(path.resolve()))],
-        tables=[("held-out dialogues and sums", columns, cells)],
+        tables=[("held-out answers and sums", columns, cells)],
     )
 
 
@@ -63,17 +65,15 @@ def write(source: WeightSource, path: Path, format: str, tokenizer: Tokenizer) -
         quantize_files(source, path, Settings(format=format), tokenizer, overwrite=True)
 
 
-def measured(path: Path, format: str, text: tuple[list[list[int]], int], problems: int) -> Any:
+def measured(path: Path, format: str, answers: list[Continued], problems: int) -> Any:
     """Size, perplexity, accuracy and speed of a file."""
     from ..engine.llm import LLM
-    from ..engine.perplexity import score
 
     llm = LLM(path)
-    found = score(llm.model, *text)
     return {
         "format": format,
         "bytes": path.stat().st_size,
-        "perplexity": found.perplexity,
+        "perplexity": perplexity(llm, answers),
         "accuracy": accuracy(llm, problems),
         "decode": decode_rate(llm),
     }
@@ -109,15 +109,27 @@ def accuracy(llm: LLM, problems: int) -> float:
     return summarize(grade(resolve(["exact_match"])[0], records, answers), answers).accuracy.value
 
 
-def _text(out: Path, tokenizer: Tokenizer) -> tuple[list[list[int]], int]:
-    """Held-out dialogues as the model's chat template writes them: token ids, and bytes."""
+def held_out_answers(out: Path, tokenizer: Tokenizer) -> list[Continued]:
+    """Questions of held-out dialogues as the chat template asks them, each with its answer."""
+    from ..engine.continuations import Continued
     from ..models.chat_template import CHATML, ChatTemplate
     from ..train.data.conversations import read_conversations
 
     template = ChatTemplate(tokenizer.chat_template or CHATML, tokenizer.special_tokens)
     _, held = dialogues(out, 1)
-    texts = [
-        template.render(conversation.messages, add_generation_prompt=False)
-        for conversation in read_conversations([held])
-    ]
-    return [tokenizer.encode(text, False) for text in texts], sum(map(len, map(str.encode, texts)))
+    found = []
+    for conversation in read_conversations([held]):
+        question, answer = conversation.messages[:2]
+        context = tokenizer.encode(template.render([question]), add_special_tokens=False)
+        ending = tokenizer.encode(answer["content"], add_special_tokens=False)
+        found.append(Continued(context, [ending]))
+    return found
+
+
+def perplexity(llm: LLM, answers: list[Continued]) -> float:
+    """Of the answers' tokens."""
+    from ..engine.continuations import continuation_log_probs
+
+    sums = [endings[0].double().sum().item() for endings in
+            continuation_log_probs(llm.model, answers)]  # fmt: skip
+    return math.exp(-sum(sums) / sum(len(group.endings[0]) for group in answers))
