@@ -35,15 +35,15 @@ beta, kl, kl_in, mask_truncated and dynamic_sampling, any of which can be given 
 The run's folder (--out) gets checkpoints, metrics.jsonl (reward, kl, entropy, completions/...,
 clip_ratio/..., seconds/... and logprob_difference, between sampler and trainer: 0), samples.jsonl,
 a report, and the result: adapter/ in PEFT's format, or with --method full model/, a Hugging Face
-directory.
+directory. A model that is hardly ever right learns slowly: ask it in a way that it answers shortly.
 
-Ctrl-C or SIGTERM ends a run after the step in hand, with a checkpoint; --resume auto goes on with
-the same bits, also within a rollout of several steps.
+Ctrl-C or SIGTERM ends a run after the step in hand, within a rollout before it, with a checkpoint;
+--resume auto goes on with the same bits, also between the steps of one rollout.
 exit status: 0 done or stopped, 1 the run failed (numbers that are none, a full disk), 2 bad input
 """
 
 EXAMPLES = """
-fastllm grpo smollm2 arithmetic:2
+fastllm grpo smollm2 arithmetic:2 --chat_template plain --stop '["\\n"]' --max_completion 16 --lr 5e-4
 fastllm grpo ./SmolLM2-135M-Instruct gsm8k.jsonl --reward accuracy --group_size 16 --steps 500
 fastllm grpo ./SmolLM2-135M-Instruct arithmetic:2 --method full --algorithm dr_grpo --out runs/sums
 fastllm grpo ./SmolLM2-135M-Instruct arithmetic:2 --quant nf4 --algorithm rloo --beta 0
