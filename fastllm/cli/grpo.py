@@ -43,7 +43,7 @@ exit status: 0 done or stopped, 1 the run failed (numbers that are none, a full 
 """
 
 EXAMPLES = """
-fastllm grpo smollm2 arithmetic:2 --chat_template plain --stop '["\\n"]' --max_completion 16 --lr 5e-4
+fastllm grpo smollm2 arithmetic:2 --chat_template plain --stop '["\\n"]' --lr 5e-4 --beta 0
 fastllm grpo ./SmolLM2-135M-Instruct gsm8k.jsonl --reward accuracy --group_size 16 --steps 500
 fastllm grpo ./SmolLM2-135M-Instruct arithmetic:2 --method full --algorithm dr_grpo --out runs/sums
 fastllm grpo ./SmolLM2-135M-Instruct arithmetic:2 --quant nf4 --algorithm rloo --beta 0
