@@ -27,7 +27,10 @@ class StepProcess:
 
     def __init__(self, module: str, *arguments: object) -> None:
         quiet = ["-W", "ignore::FutureWarning"]  # of libraries about libraries
-        command = [sys.executable, *quiet, "-m", module, *map(str, arguments)]
+        self.start([sys.executable, *quiet, "-m", module, *map(str, arguments)])
+
+    def start(self, command: list[str]) -> None:
+        """Run a program that serves steps, with as many threads as this process has."""
         environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
         self._process = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

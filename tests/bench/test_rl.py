@@ -1,0 +1,53 @@
+"""Suites rollout and rl: everybody is asked the same."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from fastllm.bench import bench_rl, bench_rollout, rl_steps
+from fastllm.bench.step_process import StepProcess
+from fastllm.testing.suite import Settings
+
+
+@pytest.mark.parametrize("count", [1, 8, 20])
+def test_peers_without_groups_get_the_same_requests(count: int) -> None:
+    groups = bench_rollout.prompts_of(count, 1000)
+    requests = bench_rollout.repeated(count, 1000)
+    assert len(requests) == count and len(groups) == -(-count // bench_rollout.GROUP)
+    assert all(request in groups for request in requests)
+    assert all(len(prompt) == bench_rollout.PROMPT for prompt in groups)
+
+
+def test_questions_differ_and_grow_with_the_prompt() -> None:
+    short, long = rl_steps.questions(48), rl_steps.questions(256)
+    assert len(set(short)) == len(short) == len(long)
+    assert len(long[0].split()) > 4 * len(short[0].split())
+
+
+def test_both_forms_of_a_completion_earn_their_length() -> None:
+    chat = [[{"role": "assistant", "content": "four"}]]
+    assert rl_steps.text_length([""], ["four"]) == rl_steps.text_length([""], chat) == [4.0]
+
+
+def test_full_runs_measure_time_and_memory_of_every_point() -> None:
+    labels = [case.label for case in bench_rl.cases(Settings())]
+    assert len(set(labels)) == len(labels) == 12
+    assert sum(label.endswith(", memory") for label in labels) == 6
+    assert len(list(bench_rollout.cases(Settings()))) == 9
+
+
+def test_a_process_takes_steps_when_asked_and_says_when_it_cannot() -> None:
+    clock = (
+        "from fastllm.bench.step_process import StepClock, serve_steps; "
+        "serve_steps(lambda: None, StepClock('cpu'))"
+    )
+    process = StepProcess.__new__(StepProcess)
+    process.start([sys.executable, "-c", clock])
+    assert process.step() < 1 and process.peak() > 0
+    process.close()
+    process.start([sys.executable, "-c", "input(); raise SystemExit(3)"])
+    with pytest.raises(RuntimeError, match="ended with 3"):
+        process.step()
+    process.close()
