@@ -72,8 +72,8 @@ def top_k_of(
         found |= dict(
             zip(numbers, zip(ids.split(counts), logprobs.split(counts), strict=True), strict=True)
         )
-    ids, logprobs = zip(*(found[number] for number in range(len(examples))), strict=True)
-    return torch.cat(ids), torch.cat(logprobs)
+    ordered = [found[number] for number in range(len(examples))]
+    return torch.cat([ids for ids, _ in ordered]), torch.cat([logprobs for _, logprobs in ordered])
 
 
 def _likeliest(

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fastllm.engine.llm import LLM
 from fastllm.models.loader import read_tokenizer
@@ -122,5 +122,7 @@ def _settings(config: DistillConfig, prompts: Sequence[EncodedPrompt]) -> dict[s
 def _fine_tuning(config: DistillConfig, sequences: Path) -> SftConfig:
     """The student's fine-tuning, in the same folder."""
     values = {field.name: getattr(config, field.name) for field in fields(SftConfig)}
-    form = "prompt" if config.chat_template == "plain" else "messages"
+    form: Literal["prompt", "messages"] = (
+        "prompt" if config.chat_template == "plain" else "messages"
+    )
     return replace(SftConfig(**values), data=(str(sequences),), data_format=form)

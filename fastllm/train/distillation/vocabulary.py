@@ -59,7 +59,8 @@ def shared_vocabulary(
 
 def _compare(student: Tokenizer, teacher: Tokenizer, size: int) -> list[str]:
     """Ids that only one of both knows, described. Raises ValueError for ids that differ."""
-    alone, differ = [], []
+    alone: list[str] = []
+    differ: list[str] = []
     known = min(max(student.vocab_size, teacher.vocab_size), size)
     for i in range(known):
         mine, theirs = student.id_to_token(i), teacher.id_to_token(i)

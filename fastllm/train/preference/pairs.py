@@ -105,7 +105,8 @@ def encode_pairs(
     seq_len: places of the longest document; a ranking with a longer one is left out whole.
     Raises DataError naming a record that the template refuses, or if nothing is left.
     """
-    counts, kept = PairCounts(), []
+    counts = PairCounts()
+    kept: list[Pair] = []
     for ranking in rankings:
         conversations = ranking.conversations()
         examples = list(encoder.encode(conversations))
