@@ -223,6 +223,25 @@ class LLM:
         """
         return self._run(self._requests.make(as_list(prompts), sampling_params), stream)
 
+    def generate_until(
+        self, stopping: Callable[[], bool], prompts: Prompt | Sequence[Prompt],
+        sampling_params: Params = None,
+    ) -> list[RequestOutput]:  # fmt: skip
+        """As `generate`, asking `stopping` after every step: once it is true, samples that have not
+        ended are given as they are, with the finish_reason "abort".
+
+        A stream could be stopped too, but makes the outputs of all samples anew at every token.
+        """
+        requests = self._requests.make(as_list(prompts), sampling_params)
+        steps = self._steps(requests, Inbox())
+        try:
+            for _ in steps:
+                if stopping():
+                    break
+        finally:
+            steps.close()
+        return self._engine.outputs(requests)
+
     @overload
     def chat(
         self, messages: Sequence[Any], sampling_params: Params = None, *,

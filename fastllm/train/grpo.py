@@ -120,7 +120,7 @@ def main(config: GrpoConfig, say: Say = print) -> GrpoResult:
         raise ValueError("data is empty: name tasks, such as arithmetic:2, or files of prompts")
     refuse_processes()
     with distributed.process_group(config.device) as device:
-        algorithm, rewards = config.parts(), resolve_rewards(config.rewards)
+        algorithm, rewards = config.parts(), resolve_rewards(config.rewards, str(device))
         source = open_weights(resolve(config.model))
         tokenizer = read_tokenizer(source)
         template = read_template(config.chat_template, tokenizer)

@@ -37,7 +37,7 @@ from fastllm.train.peak import peak_flops
 from fastllm.train.schedule import ScheduleConfig, factor
 from fastllm.train.signals import StopSignals
 from fastllm.train.state import preserved_random_state, seed_all
-from fastllm.train.task import StepAbandoned, Task
+from fastllm.train.task import NothingToLearn, StepAbandoned, Task
 
 __all__ = ["LoopConfig", "MetricsConfig", "Progress", "Result", "ScheduleConfig", "Task", "run"]
 
@@ -175,18 +175,17 @@ class _Loop:
         """Steps until the end or a signal."""
         progress, stop = self.progress, False
         self.task.stopping = lambda: signals.requested
-        if self.task.evaluates_first and not progress.step and self.config.eval_every:
-            self.evaluate()
-        while progress.step < progress.steps and not stop:
-            try:
+        try:
+            if self.task.evaluates_first and not progress.step and self.config.eval_every:
+                self.evaluate()
+            while progress.step < progress.steps and not stop:
                 stop = self.step(signals)
                 self.after_step(last=stop or progress.step >= progress.steps)
-            except StepAbandoned:
-                self.keep()
-                break
-            except RewardError:  # of one sample: it spoils no step that was done
-                self.keep()
-                raise
+        except StepAbandoned:
+            self.keep()
+        except (RewardError, NothingToLearn):  # neither spoils a step that was done
+            self.keep()
+            raise
         self.metrics.report()
         finished = progress.step >= progress.steps
         if not finished:

@@ -52,8 +52,13 @@ class StepOptimizer(Protocol):
 
 
 class StepAbandoned(Exception):
-    """Raised by `Batches.__next__` when `Task.stopping` asks for it: the step is not done, nothing
-    has changed, and the run ends with a checkpoint of the step before."""
+    """Raised by `Batches.__next__` or `Task.evaluate` when `Task.stopping` asks for it: nothing has
+    changed, and the run ends with a checkpoint of the last step that was done."""
+
+
+class NothingToLearn(ValueError):
+    """Raised by `Batches.__next__` when no step can be made of what it finds: the run ends with the
+    error and a checkpoint of the step before."""
 
 
 def _never() -> bool:

@@ -22,6 +22,7 @@ from fastllm.models.tokenizer_training import train_tokenizer
 from fastllm.testing.quantized_models import directory
 from fastllm.train import grpo
 from fastllm.train.rl.rollout import Rollouts
+from fastllm.train.task import NothingToLearn
 
 WORDS = "one two three four five six seven eight nine ten".split()
 # 70 tokens at least that all prompts begin with: more than a page, shared in the cache.
@@ -39,6 +40,13 @@ def fails(prompts, completions, answer, **columns):
     if "seven" in answer:
         raise KeyError("no such answer")
     return [float(len(text)) for text in completions]
+
+calls = 0
+
+def soon_equal(prompts, completions, **columns):
+    global calls
+    calls += 1
+    return [float(i if calls <= 2 else 1) for i in range(len(completions))]
 
 def constant(prompts, completions, **columns):
     return [0.25] * len(completions)
@@ -246,6 +254,17 @@ def test_rollouts_that_leave_nothing_are_said_and_end_the_run_after_ten(
     assert sum("leaves nothing to train on" in line for line in lines) >= 10
 
 
+def test_a_run_that_finds_nothing_more_to_learn_keeps_what_was_done(
+    base: Callable[[str], Path], files: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    reward = f"--reward={files / 'rewards.py'}:soon_equal"
+    more = [reward, "--dynamic_sampling=true", "--steps=9", "--loop.save_every=0"]
+    with pytest.raises(NothingToLearn, match="the rewards of each group are equal"):
+        train(base("llama"), files, out, *more)
+    assert newest(out).name == "step-000002"
+
+
 # interruptions
 
 RESUMED = ["--steps=7", "--mini_batches=2", "--epochs=2", "--loop.save_every=1", "--beta=0.02"]
@@ -323,6 +342,32 @@ def test_a_signal_within_a_rollout_ends_the_run_with_what_was_done(
     assert tensors(newest(out)) == tensors(newest(whole))
 
 
+@pytest.mark.parametrize("evaluation", [1, 2])
+def test_a_signal_within_an_evaluation_does_not_wait_for_its_answers(
+    evaluation: int, base: Callable[[str], Path], files: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    original = Rollouts.greedy
+    evaluations = 0
+
+    def interrupted(self: Rollouts, *args: Any) -> Any:
+        nonlocal evaluations
+        evaluations += 1
+        if evaluations == evaluation:
+            os.kill(os.getpid(), signal.SIGTERM)
+        answers = original(self, *args)
+        assert evaluations < evaluation
+        return answers
+
+    monkeypatch.setattr(Rollouts, "greedy", interrupted)
+    out = tmp_path / "run"
+    more = ["--steps=5", "--loop.save_every=0", "--loop.eval_every=2", "--eval_prompts=4"]
+    held = f"--eval_data={files / 'short.jsonl'}"
+    result, _ = train(base("llama"), files, out, *more, held)
+    assert (result.run.status, result.run.step) == ("stopped", 2 * (evaluation - 1))
+    assert evaluation == 1 or newest(out).name == "step-000002"
+
+
 def test_other_data_or_another_cut_within_a_rollout_is_no_resume(
     whole: Path, base: Callable[[str], Path], files: Path, tmp_path: Path
 ) -> None:
@@ -397,6 +442,7 @@ def test_latent_attention_differs_by_rounding_and_says_so(
         ("--top_k=20", "top_k must not cut the distribution"),
         ("--temperature=0", "temperature must be above 0"),
         ("--group_size=1", "group_size must be at least 2"),
+        ("--group_size=129", "group_size must be from 1 to 128"),
         ("--lora.dropout=0.1", "lora.dropout must be 0"),
         ("--reward_weights=1,2", "reward_weights has 2 numbers for 1"),
         ("--mini_batches=99", "mini_batches is 99"),
@@ -408,6 +454,17 @@ def test_latent_attention_differs_by_rounding_and_says_so(
 def test_configurations_that_cannot_be_are_refused(word: str, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         grpo.load(None, ["--model=x", "--data=y", word])
+
+
+def test_reward_models_are_where_the_policy_is(
+    base: Callable[[str], Path], files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found(names: Any, device: str | None = None) -> Any:
+        raise LookupError(device)
+
+    monkeypatch.setattr(grpo, "resolve_rewards", found)
+    with pytest.raises(LookupError, match="cpu"):
+        train(base("llama"), files, tmp_path / "run")
 
 
 def test_rejection_takes_groups_of_one() -> None:

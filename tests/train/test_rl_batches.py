@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastllm import LLM
+from fastllm.engine.sequence import Request
 from fastllm.models.loader import read_tokenizer
 from fastllm.models.tokenizer_training import train_tokenizer
 from fastllm.models.weights import open_weights
@@ -21,9 +22,10 @@ from fastllm.testing.small_models import model_of
 from fastllm.train.data.prompts import EncodedPrompt, PromptRecord
 from fastllm.train.rl.algorithms import PRESETS, Algorithm
 from fastllm.train.rl.batches import RlBatches, Sample, micro_batches, stretches
+from fastllm.train.rl.groups import GroupCollector
 from fastllm.train.rl.metrics import RlMetrics, SampleFile
 from fastllm.train.rl.policy_task import PolicyTask, log_probs
-from fastllm.train.rl.rollout import PromptStream, Rollouts
+from fastllm.train.rl.rollout import PromptStream, Rollouts, Trajectory
 from fastllm.train.task import StepAbandoned
 from fastllm.train.tune_config import TuneConfig
 
@@ -124,6 +126,24 @@ def test_a_rollout_that_is_asked_to_stop_ends_between_two_tokens() -> None:
     ]
 
 
+@pytest.mark.usefixtures("textless")
+def test_a_rollout_makes_each_output_once_not_at_every_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[str] = []
+    original = Request.output
+
+    def counted(self: Request) -> Any:
+        made.append(self.request_id)
+        return original(self)
+
+    monkeypatch.setattr(Request, "output", counted)
+    rollouts = rollouts_of()
+    rollouts.stopping = lambda: False
+    assert len(rollouts(prompts_of(4, 9), [0, 1])) == 6
+    assert len(made) == len(set(made)) == 2
+
+
 def test_a_stream_takes_every_prompt_once_an_epoch_in_another_order() -> None:
     prompts = prompts_of(*range(1, 8))
     stream = PromptStream(prompts, seed=3)
@@ -139,6 +159,49 @@ def test_greedy_completions_are_no_policy() -> None:
     llm = LLM.from_model(model_of("llama", torch.bfloat16), max_model_len=32)
     with pytest.raises(ValueError, match="temperature must be above 0"):
         Rollouts(llm, group_size=2, temperature=0.0, max_completion=3)
+
+
+class Sampled:
+    """Rollouts that are there already."""
+
+    seed = 0
+
+    def __init__(self, trajectories: list[Trajectory]) -> None:
+        self.trajectories = trajectories
+        self.group_size = len(trajectories)
+
+    def __call__(self, *args: Any) -> list[Trajectory]:
+        return self.trajectories
+
+
+def test_a_group_of_equal_rewards_is_equal_whatever_they_are_weighed_with() -> None:
+    """A product of a matrix of five columns rounds its rows differently."""
+    g = torch.Generator().manual_seed(0)
+    names = list("abcde")
+    for count in (2, 7, 13, 64):
+        trajectories = [
+            Trajectory(
+                prompt_ids=[1], completion_ids=[2, 3], sampled_logprobs=[-1.0, -2.0], text="",
+                finish_reason="stop", group=0, record=PromptRecord(prompt="one"),
+            )
+        ] * count  # fmt: skip
+        metrics = RlMetrics()
+        row = torch.rand(5, generator=g)
+        collector = GroupCollector(
+            PromptStream(prompts_of(1), 0),
+            Sampled(trajectories),  # type: ignore[arg-type]
+            lambda found, row=row: row.repeat(len(found), 1),
+            names=names,
+            weights=torch.rand(5, generator=g).tolist(),
+            algorithm=Algorithm(scale="none"),
+            prompts=1,
+            reference=None,
+            metrics=metrics,
+            say=lambda line: None,
+        )
+        samples = collector(1)
+        assert metrics.numbers()["frac_reward_zero_std"] == 1
+        assert all(sample.advantages == [0.0, 0.0] for sample in samples)
 
 
 # the buffer

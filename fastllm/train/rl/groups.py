@@ -19,6 +19,7 @@ from fastllm.train.rl.batches import Sample
 from fastllm.train.rl.metrics import RlMetrics, SampleFile
 from fastllm.train.rl.objective import kl_estimate
 from fastllm.train.rl.rollout import PromptStream, Rollouts, Trajectory
+from fastllm.train.task import NothingToLearn
 
 MAX_ROUNDS = 10  # rollouts in a row that may leave nothing, or too little, to train on; as in DAPO
 
@@ -78,8 +79,8 @@ class GroupCollector:
         self._fingerprint = fingerprint(stream.prompts)
 
     def __call__(self, step: int) -> list[Sample]:
-        """Samples of the next rollout. Raises what rewards and generation raise, and ValueError if
-        nothing is left to train on of `MAX_ROUNDS` rollouts."""
+        """Samples of the next rollout. Raises what rewards and generation raise, and NothingToLearn
+        if nothing is left to train on of `MAX_ROUNDS` rollouts."""
         drawn, groups = self._drawn, list[Group]()
         for tried in range(1, MAX_ROUNDS + 1):
             numbers = range(drawn, drawn + self.prompts)
@@ -90,9 +91,10 @@ class GroupCollector:
             if not groups:
                 self.say(f"step {step}: rollout {tried} leaves nothing to train on: {self._why}")
         if not groups:
-            raise ValueError(
+            raise NothingToLearn(
                 f"step {step}: {MAX_ROUNDS} rollouts in a row left nothing to train on: "
-                f"{self._why}. Easier prompts, a larger group_size or max_completion help"
+                f"{self._why}. Easier prompts (harder ones, if all is right already), a larger "
+                "group_size or max_completion help; the steps before are saved"
             )
         if len(groups) < self.prompts and self.algorithm.dynamic_sampling:
             self.say(f"step {step}: {MAX_ROUNDS} rollouts gave {len(groups)} of {self.prompts} "
@@ -122,7 +124,8 @@ class GroupCollector:
         self.metrics.rollout(trajectories)
         with self.metrics.phase("reward"):
             table = self.score(trajectories)
-        rewards = table.double() @ self.weights
+        # Not a product of a matrix: it may round equal rows differently, and their group is equal.
+        rewards = (table.double() * self.weights).sum(1)
         size = self.rollouts.group_size
         parts = zip(batched(trajectories, size), batched(rewards.tolist(), size), strict=True)
         groups = [Group(*part) for part in parts]

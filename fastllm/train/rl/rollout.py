@@ -121,20 +121,15 @@ class Rollouts:
         ]
 
     def _generate(
-        self, prompts: Sequence[EncodedPrompt], params: Sequence[SamplingParams]
+        self, prompts: Sequence[EncodedPrompt], params: SamplingParams | Sequence[SamplingParams]
     ) -> list[RequestOutput]:
         """The finished outputs, in order. Between two tokens a wish to stop is heard."""
         ids = [list(prompt.ids) for prompt in prompts]
         if self.stopping is None:
             return self.llm.generate(ids, params)
-        found: dict[str, RequestOutput] = {}
-        for output in self.llm.generate(ids, params, stream=True):
-            found[output.request_id] = output
-            if self.stopping():
-                raise StepAbandoned("a rollout was asked to stop")
-        # An output comes whenever it has grown; a request's number tells its place.
-        outputs = sorted(found.values(), key=lambda output: int(output.request_id))
-        assert [output.prompt_token_ids for output in outputs] == ids
+        outputs = self.llm.generate_until(self.stopping, ids, params)
+        if any(sample.finish_reason == "abort" for found in outputs for sample in found.outputs):
+            raise StepAbandoned("a rollout was asked to stop")
         return outputs
 
     def greedy(self, prompts: Sequence[EncodedPrompt]) -> list[str]:
@@ -145,8 +140,7 @@ class Rollouts:
             stop_token_ids=self.end_ids,
             stop=self.stop or None,
         )
-        outputs = self.llm.generate([list(prompt.ids) for prompt in prompts], params)
-        return [output.outputs[0].text for output in outputs]
+        return [output.outputs[0].text for output in self._generate(prompts, params)]
 
 
 def _trajectories(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from fastllm.engine.request import MAX_SAMPLES
 from fastllm.models.chat_template import CHATML
 from fastllm.models.tokenizer import Tokenizer
 from fastllm.train.data.order import permutation
@@ -77,6 +78,11 @@ class RolloutConfig(TuneConfig):
             "task_count", "reward_timeout", "prompts_per_rollout", "mini_batches", "epochs",
             "max_completion", "temperature", "max_num_seqs", "cache_pages",
         )  # fmt: skip
+        if not 1 <= self.group_size <= MAX_SAMPLES:
+            raise ValueError(
+                f"group_size must be from 1 to {MAX_SAMPLES}, got {self.group_size}: give more "
+                "prompts_per_rollout in its place"
+            )
         for name in ("eval_prompts", "samples"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
