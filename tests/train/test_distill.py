@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastllm.cli import distill as cli
-from fastllm.errors import DataError, ModelFileError
+from fastllm.errors import CheckpointError, DataError, ModelFileError
 from fastllm.models.config import ModelConfig
 from fastllm.models.loader import load_model, save_pretrained
 from fastllm.models.tokenizer import Tokenizer
@@ -400,6 +400,10 @@ def test_texts_teach_a_new_student_of_the_teachers_vocabulary(
         Tokenizer.from_hf(pair[1]).fingerprint
     )
     assert Checkpoint(sorted((tmp_path / "run/checkpoints").iterdir())[-1]).problem() is None
+    begin = (tmp_path / "run/start/model.safetensors").read_bytes()
+    with pytest.raises(CheckpointError, match="holds a run already"):
+        cli.run([*argv, "--seed=7"])
+    assert (tmp_path / "run/start/model.safetensors").read_bytes() == begin
     with pytest.raises(ValueError, match="a new student needs full"):
         distill.main(replace(distill.load(None, words(pair, text, tmp_path / "b")),
                              model="new", method="lora"))  # fmt: skip

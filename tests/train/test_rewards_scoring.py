@@ -324,10 +324,18 @@ def test_a_file_that_fails_is_named_before_anything_runs(tmp_path: Path) -> None
         resolve([f"{broken}:f"])
 
 
-def test_names_must_differ() -> None:
+def test_names_must_differ(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'length' is given twice"):
         resolve(["length", "length"])
     assert len(resolve(["length", "length:5"])) == 2
+    files = [tmp_path / name for name in ("a.py", "b.py")]
+    for file in files:
+        file.write_text("def polite(prompts, completions):\n    return [0.0] * len(prompts)\n")
+    given = [f"{file}:polite" for file in files]
+    assert [reward.name for reward in resolve(given)] == ["polite", given[1]]
+    for twice in (given[:1] * 2, [*given, given[1]], [*given, given[0]]):
+        with pytest.raises(ValueError, match="is given twice"):
+            resolve(twice)
     with pytest.raises(TypeError, match="sequence of names"):
         resolve("accuracy")
 

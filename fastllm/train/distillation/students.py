@@ -45,7 +45,9 @@ def student_path(config: DistillConfig, teacher: LiveTeacher | StoredTeacher) ->
     if config.store_top_k is not None:  # whoever learns from the store: only its data counts here
         return resolve(config.teacher.model)
     start = Path(config.loop.out) / "start"
-    if distributed.rank() == 0 and (config.loop.resume == "none" or not start.exists()):
+    begun = any((start.parent / "checkpoints").glob("step-*"))  # a run that must find it again
+    fresh = config.loop.resume == "none" and not begun
+    if distributed.rank() == 0 and (fresh or not start.exists()):
         save_pretrained(_new(config, teacher), start, teacher.tokenizer, overwrite=True)
     distributed.gather(None)  # nobody reads it before it is whole
     return start

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fastllm.errors import did_you_mean
@@ -46,7 +46,8 @@ class NamedReward:
 def resolve(
     names: Sequence[str | RewardFunction | NamedReward], device: str | None = None
 ) -> list[NamedReward]:
-    """The rewards that names mean; see the package's docstring. Functions name themselves.
+    """The rewards that names mean; see the package's docstring. Functions name themselves; the
+    second of a name, from another file or of another model, keeps all that is given: b.py:polite.
 
     device: of reward models; default "cpu".
 
@@ -55,13 +56,17 @@ def resolve(
     """
     if isinstance(names, str):
         raise TypeError("names must be a sequence of names, not one name")
-    found = [_resolve(name, device) for name in names]
-    known: set[str] = set()
-    for reward in found:
-        if reward.name in known:
+    found: dict[str, NamedReward] = {}
+    given: set[object] = set()
+    for name in names:
+        reward = _resolve(name, device)
+        if reward.name in found and isinstance(name, str):  # functions or models of two places
+            reward = replace(reward, name=name)
+        if name in given or reward.name in found:
             raise ValueError(f"the reward {reward.name!r} is given twice; weigh it instead")
-        known.add(reward.name)
-    return found
+        given.add(name)
+        found[reward.name] = reward
+    return list(found.values())
 
 
 def _resolve(name: str | RewardFunction | NamedReward, device: str | None) -> NamedReward:
