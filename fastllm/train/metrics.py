@@ -183,7 +183,9 @@ def summary(record: Mapping[str, Any], steps: int, remaining: float, *, short: b
     """
     parts = [f"step {record['step']}/{steps}", f"loss {record['loss']:.4f}"]
     if "reward" in record:
-        parts.append(f"reward {record['reward']:.3f}")
+        error = None if short else record.get("reward_stderr")
+        said = f"reward {record['reward']:.3f}"
+        parts.append(said if error is None else f"{said} +- {error:.3f}")
     if not short:
         parts += [f"lr {record['lr']:.2e}", f"norm {record['norm']:.2f}"]
     if "expert_load" in record:

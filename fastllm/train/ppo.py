@@ -29,7 +29,7 @@ from fastllm.train.loop import LoopConfig, Result, run
 from fastllm.train.rewards import check
 from fastllm.train.rewards import resolve as resolve_rewards
 from fastllm.train.rl.algorithms import Algorithm
-from fastllm.train.rl.kl_control import KlControl
+from fastllm.train.rl.kl_control import LIMIT, KlControl
 from fastllm.train.rl.metrics import SAMPLES, SampleFile
 from fastllm.train.rl.ppo_collector import PpoCollector, TokenRewards
 from fastllm.train.rl.ppo_task import PpoBatches, PpoTask
@@ -87,6 +87,12 @@ class PpoConfig(RolloutConfig):
                 raise ValueError(f"{name} must be a number from 0, got {value}")
         if self.kl_target is not None and not self.kl_coef:
             raise ValueError("kl_coef 0 cannot be adapted to kl_target: give one above 0")
+        least = LIMIT * self.prompts_per_rollout * self.group_size
+        if self.kl_target is not None and self.kl_horizon <= least:
+            raise ValueError(
+                f"kl_horizon must be above {least:g}, a fifth of a rollout's completions, got "
+                f"{self.kl_horizon:g}: one rollout could turn the coefficient to 0 or below"
+            )
 
     def critic_rate(self, hidden: int) -> float:
         """`critic_lr`, or the policy's: a step of Adam moves a value by up to the rate times the

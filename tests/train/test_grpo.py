@@ -204,7 +204,8 @@ def test_what_is_logged_has_the_names_that_are_known(
         f"--eval_data={files / 'short.jsonl'}", "--eval_prompts=3", "--samples=3",
     )  # fmt: skip
     assert {
-        "reward", "reward_std", "frac_reward_zero_std", "rewards/share/mean", "rewards/share/std",
+        "reward", "reward_std", "reward_stderr", "frac_reward_zero_std",
+        "rewards/share/mean", "rewards/share/std",
         "kl", "entropy", "clip_ratio/low_mean", "clip_ratio/low_min", "clip_ratio/high_mean",
         "clip_ratio/high_max", "clip_ratio/region_mean", "completions/mean_length",
         "completions/min_length", "completions/max_length", "completions/clipped_ratio",
@@ -445,6 +446,7 @@ def test_latent_attention_differs_by_rounding_and_says_so(
         ("--group_size=129", "group_size must be from 1 to 128"),
         ("--lora.dropout=0.1", "lora.dropout must be 0"),
         ("--reward_weights=1,2", "reward_weights has 2 numbers for 1"),
+        ("--reward_weights=inf", "reward_weights must be finite"),
         ("--mini_batches=99", "mini_batches is 99"),
         ("--algorithm=dappo", "did you mean dapo"),
         ("--kl=k1", "kl k1 has no gradient"),

@@ -215,6 +215,7 @@ def test_the_command_trains(
         ({"gamma": 1.5}, "gamma must be from 0 to 1"),
         ({"kl_coef": -1.0}, "kl_coef must be a number from 0"),
         ({"kl_coef": 0.0, "kl_target": 6.0}, "kl_coef 0 cannot be adapted"),
+        ({"kl_target": 6.0, "kl_horizon": 12.8}, "kl_horizon must be above 12.8"),
         ({"cliprange_value": 0.0}, "cliprange_value must be above 0"),
         ({"critic_lr": -1.0}, "critic_lr must be above 0"),
     ],

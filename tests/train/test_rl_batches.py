@@ -438,6 +438,17 @@ def test_numbers_are_means_ends_and_seconds_of_the_steps_since_the_last_line() -
     assert metrics.numbers()["high"] != metrics.numbers().get("high")
 
 
+def test_the_error_of_the_mean_reward_counts_prompts_not_their_samples() -> None:
+    metrics = RlMetrics()
+    rewards = torch.tensor([1.0, 1, 1, 1, 0, 0, 0, 0, 1, 1, 0, 0])
+    metrics.rewards(rewards[:, None], ["one"], rewards, [True, True, False])
+    numbers = metrics.numbers()
+    assert numbers["reward"] == 0.5
+    assert numbers["reward_stderr"] == pytest.approx(0.5 / 3**0.5)
+    metrics.rewards(rewards[:4, None], ["one"], rewards[:4], [True])
+    assert metrics.numbers()["reward_stderr"] == 0
+
+
 def test_a_sample_file_forgets_what_a_lost_course_has_left(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         SampleFile(tmp_path / "s.jsonl").write(step, [{"text": f"{step}"}])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -91,8 +92,12 @@ class RlMetrics:
     ) -> None:
         """Rewards of a rollout.
 
-        table: `[N, F]`, by function. rewards: `[N]`, weighed and summed. equal: of each
-        group, whether all its rewards are the same.
+        table: `[N, F]`, by function. rewards: `[N]`, weighed and summed, group by group. equal: of
+        each group, whether all its rewards are the same.
+
+        `reward_stderr`, the standard error of the mean reward, is that of the groups' means:
+        samples of one prompt are alike, the more so the surer the policy is. Every rollout has
+        other prompts, so changes of `reward` below three times this may be chance.
         """
         for column, name in enumerate(names):
             values = table[:, column].double()
@@ -100,6 +105,8 @@ class RlMetrics:
             self.mean(f"rewards/{name}/std", _deviation(values))
         self.mean("reward", float(rewards.double().mean()))
         self.mean("reward_std", _deviation(rewards.double()))
+        groups = rewards.double().reshape(len(equal), -1).mean(1)
+        self.mean("reward_stderr", _deviation(groups) / math.sqrt(len(groups)))
         self.mean("frac_reward_zero_std", sum(equal) / len(equal))
 
 

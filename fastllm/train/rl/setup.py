@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -100,6 +101,8 @@ class RolloutConfig(TuneConfig):
                 f"reward_weights has {len(self.reward_weights)} numbers for {len(self.rewards)} "
                 "rewards"
             )
+        if not all(map(math.isfinite, self.reward_weights)):
+            raise ValueError(f"reward_weights must be finite, got {list(self.reward_weights)}")
         if self.lora.dropout:
             raise ValueError(
                 f"lora.dropout must be 0, got {self.lora.dropout}: the policy that is trained "
