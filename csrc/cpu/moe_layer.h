@@ -66,26 +66,12 @@ FASTLLM_INLINE void strip_times_group(const W& w, const int64_t* outputs, const 
 // All strips of a task for a weight whose strips meet all of its rows at once.
 template <int SIDES, class W, class Done>
 void run_strips(const W& w, const MoeTask& task, int64_t n, const PackedRows& x, const Done& done) {
-  const int64_t columns = task.wide * kPanelRows, group = task.width * columns;
-  const int64_t side_sums = divide_up(task.rows.size(), task.width) * group;
-  float* sums = static_cast<float*>(
-      thread_scratch(Scratch::sums, static_cast<size_t>((SIDES + 1) * side_sums) * 4));
-  for (int64_t panel = task.panel; panel < task.end; panel += task.wide) {
-    const int64_t column = panel * kPanelRows;
-    for (int side = 0; side < SIDES; ++side) {
-      const int64_t output = side * n + column;
-      const int64_t next = side + 1 < SIDES               ? output + n
-                           : panel + task.wide < task.end ? column + columns
-                                                          : -1;
-      w.multiply(output, next, task, x.base, sums + side * side_sums, sums + SIDES * side_sums);
-    }
-    const float *one = sums, *two = sums + (SIDES - 1) * side_sums;
-    for (int64_t row = task.rows.begin; row < task.rows.end; row += task.width) {
-      done(row, smaller(task.rows.end - row, task.width), column, one, two, columns);
-      one += group;
-      two += group;
-    }
-  }
+  for (int64_t panel = task.panel; panel < task.end; panel += task.wide)
+    w.template multiply<SIDES>(
+        panel, n, panel + task.wide < task.end, task, x.base,
+        [&](int64_t row, int64_t live, const float* one, const float* two, int64_t stride) {
+          done(task.rows.begin + row, live, panel * kPanelRows, one, two, stride);
+        });
 }
 
 // All strips of a task for its packed rows. Side s has the outputs [s * n, s * n + n) of the weight;

@@ -2,7 +2,7 @@
 // other. Formats and modes are chosen at run time, so this is compiled once.
 #pragma once
 #include "cpu/moe_weights.h"
-#include "cpu/quant_kernels.h"
+#include "cpu/quant_strips.h"
 
 namespace fastllm::FASTLLM_ISA {
 namespace {
@@ -70,23 +70,32 @@ class QuantExperts {
                    kernel_.panel_scales);
   }
 
-  // sums[group][width][wide * 16] of the outputs from `output` on, for all groups of a task's rows;
-  // `next`: the outputs that are asked for afterwards, or -1. An output need not be the first of a
-  // panel: where an expert's gate does not fill its panels, the up rows begin inside one. `spare`
-  // has the size of `sums`.
-  void multiply(int64_t output, int64_t next, const MoeTask& task, const char* x, float* sums,
-                float* spare) const {
-    const int64_t panel = output / kPanelRows, shift = output % kPanelRows;
-    const StripPanels following = panels_from(next / kPanelRows, task.wide);
-    const StripPanels* after = next < 0 ? nullptr : &following;
-    times_panels(panel, shift ? nullptr : after, task, x, sums);
-    if (!shift) return;
-    times_panels(panel + task.wide, after, task, x, spare);
+  // The outputs from side * n + 16 * panel on of SIDES sides, for all rows of a task; `more`: the
+  // strips behind them are asked for afterwards. done(row, rows, sums of the first and of the last
+  // side, stride) gets every group.
+  template <int SIDES, class Done>
+  void multiply(int64_t panel, int64_t n, bool more, const MoeTask& task, const char* x,
+                const Done& done) const {
+    const RowGroups rows{task.rows.size(), task.width, row_bytes(), const_cast<char*>(x)};
     const int64_t columns = task.wide * kPanelRows;
-    const int64_t rows = divide_up(task.rows.size(), task.width) * task.width;
-    for (int64_t r = 0; r < rows; ++r, sums += columns, spare += columns)
-      for (int64_t c = 0; c < columns; ++c)
-        sums[c] = c + shift < columns ? sums[c + shift] : spare[c + shift - columns];
+    // Where an expert's gate does not fill its panels, the up rows begin inside one: they are taken
+    // from the sums of two strips.
+    const int64_t up = panel * kPanelRows + (SIDES - 1) * n, shift = up % kPanelRows;
+    const int count = SIDES + (shift ? 1 : 0);
+    const int64_t first[3] = {panel, up / kPanelRows, up / kPanelRows + task.wide};
+    const auto finish = [&](int64_t g, float* sums, int64_t size) {
+      float* two = sums + (SIDES - 1) * size;
+      if (shift) shift_sums(two, two + size, task.width, columns, shift);
+      done(g * task.width, smaller(rows.rows - g * task.width, task.width), sums, two, columns);
+    };
+    if (task.few && kernel_.few) return multiply_panels(first, count, rows, finish);
+    StripPanels here[3], next[3];
+    for (int s = 0; s < count; ++s) {
+      here[s] = panels_from(first[s], task.wide);
+      next[s] = panels_from(first[s] + task.wide, task.wide);
+    }
+    multiply_strips(kernel_, here, count, more ? next : nullptr, rows, 0, rows.groups(), task.few,
+                    finish);
   }
 
  private:
@@ -99,21 +108,25 @@ class QuantExperts {
                        scales_ + panel * kernel_.panel_scales};
     return s;
   }
-  void times_panels(int64_t panel, const StripPanels* next, const MoeTask& task, const char* x,
-                    float* sums) const {
-    if (panel >= panels_) return;  // nobody reads these sums
-    if (task.few && kernel_.few) {
-      const Panel from = panels_from(panel, 1).panels[0];
-      const int64_t group = task.width * row_bytes();
-      for (int64_t left = task.rows.size(); left > 0; left -= task.width) {
-        multiply_few(kernel_, from, smaller(left, task.width), x, task.width, sums);
-        x += group;
-        sums += task.width * kPanelRows;
-      }
-      return;
+  // Few rows (of at most two groups), single panels.
+  template <class Finish>
+  void multiply_panels(const int64_t* first, int count, const RowGroups& x,
+                       const Finish& finish) const {
+    alignas(64) float sums[3][kFewRows * kPanelRows];
+    for (int64_t g = 0; g < x.groups(); ++g) {
+      for (int s = 0; s < count; ++s)
+        if (first[s] < panels_)  // else nobody reads these sums
+          multiply_few(kernel_, panels_from(first[s], 1).panels[0],
+                       smaller(x.rows - g * x.width, x.width), x.group(g), x.width, sums[s]);
+      finish(g, sums[0], kFewRows * kPanelRows);
     }
-    multiply_strip(kernel_, panels_from(panel, task.wide), next, x, task.width, task.rows.size(), 0,
-                   divide_up(task.rows.size(), task.width), task.few, sums);
+  }
+  // Columns [shift, shift + columns) of two strips side by side.
+  static void shift_sums(float* sums, const float* behind, int64_t rows, int64_t columns,
+                         int64_t shift) {
+    for (int64_t r = 0; r < rows; ++r, sums += columns, behind += columns)
+      for (int64_t c = 0; c < columns; ++c)
+        sums[c] = c + shift < columns ? sums[c + shift] : behind[c + shift - columns];
   }
 
   const ExpertWeights& w_;

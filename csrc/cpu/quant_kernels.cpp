@@ -1,7 +1,7 @@
-// The table of quantized products of one ISA level, and the walk over a strip's segments.
+// The table of quantized products of one ISA level, how strips are unpacked and met by rows.
 #include "cpu/quant_kernels.h"
 
-#include "common/scratch.h"
+#include "cpu/integers.h"
 #include "cpu/quant_few.h"
 #include "cpu/quant_rows.h"
 #include "cpu/quant_tiles.h"
@@ -54,7 +54,7 @@ void choose_int8(QuantKernel& q) {
   q.offset = int8_offset_of<C>();
   if (__is_same(C, NormalFloat)) q.factor = 1.f / 127;
   q.unpack_codes = unpack_codes<C, Int8Words>;
-  q.prepare_row = prepare_int8;
+  q.prepare_row = prepare_int8<kind == Sums::halves>;
   q.few = FewTiles<F>::int8;
   q.tiles = Tiles<Int8Tiles<kind, C::is_signed && !kUnsignedDots>::template Tile>::all;
 }
@@ -83,39 +83,14 @@ void choose_float(QuantKernel& q, Activation mode) {
   q.tiles = Tiles<FloatTile>::all;
 }
 
+// Unpacked strips stay in the L2 cache (1 MB and more) beside rows of x, the fp32 sums of a batch of
+// groups in the L1 cache.
+constexpr int64_t kUnpackedBytes = 256 << 10;
+constexpr int64_t kBatchSums = 3072;
+
 void prefetch_scales(const QuantKernel& q, const uint8_t* scales, int64_t column, int64_t columns) {
   const char* at = reinterpret_cast<const char*>(scales) + q.panel_scales * column / q.k;
   for (int64_t i = 0; i < q.panel_scales * columns / q.k; i += 64) __builtin_prefetch(at + i, 0, 2);
-}
-
-int shape_index(TileShape shape) {
-  for (int i = 0; i < kShapeCount; ++i)
-    if (kShapes[i].rows == shape.rows && kShapes[i].panels == shape.panels) return i;
-  return 0;
-}
-
-// Unpacks columns [column, column + columns) of a strip; of what lies two segments on, lines are
-// prefetched: at the end of a strip it is the beginning of the next one.
-void unpack_segment(const QuantKernel& q, const StripPanels& strip, const StripPanels* next,
-                    int64_t column, int64_t columns, int64_t segment, uint8_t* codes,
-                    float* scales) {
-  const int64_t per_column = q.words_per_block * 4 * kPanelRows / kBlock;
-  const int64_t later = column + 2 * segment;
-  for (int p = 0; p < strip.count; ++p) {
-    const Panel panel = strip.panels[p];
-    if (!panel.codes) continue;
-    const uint8_t* from = panel.codes + column * per_column;
-    int64_t ahead = 0;
-    if (later < q.k) {
-      ahead = 2 * segment * per_column;
-      prefetch_scales(q, panel.scales, later, columns);
-    } else if (next && next->panels[p].codes && later - q.k < q.k) {
-      ahead = next->panels[p].codes + (later - q.k) / kBlock * kBlock * per_column - from;
-      prefetch_scales(q, next->panels[p].scales, (later - q.k) / kBlock * kBlock, columns);
-    }
-    q.unpack_codes(from, columns, ahead, strip.count, codes + p * 4 * kPanelRows);
-    q.unpack_scales(q, panel.scales, column, columns, strip.count, scales + p * kPanelScales);
-  }
 }
 
 }  // namespace
@@ -158,38 +133,48 @@ TileShape few_tile(int64_t rows) {
   return kShapes[kShapeCount - 1];
 }
 
-TileShape wide_tile(int64_t rows) {
+StripPlan strip_plan(const QuantKernel& q, int panels, int strips, int64_t width, bool few) {
+  StripPlan p{};
+  p.group_sums = width * panels * kPanelRows;
+  p.batch = few ? 1 : larger(kBatchSums / (p.group_sums * strips), 1);
+  const int64_t unit = larger(q.chunk, kBlock), word_bytes = 4 * kPanelRows * panels;
+  const int64_t column_bytes = word_bytes / q.word_columns + 4 * kPanelScales * panels / q.chunk;
+  if (few) {
+    // Four panels of 256 columns in words of 2 columns or 1 would fill the L1 cache.
+    p.stretch = p.segment = q.word_columns < 4 ? kFewSegment / 2 : kFewSegment;
+  } else if (q.k * column_bytes * strips <= kUnpackedBytes) {
+    p.stretch = larger(q.k, unit);
+    const int64_t equal = divide_up(p.stretch, divide_up(p.stretch, kWideSegment));
+    p.segment = divide_up(equal, unit) * unit;
+  } else {
+    p.segment = kWideSegment;
+    p.stretch = larger(kUnpackedBytes / (column_bytes * strips * kWideSegment), 1) * kWideSegment;
+  }
+  const int64_t columns = smaller(p.stretch, q.k);
+  p.scales_at = columns / q.word_columns * word_bytes;
+  p.unpacked = p.scales_at + divide_up(columns, q.chunk) * panels * kPanelScales * 4;
+  return p;
+}
+
+SegmentTile* segment_tile(const QuantKernel& q, int64_t rows, bool few) {
   for (int i = 0; i < kShapeCount; ++i)
-    if (kShapes[i].rows >= rows && kShapes[i].panels == kWideStrip) return kShapes[i];
-  return kShapes[kShapeCount - 1];
+    if (kShapes[i].rows >= rows && (few || kShapes[i].panels == kWideStrip)) return q.tiles[i];
+  return q.tiles[kShapeCount - 1];
 }
 
-SegmentTile* tile_of(const QuantKernel& kernel, TileShape shape) {
-  return kernel.tiles[shape_index(shape)];
-}
-
-void multiply_strip(const QuantKernel& q, const StripPanels& strip, const StripPanels* next,
-                    const char* x, int64_t width, int64_t rows, int64_t first, int64_t last,
-                    bool few, float* sums) {
-  const int64_t code_bytes = q.segment_codes() * strip.count;
-  const int64_t scale_bytes = kSegment / 16 * kPanelScales * 4 * strip.count;
-  uint8_t* codes =
-      static_cast<uint8_t*>(thread_scratch(Scratch::panels, code_bytes + scale_bytes + 64));
-  float* scales = reinterpret_cast<float*>(codes + code_bytes);
-  const int64_t group_bytes = width * q.row_bytes(), group_sums = width * strip.count * kPanelRows;
-  __builtin_memset(sums, 0, static_cast<size_t>((last - first) * group_sums * 4));
-  // Four panels of 256 columns in words of 2 columns or 1 would fill the L1 cache.
-  const int64_t segment = few && q.word_columns < 4 ? kSegment / 2 : kSegment;
-  for (int64_t column = 0; column < q.k; column += segment) {
-    const int64_t columns = q.k - column < segment ? q.k - column : segment;
-    unpack_segment(q, strip, next, column, columns, segment, codes, scales);
-    const Segment s{codes, scales, columns, q.chunk, q.sums};
-    const char* at = x + q.row_offset(column) * width;
-    for (int64_t g = first; g < last; ++g) {
-      const int64_t left = rows - g * width, live = left < width ? left : width;
-      const TileShape shape = few ? few_tile(live) : wide_tile(live);
-      tile_of(q, shape)(s, at + g * group_bytes, width, sums + (g - first) * group_sums);
+void unpack_strip(const QuantKernel& q, const StripPanels& strip, int64_t column, int64_t columns,
+                  uint8_t* codes, float* scales, const StripPanels* ahead, int64_t later) {
+  for (int p = 0; p < strip.count; ++p) {
+    const Panel panel = strip.panels[p];
+    if (!panel.codes) continue;
+    const uint8_t* from = panel.codes + column * q.column_codes();
+    int64_t distance = 0;
+    if (ahead && ahead->panels[p].codes) {
+      distance = ahead->panels[p].codes + later * q.column_codes() - from;
+      prefetch_scales(q, ahead->panels[p].scales, later, columns);
     }
+    q.unpack_codes(from, columns, distance, strip.count, codes + p * 4 * kPanelRows);
+    q.unpack_scales(q, panel.scales, column, columns, strip.count, scales + p * kPanelScales);
   }
 }
 

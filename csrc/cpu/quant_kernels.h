@@ -1,17 +1,18 @@
 // Products with quantized weights, one set of compiled tiles for all formats. A strip of a few
-// panels is unpacked, a segment of columns at a time, to a canonical form that all formats share,
-// and met by rows of x in their prepared form; fp32 sums stay in memory between segments. One row
+// panels is unpacked to a canonical form that all formats share, and met by rows of x in their
+// prepared form, a segment of columns at a time; fp32 sums stay in memory between segments. One row
 // and a thousand take the same steps in the same order, so they have the same bits.
 //
 // Everything is chosen at run time by a table entry: its users are compiled once for all formats.
 #pragma once
-#include "cpu/packed.h"
-#include "ops_core.h"
+#include "cpu/matmul_tasks.h"
 
 namespace fastllm::FASTLLM_ISA {
 
-// Columns of a segment: a strip of it and of x stay in the L1 cache.
-constexpr int64_t kSegment = 256;
+// Most columns of a segment. Few rows unpack one at a time, which stays in the L1 cache. Many meet a
+// strip that is unpacked already: a tile over more columns begins and ends less often (9 ns, half a
+// block of 32 columns) and reads what lies in the L2 cache as fast as it multiplies.
+constexpr int64_t kFewSegment = 256, kWideSegment = 640;
 constexpr int kMaxStrip = 4;  // panels of a strip
 
 // Tiles: rows x panels. Up to kFewRows rows are one group and read strips of as many panels as
@@ -43,11 +44,13 @@ struct Segment {
   const float* scales;
   int64_t columns, chunk;
   Sums sums;
+  bool first;  // of a row: sums begin with zeros
 };
 constexpr int64_t kScaleVectors = 3;
 constexpr int64_t kPanelScales = kScaleVectors * kPanelRows;  // floats of a chunk and panel
 
-// sums[MR][NP * 16] += rows of x, prepared and `width` interleaved, times a segment.
+// sums[MR][NP * 16] += (of a first segment: =) rows of x, prepared and `width` interleaved, times a
+// segment.
 using SegmentTile = void(const Segment&, const char* x, int64_t width, float* sums);
 
 // One panel of a packed weight.
@@ -83,7 +86,7 @@ struct QuantKernel {
 
   int wide_rows() const { return word_columns == 4 ? kWideInt8Rows : kWideRows; }
   bool valid() const { return unpack_codes != nullptr; }
-  int64_t segment_codes() const { return kSegment / word_columns * 4 * kPanelRows; }  // of a panel
+  int64_t column_codes() const { return words_per_block * 4 * kPanelRows / kBlock; }  // of a panel
   // Bytes of a prepared row, and where its columns from `column` on begin (times `width`).
   int64_t row_bytes() const { return row_offset(k) + (k % chunk ? 4 : 0); }
   int64_t row_offset(int64_t column) const {
@@ -96,13 +99,11 @@ struct QuantKernel {
 // products for are computed in fp32.
 QuantKernel quant_kernel(Format format, Activation mode, int64_t k);
 
-// The rows and panels of the tile for so many rows of a group.
+// The rows and panels of the tile for up to kFewRows rows, which are one group.
 struct TileShape {
   int rows, panels;
 };
-TileShape few_tile(int64_t rows);   // rows <= kFewRows
-TileShape wide_tile(int64_t rows);  // rows <= wide_rows(); of kWideStrip panels
-SegmentTile* tile_of(const QuantKernel& kernel, TileShape shape);
+TileShape few_tile(int64_t rows);
 
 // The rows of the few-row tile for so many, and sums[rows][16] = rows of x (of a group of `width`, at
 // least few_width(rows)) times a panel. Only of kernels with few-row tiles.
@@ -110,18 +111,32 @@ int few_width(int64_t rows);
 void multiply_few(const QuantKernel& kernel, const Panel& panel, int64_t rows, const char* x,
                   int64_t width, float* sums);
 
-// A strip of up to kMaxStrip panels (those without codes are none), and which panels will be read
-// next, for prefetching.
+// A strip of up to kMaxStrip panels; those without codes are none.
 struct StripPanels {
   Panel panels[kMaxStrip];
   int count;
 };
 
-// sums[group][width][count * 16] = prepared rows of groups [first, last) times the strip. `x` is
-// where the groups begin, `width` their rows, `rows` all rows; few: one group of a few_tile. `next`:
-// the strip that this thread reads afterwards, or null.
-void multiply_strip(const QuantKernel& kernel, const StripPanels& strip, const StripPanels* next,
-                    const char* x, int64_t width, int64_t rows, int64_t first, int64_t last,
-                    bool few, float* sums);
+// What is done at a time where strips are unpacked before rows meet them (quant_strips.h); chosen by
+// shape alone.
+struct StripPlan {
+  int64_t segment, stretch;     // columns that a tile takes, and that are unpacked, at once
+  int64_t batch;                // groups of rows that meet all segments of a stretch in turn
+  int64_t scales_at, unpacked;  // bytes of a stretch of one strip: codes; codes and scales
+  int64_t group_sums;           // fp32 sums of a group and strip
+};
+// For strips of `panels` panels, `strips` of them side by side, and groups of `width` rows. few: the
+// rows are one group of a few_tile.
+StripPlan strip_plan(const QuantKernel& kernel, int panels, int strips, int64_t width, bool few);
+
+// The tile for so many rows of a group.
+SegmentTile* segment_tile(const QuantKernel& kernel, int64_t rows, bool few);
+
+// Columns [column, column + columns) of a strip in canonical form: codes, and scales behind them.
+// `ahead` (or null) is a strip that begins where this one does, of which column `later` and what
+// follows will be unpacked soon: as many columns are prefetched.
+void unpack_strip(const QuantKernel& kernel, const StripPanels& strip, int64_t column,
+                  int64_t columns, uint8_t* codes, float* scales, const StripPanels* ahead,
+                  int64_t later);
 
 }  // namespace fastllm::FASTLLM_ISA

@@ -2,9 +2,8 @@
 // then strips of outputs are handed out. finished_product goes on with a residual or a gated
 // activation.
 #include "cpu/gated_activation.h"
-#include "cpu/integers.h"
 #include "cpu/matmul_dense.h"
-#include "cpu/quant_kernels.h"
+#include "cpu/quant_strips.h"
 #include "ops_quant.h"
 
 namespace fastllm::FASTLLM_ISA {
@@ -194,30 +193,42 @@ class QuantizedProduct {
 
   // Strips [index, end) times groups [first, last) of rows; `all`: how many strips there are.
   void times_groups(int64_t index, int64_t end, int64_t first, int64_t last, int64_t all) {
-    const int64_t columns = wide_ * kPanelRows, size = (last - first) * x_.width * columns;
     const int sides = gated_ ? 2 : 1;
-    float* sums =
-        static_cast<float*>(thread_scratch(Scratch::sums, static_cast<size_t>(sides * size * 4)));
-    StripPanels here = strip(index, 0);
+    if (few_ && kernel_.few) return times_few(index, end, sides);
+    const int64_t columns = wide_ * kPanelRows;
     for (; index < end; ++index) {
-      for (int side = 0; side < sides; ++side) {
-        const bool more = side + 1 < sides || index + 1 < all;
-        const StripPanels next = side + 1 < sides ? strip(index, side + 1) : strip(index + 1, 0);
-        if (few_ && kernel_.few)
-          multiply_few(kernel_, here.panels[0], a_.m, x_.base, x_.width, sums + side * size);
-        else
-          multiply_strip(kernel_, here, more ? &next : nullptr, x_.base, x_.width, a_.m, first,
-                         last, few_, sums + side * size);
-        here = next;
-      }
-      for (int64_t g = first; g < last; ++g)
-        finish(sums + (g - first) * x_.width * columns, size, g * x_.width, index * columns);
+      const StripPanels here[2] = {strip(index, 0), strip(index, sides - 1)};
+      const StripPanels next[2] = {strip(index + 1, 0), strip(index + 1, sides - 1)};
+      multiply_strips(kernel_, here, sides, index + 1 < all ? next : nullptr, x_, first, last, few_,
+                      [&](int64_t group, float* sums, int64_t size) {
+                        finish(sums, size, group * x_.width, index * columns);
+                      });
     }
+  }
+
+  // The same for rows of one small tile and strips of one panel, decoded in registers.
+  void times_few(int64_t index, int64_t end, int sides) {
+    alignas(64) float sums[2][kFewRows * kPanelRows];
+    for (; index < end; ++index) {
+      for (int side = 0; side < sides; ++side)
+        multiply_few(kernel_, strip(index, side).panels[0], a_.m, x_.base, x_.width, sums[side]);
+      finish(sums[0], sums[1] - sums[0], 0, index * kPanelRows);
+    }
+  }
+
+  // Asks for what the next group will write, so that its stores do not queue.
+  void prefetch_outputs(int64_t row, int64_t column) const {
+    const int64_t bytes = a_.out.y_type == DType::bf16 ? 2 : 4;
+    const int64_t stride = then_ ? (gated_ ? a_.out.n / 2 : a_.out.n) : a_.out.y_stride;
+    const char* at = static_cast<const char*>(a_.out.y) + (row * stride + column) * bytes;
+    for (int64_t m = smaller(x_.width, a_.m - row); m > 0; --m, at += stride * bytes)
+      for (int64_t b = 0; b < wide_ * kPanelRows * bytes; b += 64) __builtin_prefetch(at + b, 1);
   }
 
   // The rows of a group from `row` on; `size`: how far behind those of gate the sums of up are.
   void finish(float* sums, int64_t size, int64_t row, int64_t column) const {
     const int64_t columns = wide_ * kPanelRows, rows = smaller(x_.width, a_.m - row);
+    prefetch_outputs(row + x_.width, column);
     if (!then_) return store_tile(a_.out, sums, columns, row, rows, column);
     const int64_t live = smaller(columns, (gated_ ? a_.out.n / 2 : a_.out.n) - column);
     for (int64_t m = 0; m < rows; ++m, sums += columns)

@@ -14,73 +14,104 @@ namespace {
 // which is the start of the integer sum, or dx times that sum, which a minimum multiplies.
 FASTLLM_INLINE int64_t record_bytes(Sums sums) { return sums == Sums::halves ? 44 : 40; }
 
-// 32 columns to int8: the codes, dx, and the sums of the two halves.
+typedef float f4 __attribute__((vector_size(16)));
+typedef int32_t i4 __attribute__((vector_size(16)));
+
+// Lane i: all lanes of x[i] folded by op.
+template <class Op>
+FASTLLM_INLINE i4 fold_four(const vi* x, const Op& op) {
+  i4 v[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    i4 parts[VL / 4];
+    __builtin_memcpy(parts, x + i, sizeof parts);
+    v[i] = parts[0];
+#pragma GCC unroll 4
+    for (int p = 1; p < VL / 4; ++p) v[i] = op(v[i], parts[p]);
+  }
+  const i4 low = {0, 4, 1, 5}, high = {2, 6, 3, 7}, even = {0, 1, 4, 5}, odd = {2, 3, 6, 7};
+  const i4 a = op(__builtin_shuffle(v[0], v[1], low), __builtin_shuffle(v[0], v[1], high));
+  const i4 b = op(__builtin_shuffle(v[2], v[3], low), __builtin_shuffle(v[2], v[3], high));
+  return op(__builtin_shuffle(a, b, even), __builtin_shuffle(a, b, odd));
+}
+
+// Up to four blocks of 32 columns to int8 records `step` bytes apart. (Their sums over lanes and
+// their divisions are done together: a block at a time takes twice as long.)
 // amax is found on the bit patterns, where NaN is above everything: it ends in the scale and is not
 // lost. The codes beside such a scale, and beside an infinite one, are zeros.
-struct QuantizedBlock {
-  float scale;
-  int32_t sums[2];
-};
-template <class X>
-FASTLLM_INLINE QuantizedBlock quantize_block(const X* x, int8_t* q) {
+template <bool HALVES, class X>
+FASTLLM_INLINE void quantize_blocks(const X* x, int64_t blocks, Sums sums, int32_t offset, char* to,
+                                    int64_t step) {
   constexpr int parts = kBlock / VL;
-  vf v[parts];
-  vi top = vi{};
+  const auto add = [](i4 a, i4 b) __attribute__((always_inline)) { return a + b; };
+  const auto larger_of = [](i4 a, i4 b) __attribute__((always_inline)) { return a > b ? a : b; };
+  vf v[4][parts];
+  vi top[4], total[HALVES + 1][4];
+#pragma GCC unroll 4
+  for (int b = 0; b < 4; ++b) {
+    const X* from = x + (b < blocks ? b : 0) * kBlock;
+    top[b] = vi{};
 #pragma GCC unroll 8
-  for (int i = 0; i < parts; ++i) {
-    v[i] = load(x + i * VL);
-    const vi magnitude = vbits(v[i]) & 0x7fffffff;
-    top = magnitude > top ? magnitude : top;
-  }
-  const float amax = __builtin_bit_cast(float, reduce_max(top));
-  float inverse = 127.f / amax;
-  if (!(inverse <= __FLT_MAX__)) inverse = 0.f;  // zero or too small a block
-  const vf magic = vset(12582912.f);  // 1.5 * 2^23: adding it rounds to the nearest integer
-  const vi live = vseti(inverse > 0.f ? -1 : 0);
-  vi total[2] = {};
-#pragma GCC unroll 8
-  for (int i = 0; i < parts; ++i) {
-    const vi codes = (vbits(v[i] * inverse + magic) - vbits(magic)) & live;
-#if defined(__AVX512F__)  // GCC converts vectors of bytes by many shuffles
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(q + i * VL), _mm512_cvtepi32_epi8((__m512i)codes));
-#else
-    typedef int8_t vb __attribute__((vector_size(VL)));
-    const vb bytes = __builtin_convertvector(codes, vb);
-    __builtin_memcpy(q + i * VL, &bytes, sizeof bytes);
-#endif
-    total[i * VL / 16] += codes;
-  }
-  return {amax / 127.f, {reduce_add(total[0]), reduce_add(total[1])}};
-}
-
-template <class X>
-void quantize_row(const X* x, const QuantKernel& kernel, char* to, int64_t width) {
-  const int64_t size = record_bytes(kernel.sums);
-  for (int64_t c = 0; c < kernel.k; c += kBlock, to += size * width) {
-    const QuantizedBlock b = quantize_block(x + c, reinterpret_cast<int8_t*>(to));
-    __builtin_memcpy(to + 32, &b.scale, 4);
-    if (kernel.sums == Sums::minimum) {
-      const float sum = static_cast<float>(b.sums[0] + b.sums[1]) * b.scale;
-      __builtin_memcpy(to + 36, &sum, 4);
-    } else if (kernel.sums == Sums::halves) {
-      const int32_t starts[2] = {-kernel.offset * b.sums[0], -kernel.offset * b.sums[1]};
-      __builtin_memcpy(to + 36, starts, 8);
-    } else {
-      const int32_t start = -kernel.offset * (b.sums[0] + b.sums[1]);
-      __builtin_memcpy(to + 36, &start, 4);
+    for (int i = 0; i < parts; ++i) {
+      v[b][i] = load(from + i * VL);
+      const vi magnitude = vbits(v[b][i]) & 0x7fffffff;
+      top[b] = magnitude > top[b] ? magnitude : top[b];
     }
   }
+  const f4 amax = (f4)fold_four(top, larger_of), scale = amax / 127.f;
+  f4 inverse = 127.f / amax;
+  inverse = inverse <= __FLT_MAX__ ? inverse : f4{};  // else zero, too small a block, or NaN
+  const vf magic = vset(12582912.f);  // 1.5 * 2^23: adding it rounds to the nearest integer
+#pragma GCC unroll 4
+  for (int b = 0; b < 4; ++b) {
+    const vf factor = vset(inverse[b]);
+    const vi live = factor > 0.f;
+    int8_t* q = reinterpret_cast<int8_t*>(to + b * step);
+    total[0][b] = total[HALVES][b] = vi{};
+#pragma GCC unroll 8
+    for (int i = 0; i < parts; ++i) {
+      const vi codes = (vbits(v[b][i] * factor + magic) - vbits(magic)) & live;
+      total[HALVES ? i * VL / 16 : 0][b] += codes;
+      if (b >= blocks) continue;
+#if defined(__AVX512F__)  // GCC converts vectors of bytes by many shuffles
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(q + i * VL),
+                       _mm512_cvtepi32_epi8((__m512i)codes));
+#else
+      typedef int8_t vb __attribute__((vector_size(VL)));
+      const vb bytes = __builtin_convertvector(codes, vb);
+      __builtin_memcpy(q + i * VL, &bytes, sizeof bytes);
+#endif
+    }
+  }
+  const i4 sum = fold_four(total[0], add), second = fold_four(total[HALVES], add);
+  const f4 weighted = __builtin_convertvector(sum, f4) * scale;
+  const f4 more = sums == Sums::minimum ? weighted : (f4)(-offset * sum);
+#pragma GCC unroll 4
+  for (int b = 0; b < 4; ++b) {
+    if (b >= blocks) break;
+    const float words[3] = {scale[b], more[b], ((f4)(-offset * second))[b]};
+    __builtin_memcpy(to + b * step + kBlock, words, HALVES ? 12 : 8);
+  }
 }
 
+template <bool HALVES, class X>
+void quantize_row(const X* x, const QuantKernel& kernel, char* to, int64_t width) {
+  const int64_t step = record_bytes(kernel.sums) * width;
+  for (int64_t c = 0; c < kernel.k; c += 4 * kBlock, to += 4 * step)
+    quantize_blocks<HALVES>(x + c, smaller((kernel.k - c) / kBlock, 4), kernel.sums, kernel.offset,
+                            to, step);
+}
+
+template <bool HALVES>
 void prepare_int8(const QuantKernel& kernel, const void* x, DType type, char* to, int64_t width) {
   const int64_t size = record_bytes(kernel.sums);
   if (!x)
     for (int64_t c = 0; c < kernel.k; c += kBlock, to += size * width)
       __builtin_memset(to, 0, static_cast<size_t>(size));
   else if (type == DType::bf16)
-    quantize_row(static_cast<const uint16_t*>(x), kernel, to, width);
+    quantize_row<HALVES>(static_cast<const uint16_t*>(x), kernel, to, width);
   else
-    quantize_row(static_cast<const float*>(x), kernel, to, width);
+    quantize_row<HALVES>(static_cast<const float*>(x), kernel, to, width);
 }
 
 // 32 columns rounded to e4m3, as floats; x is at most 464 in magnitude, or NaN.

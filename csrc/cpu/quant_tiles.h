@@ -26,9 +26,10 @@ struct TileSums {
   static constexpr bool kept = MR * V <= kRegisterSums;
   float* at;
   vf acc[kept ? MR : 1][kept ? V : 1];
-  FASTLLM_INLINE TileSums begin(float* at) {
+  FASTLLM_INLINE TileSums begin(float* at, bool zeros) {
     TileSums s;
     s.at = at;
+    if (zeros) __builtin_memset(at, 0, MR * V * VL * sizeof(float));
     if constexpr (kept)
 #pragma GCC unroll 16
       for (int m = 0; m < MR; ++m)
@@ -66,7 +67,7 @@ constexpr int kSteps = 8;  // 16 columns of pairs, which divide every chunk
 template <class Dot, int MR, int NP>
 void float_tile(const Segment& s, const char* x, int64_t width, float* sums) {
   constexpr int V = NP * NV;
-  auto total = TileSums<MR, V>::begin(sums);
+  auto total = TileSums<MR, V>::begin(sums, s.first);
   const uint8_t* codes = s.codes;
   const float* scales = s.scales;
   const int64_t stride = width * 4;
@@ -122,7 +123,7 @@ void float_tile(const Segment& s, const char* x, int64_t width, float* sums) {
 template <Sums KIND, bool SIGNED, int MR, int NP>
 void int8_segment_tile(const Segment& s, const char* x, int64_t width, float* sums) {
   constexpr int V = NP * NV, records = KIND == Sums::halves ? 44 : 40;
-  auto total = TileSums<MR, V>::begin(sums);
+  auto total = TileSums<MR, V>::begin(sums, s.first);
   const uint8_t* codes = s.codes;
   const float* scales = s.scales;
   const int64_t stride = width * records;
@@ -147,7 +148,7 @@ void int8_segment_tile(const Segment& s, const char* x, int64_t width, float* su
     const auto begin = [&](int word) __attribute__((always_inline)) {
 #pragma GCC unroll 16
       for (int m = 0; m < MR; ++m) {
-        const vi start = KIND == Sums::minimum ? vi{} : splat_word(x + m * records + word);
+        const vi start = KIND == Sums::halves ? splat_word(x + m * records + word) : vi{};
 #pragma GCC unroll 16
         for (int v = 0; v < V; ++v) sum[m][v] = start;
       }
@@ -181,6 +182,8 @@ void int8_segment_tile(const Segment& s, const char* x, int64_t width, float* su
       if constexpr (KIND == Sums::minimum) minimum = vload(at + kPanelRows);
 #pragma GCC unroll 16
       for (int m = 0; m < MR; ++m) {
+        // Sums that began with it would be copied from it: 17.9 ns a block and 6 rows, not 16.7.
+        if constexpr (KIND == Sums::plain) sum[m][v] += splat_word(x + m * records + 36);
         vf t = vfma_once(__builtin_convertvector(sum[m][v], vf),
                          d * splat_float(x + m * records + 32), total.get(m, v));
         if constexpr (KIND == Sums::minimum)

@@ -1,0 +1,109 @@
+// The walk of rows past strips of a quantized weight. A strip is unpacked once; then batches of row
+// groups, whose fp32 sums stay in the L1 cache, meet one segment of it after the other. A group is
+// finished as soon as its sums are complete, so that its stores drain while the next tile runs.
+#pragma once
+#include "cpu/integers.h"
+#include "cpu/quant_kernels.h"
+
+namespace fastllm::FASTLLM_ISA {
+namespace {
+
+// What is unpacked next, asked for a few lines at a time while tiles run: all of it at once would be
+// waited for.
+class Upcoming {
+ public:
+  void add(const QuantKernel& q, const StripPanels& strip, int64_t column, int64_t columns) {
+    for (int p = 0; p < strip.count; ++p) {
+      if (!strip.panels[p].codes) continue;
+      add(strip.panels[p].codes + column * q.column_codes(), columns * q.column_codes());
+      add(strip.panels[p].scales + q.panel_scales * column / q.k,
+          q.panel_scales * columns / q.k);
+    }
+  }
+  // In so many steps.
+  void divide(int64_t steps) { share_ = divide_up(lines_, steps); }
+  void step() {
+    for (int64_t n = 0; n < share_ && next_ < count_; ++n) {
+      __builtin_prefetch(ranges_[next_].at, 0, 2);
+      if ((ranges_[next_].at += 64) >= ranges_[next_].end) ++next_;
+    }
+  }
+
+ private:
+  struct Range {
+    const uint8_t *at, *end;
+  };
+  void add(const uint8_t* at, int64_t bytes) {
+    if (bytes <= 0) return;
+    ranges_[count_++] = {at, at + bytes};
+    lines_ += divide_up(bytes, 64);
+  }
+  Range ranges_[2 * 3 * kWideStrip];
+  int count_ = 0, next_ = 0;
+  int64_t lines_ = 0, share_ = 0;
+};
+
+// Groups [first, last) of rows times `count` strips that are finished together, those of a gate and
+// of an up. `next`: the strips that this thread reads afterwards, or null. done(group, sums, size)
+// gets sums[width][columns] of the first strip; those of another lie `size` behind.
+template <class Done>
+FASTLLM_INLINE void multiply_strips(const QuantKernel& q, const StripPanels* strips, int count,
+                                    const StripPanels* next, const RowGroups& x, int64_t first,
+                                    int64_t last, bool few, const Done& done) {
+  const int panels = strips[0].count;
+  const StripPlan plan = strip_plan(q, panels, count, x.width, few);
+  const bool whole = plan.stretch >= q.k;
+  const int64_t size = (whole ? smaller(plan.batch, last - first) : last - first) * plan.group_sums;
+  uint8_t* unpacked = static_cast<uint8_t*>(
+      thread_scratch(Scratch::panels, static_cast<size_t>(count * plan.unpacked)));
+  float* sums = static_cast<float*>(
+      thread_scratch(Scratch::sums, static_cast<size_t>(count * size) * sizeof(float)));
+  SegmentTile *const tile = segment_tile(q, x.width, few),
+              *const last_tile = segment_tile(q, x.rows - (x.groups() - 1) * x.width, few);
+  int64_t column = 0;
+  do {
+    const int64_t stretch_end = smaller(column + plan.stretch, q.k);
+    // Few rows are done before what comes next has arrived: they look two stretches ahead.
+    const int64_t later = column + (few ? 2 : 1) * plan.stretch;
+    Upcoming upcoming;
+    for (int s = 0; s < count; ++s) {
+      const StripPanels* ahead = later < q.k                       ? &strips[s]
+                                 : next && later - plan.stretch < q.k ? &next[s]
+                                                                      : nullptr;
+      const int64_t at = later < q.k ? later : few ? (later - q.k)/kBlock*kBlock : 0;
+      uint8_t* codes = unpacked + s * plan.unpacked;
+      unpack_strip(q, strips[s], column, stretch_end - column, codes,
+                   reinterpret_cast<float*>(codes + plan.scales_at), few && at < q.k ? ahead : nullptr, at);
+      if (!few && ahead) upcoming.add(q, *ahead, at, smaller(plan.stretch, q.k - at));
+    }
+    upcoming.divide(last - first);
+    for (int64_t g = first; g < last; g += plan.batch) {
+      const int64_t end = smaller(g + plan.batch, last);
+      float* batch_sums = whole ? sums : sums + (g - first) * plan.group_sums;
+      for (int s = 0; s < count; ++s) {
+        const uint8_t* codes = unpacked + s * plan.unpacked;
+        int64_t c = column;
+        do {
+          const Segment segment{
+              codes + (c - column) / q.word_columns * 4 * kPanelRows * panels,
+              reinterpret_cast<const float*>(codes + plan.scales_at) +
+                  (c - column) / q.chunk * panels * kPanelScales,
+              smaller(plan.segment, stretch_end - c), q.chunk, q.sums, c == 0};
+          const bool complete = s + 1 == count && c + plan.segment >= q.k;
+          const char* rows = x.group(g) + q.row_offset(c) * x.width;
+          float* to = batch_sums + s * size;
+          for (int64_t i = g; i < end; ++i) {
+            (i + 1 < x.groups() ? tile : last_tile)(segment, rows, x.width, to);
+            if (complete) done(i, to - s * size, size);
+            if (s == 0 && c == column) upcoming.step();
+            rows += x.group_bytes();
+            to += plan.group_sums;
+          }
+        } while ((c += plan.segment) < stretch_end);
+      }
+    }
+  } while ((column += plan.stretch) < q.k);
+}
+
+}  // namespace
+}  // namespace fastllm::FASTLLM_ISA
