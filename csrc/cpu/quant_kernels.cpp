@@ -137,18 +137,19 @@ StripPlan strip_plan(const QuantKernel& q, int panels, int strips, int64_t width
   StripPlan p{};
   p.group_sums = width * panels * kPanelRows;
   p.batch = few ? 1 : larger(kBatchSums / (p.group_sums * strips), 1);
-  const int64_t unit = larger(q.chunk, kBlock), word_bytes = 4 * kPanelRows * panels;
+  const int64_t unit = larger(q.chunk, kBlock), most = larger(kWideWords * q.word_columns, unit);
+  const int64_t word_bytes = 4 * kPanelRows * panels;
   const int64_t column_bytes = word_bytes / q.word_columns + 4 * kPanelScales * panels / q.chunk;
   if (few) {
     // Four panels of 256 columns in words of 2 columns or 1 would fill the L1 cache.
     p.stretch = p.segment = q.word_columns < 4 ? kFewSegment / 2 : kFewSegment;
   } else if (q.k * column_bytes * strips <= kUnpackedBytes) {
     p.stretch = larger(q.k, unit);
-    const int64_t equal = divide_up(p.stretch, divide_up(p.stretch, kWideSegment));
+    const int64_t equal = divide_up(p.stretch, divide_up(p.stretch, most));
     p.segment = divide_up(equal, unit) * unit;
   } else {
-    p.segment = kWideSegment;
-    p.stretch = larger(kUnpackedBytes / (column_bytes * strips * kWideSegment), 1) * kWideSegment;
+    p.segment = most / unit * unit;
+    p.stretch = larger(kUnpackedBytes / (column_bytes * strips * p.segment), 1) * p.segment;
   }
   const int64_t columns = smaller(p.stretch, q.k);
   p.scales_at = columns / q.word_columns * word_bytes;

@@ -10,9 +10,9 @@
 namespace fastllm::FASTLLM_ISA {
 
 // Most columns of a segment. Few rows unpack one at a time, which stays in the L1 cache. Many meet a
-// strip that is unpacked already: a tile over more columns begins and ends less often (9 ns, half a
-// block of 32 columns) and reads what lies in the L2 cache as fast as it multiplies.
-constexpr int64_t kFewSegment = 256, kWideSegment = 640;
+// strip that is unpacked already, of which they take 20 KB at a time: int8 tiles over 640 columns
+// begin and end less often than over 256 (9 ns, half a block of 32 columns).
+constexpr int64_t kFewSegment = 256, kWideWords = 160;
 constexpr int kMaxStrip = 4;  // panels of a strip
 
 // Tiles: rows x panels. Up to kFewRows rows are one group and read strips of as many panels as

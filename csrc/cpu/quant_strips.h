@@ -16,8 +16,7 @@ class Upcoming {
     for (int p = 0; p < strip.count; ++p) {
       if (!strip.panels[p].codes) continue;
       add(strip.panels[p].codes + column * q.column_codes(), columns * q.column_codes());
-      add(strip.panels[p].scales + q.panel_scales * column / q.k,
-          q.panel_scales * columns / q.k);
+      add(strip.panels[p].scales + q.panel_scales * column / q.k, q.panel_scales * columns / q.k);
     }
   }
   // In so many steps.
@@ -38,7 +37,7 @@ class Upcoming {
     ranges_[count_++] = {at, at + bytes};
     lines_ += divide_up(bytes, 64);
   }
-  Range ranges_[2 * 3 * kWideStrip];
+  Range ranges_[2 * 3 * kWideStrip];  // of at most three strips
   int count_ = 0, next_ = 0;
   int64_t lines_ = 0, share_ = 0;
 };
@@ -58,23 +57,25 @@ FASTLLM_INLINE void multiply_strips(const QuantKernel& q, const StripPanels* str
       thread_scratch(Scratch::panels, static_cast<size_t>(count * plan.unpacked)));
   float* sums = static_cast<float*>(
       thread_scratch(Scratch::sums, static_cast<size_t>(count * size) * sizeof(float)));
-  SegmentTile *const tile = segment_tile(q, x.width, few),
-              *const last_tile = segment_tile(q, x.rows - (x.groups() - 1) * x.width, few);
+  SegmentTile *const tile = segment_tile(q, x.width, few), *const last_tile = segment_tile(
+                                                               q,
+                                                               x.rows - (x.groups() - 1) * x.width,
+                                                               few);
   int64_t column = 0;
   do {
     const int64_t stretch_end = smaller(column + plan.stretch, q.k);
     // Few rows are done before what comes next has arrived: they look two stretches ahead.
     const int64_t later = column + (few ? 2 : 1) * plan.stretch;
+    const bool inside = later < q.k;
+    const int64_t from = inside ? later : few ? (later - q.k) / kBlock * kBlock : 0;
+    const bool known = (inside || (next && later - plan.stretch < q.k)) && from < q.k;
     Upcoming upcoming;
     for (int s = 0; s < count; ++s) {
-      const StripPanels* ahead = later < q.k                       ? &strips[s]
-                                 : next && later - plan.stretch < q.k ? &next[s]
-                                                                      : nullptr;
-      const int64_t at = later < q.k ? later : few ? (later - q.k)/kBlock*kBlock : 0;
+      const StripPanels* ahead = !known ? nullptr : inside ? &strips[s] : &next[s];
       uint8_t* codes = unpacked + s * plan.unpacked;
       unpack_strip(q, strips[s], column, stretch_end - column, codes,
-                   reinterpret_cast<float*>(codes + plan.scales_at), few && at < q.k ? ahead : nullptr, at);
-      if (!few && ahead) upcoming.add(q, *ahead, at, smaller(plan.stretch, q.k - at));
+                   reinterpret_cast<float*>(codes + plan.scales_at), few ? ahead : nullptr, from);
+      if (!few && ahead) upcoming.add(q, *ahead, from, smaller(plan.stretch, q.k - from));
     }
     upcoming.divide(last - first);
     for (int64_t g = first; g < last; g += plan.batch) {
@@ -84,11 +85,13 @@ FASTLLM_INLINE void multiply_strips(const QuantKernel& q, const StripPanels* str
         const uint8_t* codes = unpacked + s * plan.unpacked;
         int64_t c = column;
         do {
-          const Segment segment{
-              codes + (c - column) / q.word_columns * 4 * kPanelRows * panels,
-              reinterpret_cast<const float*>(codes + plan.scales_at) +
-                  (c - column) / q.chunk * panels * kPanelScales,
-              smaller(plan.segment, stretch_end - c), q.chunk, q.sums, c == 0};
+          const Segment segment{codes + (c - column) / q.word_columns * 4 * kPanelRows * panels,
+                                reinterpret_cast<const float*>(codes + plan.scales_at) +
+                                    (c - column) / q.chunk * panels * kPanelScales,
+                                smaller(plan.segment, stretch_end - c),
+                                q.chunk,
+                                q.sums,
+                                c == 0};
           const bool complete = s + 1 == count && c + plan.segment >= q.k;
           const char* rows = x.group(g) + q.row_offset(c) * x.width;
           float* to = batch_sums + s * size;

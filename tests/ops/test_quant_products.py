@@ -21,7 +21,7 @@ from fastllm.ops.quant_matmul import GATED, quant_matmul_ref
 from fastllm.ops.quant_matmul_input_grad import quant_matmul_input_grad_ref
 from fastllm.ops.registry import OPS, Op
 from fastllm.testing.check import Judge
-from fastllm.testing.infos.quant_matmul import exact_product, peer_product
+from fastllm.testing.infos.quant_matmul import exact_product, peer_product, random_packed
 from fastllm.testing.opinfo import generator
 from fastllm.testing.packed_weights import weight64
 from fastllm.testing.quant_problem import Product, gradient_rows, products
@@ -154,3 +154,24 @@ def test_the_full_run_holds_two_thousand_problems_of_every_format_and_mode() -> 
     pairs = {(p.format, p.mode) for p in forward[:60]}
     assert len(pairs) == 19 * 3 + 2, "quick problems cover every format and mode"
     assert {p.option for p in forward[:60]} == {"", "residual", "silu", "gelu_tanh"}
+
+
+@pytest.mark.parametrize("fmt", ["q4_1", "q6_k", "int4_g128"])
+@pytest.mark.parametrize("gated", [None, "silu"])
+def test_rows_around_a_batch_of_groups_have_the_bits_of_few_rows(
+    fmt: str, gated: str | None
+) -> None:
+    """Many rows meet unpacked strips in batches, a long K in stretches; few rows do not."""
+    n, k = 32, 7168
+    data, scales = random_packed(generator(5), fmt, n, k, 16)
+    x = torch.randn(97, k, generator=generator(6)).bfloat16()
+    for isa in _C.isas():
+        _C.set_isa(isa)
+        for mode in ("int8", "bf16"):
+
+            def product(rows: Tensor, mode: str = mode) -> Tensor:
+                return quant_matmul(rows, data, scales, fmt, n, activation=mode, gated=gated)
+
+            few = torch.cat([product(x[i : i + 2]) for i in range(0, 97, 2)])
+            for rows in (9, 47, 49, 95, 97):
+                assert torch.equal(product(x[:rows]), few[:rows]), (isa, mode, rows)
