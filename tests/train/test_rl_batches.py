@@ -26,7 +26,7 @@ from fastllm.train.rl.groups import GroupCollector
 from fastllm.train.rl.metrics import RlMetrics, SampleFile
 from fastllm.train.rl.policy_task import PolicyTask, log_probs
 from fastllm.train.rl.rollout import PromptStream, Rollouts, Trajectory
-from fastllm.train.task import StepAbandoned
+from fastllm.train.task import NothingToLearn, StepAbandoned
 from fastllm.train.tune_config import TuneConfig
 
 
@@ -174,34 +174,61 @@ class Sampled:
         return self.trajectories
 
 
+def collector_of(
+    rewards: Tensor, finish_reason: str = "stop", **fields: Any
+) -> tuple[GroupCollector, list[str]]:
+    """A collector whose rollouts are one group with these rewards [N, F], and what it says."""
+    said: list[str] = []
+    trajectories = [
+        Trajectory(
+            prompt_ids=[1], completion_ids=[2, 3], sampled_logprobs=[-1.0, -2.0], text="",
+            finish_reason=finish_reason, group=0, record=PromptRecord(prompt="one"),
+        )
+    ] * len(rewards)  # fmt: skip
+    options: dict[str, Any] = {
+        "names": [f"reward {i}" for i in range(rewards.shape[1])],
+        "weights": [1.0] * rewards.shape[1],
+        "algorithm": Algorithm(scale="none"),
+        "metrics": RlMetrics(),
+    }
+    collector = GroupCollector(
+        PromptStream(prompts_of(1), 0),
+        Sampled(trajectories),  # type: ignore[arg-type]
+        lambda found: rewards,
+        prompts=1,
+        reference=None,
+        say=said.append,
+        **options | fields,
+    )
+    return collector, said
+
+
 def test_a_group_of_equal_rewards_is_equal_whatever_they_are_weighed_with() -> None:
     """A product of a matrix of five columns rounds its rows differently."""
     g = torch.Generator().manual_seed(0)
-    names = list("abcde")
     for count in (2, 7, 13, 64):
-        trajectories = [
-            Trajectory(
-                prompt_ids=[1], completion_ids=[2, 3], sampled_logprobs=[-1.0, -2.0], text="",
-                finish_reason="stop", group=0, record=PromptRecord(prompt="one"),
-            )
-        ] * count  # fmt: skip
-        metrics = RlMetrics()
-        row = torch.rand(5, generator=g)
-        collector = GroupCollector(
-            PromptStream(prompts_of(1), 0),
-            Sampled(trajectories),  # type: ignore[arg-type]
-            lambda found, row=row: row.repeat(len(found), 1),
-            names=names,
-            weights=torch.rand(5, generator=g).tolist(),
-            algorithm=Algorithm(scale="none"),
-            prompts=1,
-            reference=None,
-            metrics=metrics,
-            say=lambda line: None,
-        )
+        rewards = torch.rand(5, generator=g).repeat(count, 1)
+        collector, _ = collector_of(rewards, weights=torch.rand(5, generator=g).tolist())
         samples = collector(1)
-        assert metrics.numbers()["frac_reward_zero_std"] == 1
+        assert collector.metrics.numbers()["frac_reward_zero_std"] == 1
         assert all(sample.advantages == [0.0, 0.0] for sample in samples)
+
+
+def test_completions_without_an_end_are_warned_of_once_unless_they_train_nothing() -> None:
+    rewards = torch.tensor([[0.0], [1.0]])
+    collector, said = collector_of(rewards, "length")
+    for step in (1, 2):
+        collector(step)
+    assert len(said) == 1 and "100% of a rollout's completions were cut" in said[0]
+    assert "mask_truncated" in said[0]
+    collector, said = collector_of(rewards)
+    collector(1)
+    assert not said
+    masked = Algorithm(mask_truncated=True)
+    collector, said = collector_of(rewards, "length", algorithm=masked)
+    with pytest.raises(NothingToLearn):
+        collector(1)
+    assert not any("were cut" in line for line in said)
 
 
 # the buffer

@@ -21,6 +21,7 @@ from fastllm.train.rl.objective import kl_estimate
 from fastllm.train.rl.rollout import PromptStream, Rollouts, Trajectory
 from fastllm.train.task import NothingToLearn
 
+MANY_CUT = 0.5  # share of completions without an end from which that is said
 MAX_ROUNDS = 10  # rollouts in a row that may leave nothing, or too little, to train on; as in DAPO
 
 Score = Callable[[Sequence[Trajectory]], Tensor]  # float32 [N, F]: every reward of every completion
@@ -58,6 +59,8 @@ class GroupCollector:
         file, shown: completions of each rollout that are saved there.
     """
 
+    cuts_help = "a larger max_completion helps, or mask_truncated"
+
     def __init__(
         self, stream: PromptStream, rollouts: Rollouts, score: Score, *, names: Sequence[str],
         weights: Sequence[float], algorithm: Algorithm, prompts: int, reference: Reference | None,
@@ -75,6 +78,7 @@ class GroupCollector:
         self.say = say
         self.file = file
         self.shown = shown
+        self._warned = False
         self._drawn = 0  # prompts taken from the stream
         self._fingerprint = fingerprint(stream.prompts)
 
@@ -122,6 +126,7 @@ class GroupCollector:
         with self.metrics.phase("rollout"):
             trajectories = self.rollouts([self.stream[n] for n in numbers], numbers)
         self.metrics.rollout(trajectories)
+        self._warn_of_cuts(trajectories)
         with self.metrics.phase("reward"):
             table = self.score(trajectories)
         # Not a product of a matrix: it may round equal rows differently, and their group is equal.
@@ -131,6 +136,18 @@ class GroupCollector:
         groups = [Group(*part) for part in parts]
         self.metrics.rewards(table, self.names, rewards, [g.equal for g in groups])
         return groups
+
+    def _warn_of_cuts(self, trajectories: Sequence[Trajectory]) -> None:
+        """Say once that most completions have no end, so that ending is not learned: a policy that
+        is paid for what it says before the cut unlearns it, and metrics look well."""
+        cut = sum(t.truncated for t in trajectories) / len(trajectories)
+        if self._warned or cut <= MANY_CUT or self.algorithm.mask_truncated:
+            return
+        self._warned = True
+        self.say(
+            f"warning: {cut:.0%} of a rollout's completions were cut at max_completion, and "
+            f"are rewarded as they are: {self.cuts_help}"
+        )
 
     def _useful(self, group: Group) -> bool:
         """Whether something of it is trained on."""

@@ -42,6 +42,8 @@ class PpoCollector(GroupCollector):
     not 0.
     """
 
+    cuts_help = "a larger max_completion helps, or a missing_eos_penalty"
+
     def __init__(
         self, *args: Any, values: Values, control: KlControl, rewards: TokenRewards, **more: Any
     ) -> None:
@@ -50,6 +52,7 @@ class PpoCollector(GroupCollector):
         self.control = control
         self.rewards = rewards
         self._episodes = 0
+        self._warned = rewards.missing_eos_penalty is not None
 
     def __call__(self, step: int) -> list[Sample]:
         """Samples of the next rollout. Raises what rewards and generation raise."""
