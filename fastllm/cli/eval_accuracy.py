@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .console import facts, progress_bar
@@ -159,12 +160,12 @@ def _problems(
     options: Namespace, llm: LLM, records: Sequence[PromptRecord], shots: Sequence[PromptRecord]
 ) -> list[EncodedPrompt]:
     """The tokens of what is asked, each with the record as it was read."""
-    from ..train.data.prompts import EncodedPrompt, encode_prompts
+    from ..train.data.prompts import encode_prompts
     from ..train.evaluation.prompting import prompted
 
     asked = prompted(records, prompt_template(options), shots, options.shot_field)
     prompts = encode_prompts(asked, llm.tokenizer, chat_template(options, llm.tokenizer))
-    return [EncodedPrompt(p.ids, record) for p, record in zip(prompts, records, strict=True)]
+    return [replace(p, record=record) for p, record in zip(prompts, records, strict=True)]
 
 
 def _answers(

@@ -127,6 +127,22 @@ def test_chat_templates_ask_for_the_answer(tokenizer: Tokenizer) -> None:
     )
 
 
+def test_thoughts_that_the_template_has_begun_are_marked_in_what_rewards_get(
+    tokenizer: Tokenizer,
+) -> None:
+    from fastllm.train.rewards.shipped import exact_match, think_format
+
+    record = PromptRecord(prompt="2 + 2?")
+    (opened,) = encode_prompts([record], tokenizer, "{{ messages[0].content }}<think>\n")
+    done, cut = (opened.whole(text) for text in ("it is 4\n</think>\n4", "2 + 2 is 4"))
+    assert think_format([record.text] * 2, [done, cut]) == [1, 0]
+    assert exact_match([record.text] * 2, [done, cut], answer=[4, 4]) == [1, 0]
+    assert opened.whole(done) == done
+    for template in ("{{ messages[0].content }}", "plain"):
+        (usual,) = encode_prompts([record], tokenizer, template)
+        assert usual.whole("4") == "4"
+
+
 def test_without_a_template_the_words_stand_alone(tokenizer: Tokenizer) -> None:
     task = make("word:1", 1)[0]
     records = [

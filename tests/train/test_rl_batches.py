@@ -109,6 +109,9 @@ def test_completions_do_not_depend_on_what_is_sampled_with_them() -> None:
         ):
             assert mine.completion_ids == theirs.completion_ids
             assert mine.sampled_logprobs == theirs.sampled_logprobs
+    assert {t.text for t in together} == {""}
+    opened = [replace(prompt, opens_thoughts=True) for prompt in prompts]
+    assert {t.text for t in rollouts_of()(opened, [0, 1, 2, 3])} == {"<think>\n"}
     other = rollouts_of(max_num_seqs=12)(prompts, [4, 5, 6, 7])
     assert [t.completion_ids for t in other] != [t.completion_ids for t in together]
 

@@ -28,6 +28,7 @@ from fastllm.train.data.records import read_records
 FIELDS = ("prompt", "question", "problem", "messages")
 TOO_LONG = ("error", "drop")
 _GSM8K = "####"
+_THINK = "<think>"
 
 Messages = list[dict[str, Any]]
 
@@ -64,10 +65,19 @@ class PromptRecord:
 
 @dataclass(frozen=True, slots=True)
 class EncodedPrompt:
-    """A prompt's tokens, as the model is given them, and the record."""
+    """A prompt's tokens, as the model is given them, and the record.
+
+    opens_thoughts: the template has begun the answer's thoughts, as that of DeepSeek-R1 does.
+    """
 
     ids: tuple[int, ...]
     record: PromptRecord
+    opens_thoughts: bool = False
+
+    def whole(self, text: str) -> str:
+        """A completion's text for rewards, with the mark of its thoughts where the prompt has it:
+        what is said in thoughts that do not end is no answer."""
+        return f"{_THINK}\n{text}" if self.opens_thoughts and _THINK not in text else text
 
 
 def prompt_text(prompt: str | Sequence[Mapping[str, Any]]) -> str:
@@ -217,11 +227,12 @@ def encode_prompts(
         if not text.isascii():
             _check_unicode(record, text)
     rows = tokenizer.encode_batch(texts, add_special_tokens=source == "plain")
-    for record, ids in zip(records, rows, strict=True):
+    for record, text, ids in zip(records, texts, rows, strict=True):
         if not ids:
             raise record.error("the prompt has no tokens", "Expected words")
         if max_tokens is None or len(ids) <= max_tokens:
-            encoded.append(EncodedPrompt(tuple(ids), record))
+            opens = source != "plain" and text.rstrip().endswith(_THINK)
+            encoded.append(EncodedPrompt(tuple(ids), record, opens))
         elif too_long == "error":
             raise record.error(
                 f"the prompt has {len(ids)} tokens, more than {max_tokens}",

@@ -60,7 +60,7 @@ def sample_answers(
         progress(done, tokens)
     with journal.writing():
         for number, outputs in _finished(llm, problems, left, params, samples, seeds):
-            answers = _answers(outputs)
+            answers = _answers(problems[number], outputs)
             record = {
                 "key": keys[number],
                 "place": problems[number].record.place,
@@ -112,9 +112,9 @@ def _finished(
                 yield number, [sample for output in outputs for sample in output.outputs]
 
 
-def _answers(outputs: Sequence[CompletionOutput]) -> Answers:
+def _answers(problem: EncodedPrompt, outputs: Sequence[CompletionOutput]) -> Answers:
     return Answers(
-        texts=[output.text for output in outputs],
+        texts=[problem.whole(output.text) for output in outputs],
         lengths=[len(output.token_ids) for output in outputs],
         truncated=[output.finish_reason == "length" for output in outputs],
     )

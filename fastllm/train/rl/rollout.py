@@ -28,7 +28,7 @@ class Trajectory:
     prompt_ids: Sequence[int]
     completion_ids: list[int]  # the end token included
     sampled_logprobs: list[float]  # of each completion token, at the temperature it was drawn at
-    text: str  # without the end token
+    text: str  # without the end token; thoughts that the prompt has begun are marked
     finish_reason: str  # "stop", or "length": truncated
     group: int  # the number of the prompt; shared by its samples
     record: PromptRecord
@@ -140,7 +140,11 @@ class Rollouts:
             stop_token_ids=self.end_ids,
             stop=self.stop or None,
         )
-        return [output.outputs[0].text for output in self._generate(prompts, params)]
+        outputs = self._generate(prompts, params)
+        return [
+            prompt.whole(output.outputs[0].text)
+            for prompt, output in zip(prompts, outputs, strict=True)
+        ]
 
 
 def _trajectories(
@@ -152,7 +156,7 @@ def _trajectories(
             prompt_ids=prompt.ids,
             completion_ids=sample.token_ids,
             sampled_logprobs=sample.sampled_logprobs,
-            text=sample.text,
+            text=prompt.whole(sample.text),
             finish_reason=sample.finish_reason,
             group=number,
             record=prompt.record,
