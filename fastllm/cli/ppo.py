@@ -35,8 +35,8 @@ The run's folder (--out) gets checkpoints, metrics.jsonl (objective/..., policy/
 logprob_difference, between sampler and trainer: 0), samples.jsonl, a report, and the policy:
 adapter/ in PEFT's format, or with --method full model/, a Hugging Face directory.
 
-Ctrl-C or SIGTERM ends a run after the step in hand, with a checkpoint; --resume auto goes on with
-the same bits, also within a rollout of several steps.
+Ctrl-C or SIGTERM ends a run after the step in hand, within a rollout before it, with a checkpoint;
+--resume auto goes on with the same bits, also between the steps of one rollout.
 exit status: 0 done or stopped, 1 the run failed (numbers that are none, a full disk), 2 bad input
 """
 
