@@ -63,7 +63,10 @@ def _flops(config: ModelConfig, length: int) -> float:
 
 def _work(settings: Settings, length: int, mode: str) -> Work:
     path = model_path(settings.model)
-    llm = LLM(path, activation=mode, device=settings.device, max_model_len=length + 64)
+    llm = LLM(  # no prompt comes twice: its pages' memory is used again, as the peers' is
+        path, activation=mode, device=settings.device, max_model_len=length + 64,
+        enable_prefix_caching=False,
+    )  # fmt: skip
     params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, detokenize=False)
     ours = random_prompts(llm.config, length, 0)
     functions: dict[str, Callable[[], Any]] = {OURS: lambda: llm.generate([ours()], params)}
