@@ -69,6 +69,7 @@ def run_fastllm(
             "beta": 0, "group_size": GROUP, "prompts_per_rollout": PROMPTS, "eval_prompts": 0,
             "max_completion": answer, "device": device, "samples": 0, "steps": 1_000_000,
             "out": Path(folder) / "run", "loop.save_every": 0, "dtype": "bfloat16",
+            "loop.metrics.progress": "none", "loop.metrics.report": "false",
         }  # fmt: skip
         words = [f"--{key}={value}" for key, value in overrides.items()]
         grpo.main(grpo.load(None, words), say=lambda _: None)
