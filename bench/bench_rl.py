@@ -2,7 +2,7 @@
 
 A step samples eight completions of each of four prompts from the live weights, rewards them and
 updates once. Both sides read the model in bfloat16; fastllm keeps float32 masters, TRL does not.
-Completions are as long as they may be. Each side has a process of its own, and they take turns.
+Most completions are as long as they may be. Each side has a process of its own; they take turns.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fastllm.testing.suite import OURS, BenchCase, Settings, Work, benchmark_cas
 SUITE = "rl"
 SECONDS = 900
 TITLE = "seconds and memory of a GRPO step, rollout and update"
-LENGTHS = ((48, 64), (48, 256), (256, 64))  # tokens of a prompt, and of a completion
+LENGTHS = ((48, 64), (48, 128), (256, 64))  # tokens of a prompt, and of a completion
 
 
 def cases(settings: Settings) -> Iterator[BenchCase]:
@@ -38,8 +38,8 @@ def cases(settings: Settings) -> Iterator[BenchCase]:
     for point in points:
         yield _case(settings, point, "s", ())
     if settings.device == "cpu" and not settings.quick:
-        for point in points:
-            yield _case(settings, point, "MB", (", memory",))
+        for method in ("full", "lora"):
+            yield _case(settings, (method, *LENGTHS[-1]), "MB", (", memory",))
 
 
 def _case(
@@ -73,6 +73,7 @@ def _work(settings: Settings, point: tuple[str, int, int], unit: str) -> Work:
     for name in names:
         process = StepProcess("fastllm.bench.rl_steps", name, directory, *point, settings.device)
         _running.append(process)
+        process.step()  # it is warm before the next one starts
         functions[name] = process.step if unit == "s" else process.peak
     return Work(functions=functions, unit=unit, own_clock=True, notes=tuple(notes))
 

@@ -102,6 +102,7 @@ _running: list[StepProcess] = []  # of one case at a time
 def _start(peer: str, *point: Any) -> StepProcess:
     process = training.step_process(peer, *point)
     _running.append(process)
+    process.step()  # it is warm before the next one starts
     return process
 
 

@@ -23,7 +23,7 @@ GROUP, PROMPTS = 8, 4
 RATE = 1e-6
 LORA_RANK = 16
 WARM_UP = 1  # steps: the first allocates, packs and captures
-# Every prompt asks for more than an answer may hold, so that lengths are equal.
+# Every prompt asks for more than an answer may hold, so that most are as long as they may be.
 _ASK = "Write a very long story about the number {number}."
 _CONTEXT = "Once there was a small town by the sea, and its people liked to count things. "
 
@@ -110,7 +110,6 @@ def run_trl(
             learning_rate=RATE, loss_type="grpo", use_cpu=device == "cpu", bf16=False,
             activation_checkpointing=False, max_steps=1_000_000, report_to=[],
             save_strategy="no", logging_strategy="no", disable_tqdm=True, shuffle_dataset=False,
-            generation_kwargs={"min_new_tokens": answer},
         )  # fmt: skip
         trainer = trl.GRPOTrainer(
             model=model,

@@ -25,8 +25,8 @@ _CACHE_DTYPES = DTYPES | {
     "f16": torch.float16,
     "int8": torch.int8,
 }
-# The part of a CPU cache that pages without a user may take: for each of them another is written for
-# the first time, which costs faults (SmolLM2: 30 ms of a prompt of 512 tokens that takes 150).
+# The part of a CPU's cache that pages without a user may take: for each of them another is written
+# for the first time, which costs faults (SmolLM2: 30 ms of a prompt of 512 tokens that takes 150).
 _KEPT_SHARE = 32
 _BATCHED_TOKENS = {"cpu": 512, "cuda": 8192}  # in one forward: enough to be compute-bound
 
