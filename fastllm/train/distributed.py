@@ -9,6 +9,7 @@ import errno
 import fcntl
 import functools
 import os
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ from fastllm.train.expert_parallel import ExpertGroup
 
 # What file systems of clusters that have no locks answer: there a second run is not noticed.
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+_LETTING_GO = 0.2  # seconds
 
 
 def rank() -> int:
@@ -72,6 +74,11 @@ def process_group(device: str = "cpu") -> Iterator[torch.device]:
         host_group.cache_clear()
         _host_mesh.cache_clear()
         dist.destroy_process_group()
+        # gloo's threads let go of a collective's tensors a moment after its caller has gone on, and
+        # need Python for it; a thread that finds the interpreter ending is killed, and with it the
+        # process ("terminate called without an active exception", github.com/pytorch/pytorch/pull/
+        # 179291). Models keep their group, so destroying it does not wait for the threads.
+        time.sleep(_LETTING_GO)
 
 
 @functools.cache
