@@ -41,13 +41,13 @@ def distill(setting: Setting) -> Part:
     stage.main(
         stage.load(
             None,
-            ["--model=new", *data, f"--teacher={teacher}", *SHAPE, f"--store_top_k={TOP_K}",
+            ["--model=new", *data, f"--teacher={teacher}", f"--store_top_k={TOP_K}",
              f"--out={stored}"],
         )
     )  # fmt: skip
     # A constant rate: of the first run the seconds are given, of the second the steps, and both
     # are to have the same rate at every step.
-    words = [f"--model={stored / 'start'}", "--method=full", *data, f"--teacher={stored}",
+    words = ["--model=new", *SHAPE, "--method=full", *data, f"--teacher={stored}",
              "--epochs=1000", "--batch_size=8", "--lr=1e-3", "--loop.schedule.kind=constant",
              "--loop.schedule.warmup=10", "--loop.save_every=1000000", "--loop.eval_every=20",
              "--loop.metrics.every=5"]  # fmt: skip
