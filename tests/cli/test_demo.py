@@ -158,6 +158,9 @@ def test_grpo_fails_unless_accuracy_rises_and_bits_agree(tmp_path: Path) -> None
     curve = part.curves["share of right answers, over steps"][0]
     assert curve == ("held out", [(0, 0.25), (1, 0.5), (2, 0.75)])
     assert "did not rise" in str(demo_grpo.shown(tmp_path, grpo_lines([0.5, 0.9, 0.5])).problem)
+    lines = grpo_lines([0.5, 0.9, 0.5])
+    lines[-1]["reward"] = 0.6  # the samples' reward says what 100 greedy answers cannot
+    assert demo_grpo.shown(tmp_path, lines).problem is None
     problem = demo_grpo.shown(tmp_path, grpo_lines([0.1, 0.9], difference=1e-7)).problem
     assert problem is not None and "differ by 1e-07" in problem
 
