@@ -71,7 +71,7 @@ def prompt_template(options: Namespace) -> PromptTemplate | None:
 
 def chat_template(options: Namespace, tokenizer: Tokenizer) -> str:
     """Jinja source of the chat template, or "plain"."""
-    from ..train.sft import read_template
+    from ..train.epochs import read_template
 
     if options.chat_template == PLAIN:
         return PLAIN

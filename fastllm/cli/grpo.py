@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from .training import Help, asks_for_help, parse, train
-
-if TYPE_CHECKING:
-    from ..train.grpo import GrpoResult
+from .training import Help, asks_for_help, parse, show_rewards, train
 
 USAGE = "fastllm grpo MODEL DATA [DATA...] [--reward NAME] [--config FILE] [--KEY VALUE...]"
 
@@ -68,13 +64,4 @@ def run(argv: Sequence[str]) -> int:
     if asks_for_help(argv):
         print(HELP.text(GrpoConfig, ALIASES))
         return 0
-    return train(main, parse(argv, load, USAGE), show)
-
-
-def show(result: GrpoResult) -> None:
-    """Held-out rewards before and after."""
-    for name, value in result.after.items():
-        before = result.before.get(name)
-        was = "" if before is None else f"{before:.4f} before, "
-        print(f"{name.removeprefix('eval_')} on held-out prompts: {was}{value:.4f} now")
-    print(f"{result.run.status} after {result.run.step} steps: {result.output}")
+    return train(main, parse(argv, load, USAGE), show_rewards)

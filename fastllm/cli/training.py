@@ -7,10 +7,13 @@ import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import NumericalError
 from .console import note
+
+if TYPE_CHECKING:
+    from ..train.rl.setup import RlResult
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -94,3 +97,12 @@ def train(main: Callable[..., R], config: Any, show: Callable[[R], None]) -> int
     if os.environ.get("RANK", "0") == "0":  # one of torchrun's processes speaks
         show(result)
     return 0
+
+
+def show_rewards(result: RlResult) -> None:
+    """Held-out rewards before and after."""
+    for name, value in result.after.items():
+        before = result.before.get(name)
+        was = "" if before is None else f"{before:.4f} before, "
+        print(f"{name.removeprefix('eval_')} on held-out prompts: {was}{value:.4f} now")
+    print(f"{result.run.status} after {result.run.step} steps: {result.output}")

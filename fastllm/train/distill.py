@@ -17,7 +17,7 @@ from fastllm.train import distributed
 from fastllm.train.distillation.config import ALIASES, DistillConfig, check, load
 from fastllm.train.distillation.runs import DistillResult, StoreResult, on_data, on_own_answers
 from fastllm.train.distillation.teaching import SequencesResult, on_sequences
-from fastllm.train.sft import Say
+from fastllm.train.epochs import Say, say_nothing
 
 __all__ = [
     "ALIASES",
@@ -45,11 +45,7 @@ def main(config: DistillConfig, say: Say = print) -> DistillResult | StoreResult
     if config.mode == "sequences":
         return on_sequences(config, say)
     with distributed.process_group(config.device) as device:
-        mine = say if distributed.rank() == 0 else _say_nothing
+        mine = say if distributed.rank() == 0 else say_nothing
         if config.mode == "on_policy":
             return on_own_answers(config, device, mine)
         return on_data(config, device, mine)
-
-
-def _say_nothing(text: str) -> None:
-    """What processes but the first say."""

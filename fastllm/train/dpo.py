@@ -9,10 +9,9 @@ values are computed once at the start. An adapter is trained unless `method` is 
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,7 +24,19 @@ from fastllm.train.config import load_config, to_dict
 from fastllm.train.data.examples import ExampleBatches
 from fastllm.train.data.masks import ConversationEncoder
 from fastllm.train.data.rankings import read_rankings
-from fastllm.train.loop import LoopConfig, Result, ScheduleConfig, run
+from fastllm.train.epochs import (
+    MAX_HELD_OUT,
+    Plan,
+    Say,
+    choose_length,
+    epochs_loop,
+    few_epochs,
+    make_plan,
+    read_template,
+    say_nothing,
+    split,
+)
+from fastllm.train.loop import LoopConfig, Result, run
 from fastllm.train.preference.loss import PreferenceConfig
 from fastllm.train.preference.pairs import (
     Pair,
@@ -35,7 +46,6 @@ from fastllm.train.preference.pairs import (
     pair_batches,
 )
 from fastllm.train.preference.task import DpoTask
-from fastllm.train.sft import MAX_HELD_OUT, read_template, split
 from fastllm.train.tune_config import ALIASES as TUNE_ALIASES
 from fastllm.train.tune_config import TuneConfig
 
@@ -43,17 +53,6 @@ ALIASES = {
     **TUNE_ALIASES,
     **{name: f"loss.{name}" for name in ("beta", "label_smoothing", "normalize")},
 }
-Say = Callable[[str], None]
-
-
-def _loop() -> LoopConfig:
-    return LoopConfig(
-        out="runs/dpo",
-        steps=1_000_000_000,
-        schedule=ScheduleConfig(kind="cosine", final=0.05),
-        eval_every=100,
-        save_every=200,
-    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,32 +69,13 @@ class DpoConfig(TuneConfig):
     seq_len: int | None = None  # the longest prompt and answer, in tokens
     epochs: float | None = None
     batch_size: int | None = None  # pairs of a step
-    loop: LoopConfig = field(default_factory=_loop)
+    loop: LoopConfig = field(default_factory=lambda: epochs_loop("runs/dpo"))
 
     def __post_init__(self) -> None:
         TuneConfig.__post_init__(self)
         self.check_positive("epochs", "batch_size")
         if self.seq_len is not None and self.seq_len < 2:
             raise ValueError(f"seq_len must be at least 2, got {self.seq_len}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
-    """What `choose` has chosen."""
-
-    epochs: float
-    batch_size: int
-    lr: float
-    micro_tokens: int
-    examples: int  # pairs in all epochs
-    steps: int
-
-    def lines(self) -> list[str]:
-        """A sentence."""
-        return [
-            f"{self.epochs:g} epochs in {self.steps} steps of {self.batch_size} pairs, "
-            f"learning rate {self.lr:.2g}"
-        ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,16 +110,13 @@ def main(config: DpoConfig, say: Say = print) -> DpoResult:
     if not config.data:
         raise ValueError("data is empty: name at least one file of pairs or rankings")
     with distributed.process_group(config.device) as device:
-        return _main(config, device, say if distributed.rank() == 0 else _say_nothing)
+        return _main(config, device, say if distributed.rank() == 0 else say_nothing)
 
 
 def _main(config: DpoConfig, device: torch.device, say: Say) -> DpoResult:
     source = open_weights(resolve(config.model))
     encoder = ConversationEncoder(read_tokenizer(source), read_template(config.chat_template))
-    longest = source.config.max_position_embeddings
-    seq_len = min(longest, 2048) if config.seq_len is None else config.seq_len
-    if seq_len > longest:
-        raise ValueError(f"seq_len {seq_len} is beyond the model's context of {longest}")
+    seq_len = choose_length(config.seq_len, source.config)
     data = read_data(config, encoder, seq_len)
     plan = choose(config, data.train, source.config.hidden_size)
     task = DpoTask(config, source, encoder, config.loss, lr=plan.lr, device=device)
@@ -164,10 +141,7 @@ def train(config: DpoConfig, plan: Plan, task: DpoTask, say: Say) -> DpoResult:
     out, resumes = Path(config.loop.out), config.loop.resume != "none"
     task.set_reference(out, say, resumed=resumes and any((out / "checkpoints").glob("step-*")))
     before = None if resumes else task.held_out()
-    steps, schedule = min(plan.steps, config.loop.steps), config.loop.schedule
-    warmup = schedule.warmup or round(config.warmup * steps)
-    loop = replace(config.loop, steps=steps, schedule=replace(schedule, warmup=warmup))
-    result = run(task, loop, settings=to_dict(config))
+    result = run(task, config.loop_of(plan.steps), settings=to_dict(config))
     after = task.held_out()
     output = task.save_result(out)
     if after is not None:
@@ -182,27 +156,18 @@ def train(config: DpoConfig, plan: Plan, task: DpoTask, say: Say) -> DpoResult:
 def choose(config: DpoConfig, pairs: Sequence[Pair], hidden: int) -> Plan:
     """Fill in what the configuration leaves open, from the number of pairs.
 
-    epochs: 1, for fewer than 1,000 pairs up to 3. batch_size: the power of two nearest to
-    0.4 sqrt(pairs), from 4 to 64. lr: a tenth of fine-tuning's: the loss rewards any distance
-    between two answers, and a model that is pulled hard forgets how to give either. micro_tokens:
-    2,048, or the longest pair.
+    epochs: `few_epochs`. lr: a tenth of fine-tuning's: the loss rewards any distance between two
+    answers, and a model that is pulled hard forgets how to give either. The rest: `make_plan`.
     """
-    n = len(pairs)
-    epochs = config.epochs
-    if epochs is None:
-        epochs = min(max(round(1000 / n), 1), 3)
-    batch = config.batch_size
-    if batch is None:
-        batch = min(2 ** round(math.log2(min(max(0.4 * math.sqrt(n), 4), 64))), n)
     rate = config.learning_rate(hidden)
-    total = max(round(n * epochs), 1)
-    return Plan(
-        epochs=epochs,
-        batch_size=batch,
+    return make_plan(
+        config,
+        len(pairs),
+        max(pair.places for pair in pairs),
+        epochs=few_epochs(len(pairs)) if config.epochs is None else config.epochs,
+        batch_size=config.batch_size,
         lr=rate if config.lr is not None else rate / 10,
-        micro_tokens=max(config.micro_tokens or 2048, *(pair.places for pair in pairs)),
-        examples=total,
-        steps=math.ceil(total / batch),
+        unit="pairs",
     )
 
 
@@ -219,7 +184,3 @@ def read_data(config: DpoConfig, encoder: ConversationEncoder, seq_len: int) -> 
     train, counts = encode_pairs(rankings, encoder, seq_len)
     held_out = encode_pairs(held, encoder, seq_len)[0] if held else []
     return Data(train=train, held_out=held_out, counts=counts)
-
-
-def _say_nothing(text: str) -> None:
-    """What processes but the first say."""

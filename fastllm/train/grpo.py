@@ -12,20 +12,15 @@ old policy costs no pass of its own and the first ratio is exactly 1.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
-from fastllm.models.loader import read_tokenizer
-from fastllm.models.names import resolve
-from fastllm.models.weights import open_weights
 from fastllm.train import distributed
-from fastllm.train.config import load_config, to_dict
-from fastllm.train.data.prompts import gather_columns
-from fastllm.train.loop import LoopConfig, Result, run
-from fastllm.train.rewards import check
-from fastllm.train.rewards import resolve as resolve_rewards
+from fastllm.train.config import load_config
+from fastllm.train.epochs import Say
+from fastllm.train.loop import LoopConfig
 from fastllm.train.rl.algorithms import (
     PRESETS,
     Aggregation,
@@ -42,17 +37,15 @@ from fastllm.train.rl.policy_task import PolicyTask
 from fastllm.train.rl.rollout import PromptStream
 from fastllm.train.rl.setup import (
     ALIASES,
+    RlResult,
     RolloutConfig,
-    loop_config,
+    check,
     make_rollouts,
-    read_data,
-    read_template,
-    refuse_processes,
+    open_given,
     rl_loop,
     score_texts,
+    train,
 )
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,60 +85,38 @@ class GrpoConfig(RolloutConfig):
         return replace(PRESETS[self.algorithm], **{k: v for k, v in named.items() if v is not None})
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GrpoResult:
-    """How a run ended, where its model is, and what greedy answers to held-out prompts earned."""
-
-    run: Result
-    output: Path  # adapter or model directory
-    before: Mapping[str, float]  # empty without evaluation, and where a run was resumed
-
-    @property
-    def after(self) -> Mapping[str, float]:
-        """The last evaluation."""
-        return self.run.metrics
-
-
 def load(path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()) -> GrpoConfig:
     """The configuration of a YAML file and overrides. Raises ValueError naming the key."""
     return load_config(GrpoConfig, path, overrides, aliases=ALIASES)
 
 
-def main(config: GrpoConfig, say: Say = print) -> GrpoResult:
+def main(config: GrpoConfig, say: Say = print) -> RlResult:
     """Train as `config` says; `say` gets lines for people.
 
     Raises DataError, ModelFileError, RewardError, ValueError and what `loop.run` raises.
     """
-    if not config.data:
-        raise ValueError("data is empty: name tasks, such as arithmetic:2, or files of prompts")
-    refuse_processes()
+    check(config)
     with distributed.process_group(config.device) as device:
-        algorithm, rewards = config.parts(), resolve_rewards(config.rewards, str(device))
-        source = open_weights(resolve(config.model))
-        tokenizer = read_tokenizer(source)
-        template = read_template(config.chat_template, tokenizer)
-        context = source.config.max_position_embeddings
-        trained, held_out = read_data(config, tokenizer, template, context)
-        check(rewards, gather_columns([prompt.record for prompt in [*trained, *held_out]]))
+        algorithm, given = config.parts(), open_given(config, device)
         task = PolicyTask(
             config,
-            source,
-            tokenizer,
+            given.source,
+            given.tokenizer,
             algorithm,
             temperature=config.temperature,
-            lr=config.learning_rate(source.config.hidden_size),
-            end_ids=sorted({*tokenizer.eos_token_ids, *source.config.eos_token_ids}),
-            template=None if template == "plain" else template,
+            lr=config.learning_rate(given.source.config.hidden_size),
+            end_ids=given.end_ids,
+            template=given.saved_template,
             device=device,
         )
-        rollouts = make_rollouts(config, task, [*trained, *held_out])
+        rollouts = make_rollouts(config, task, [*given.trained, *given.held_out])
         collector = GroupCollector(
-            PromptStream(trained, config.loop.seed),
+            PromptStream(given.trained, config.loop.seed),
             rollouts,
             lambda found: score_texts(
-                config, rewards, [t.record for t in found], [t.text for t in found]
+                config, given.rewards, [t.record for t in found], [t.text for t in found]
             ),
-            names=[reward.name for reward in rewards],
+            names=given.names,
             weights=config.weights,
             algorithm=algorithm,
             prompts=config.prompts_per_rollout,
@@ -165,17 +136,4 @@ def main(config: GrpoConfig, say: Say = print) -> GrpoResult:
             seed=config.loop.seed,
             skip=not (algorithm.beta and algorithm.kl_in == "loss"),  # else all of them pull
         )
-        task.set_evaluation(
-            rollouts,
-            lambda asked, answers: score_texts(
-                config, rewards, [prompt.record for prompt in asked], answers
-            ),
-            names=[reward.name for reward in rewards],
-            weights=config.weights,
-            asked=held_out,
-            shown=config.samples,
-        )
-        result = run(task, loop_config(config), settings=to_dict(config))
-        output = task.save_result(config.loop.out)
-        say(f"saved to {output}")
-        return GrpoResult(run=result, output=output, before=task.first_evaluation)
+        return train(config, task, given, rollouts, say)

@@ -14,8 +14,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,26 +36,26 @@ from fastllm.train.data.rankings import (
     ranking_batches,
     read_rankings,
 )
-from fastllm.train.loop import LoopConfig, Result, ScheduleConfig, run
+from fastllm.train.epochs import (
+    MAX_HELD_OUT,
+    Plan,
+    Say,
+    choose_length,
+    epochs_loop,
+    few_epochs,
+    make_plan,
+    read_template,
+    say_nothing,
+    split,
+)
+from fastllm.train.loop import LoopConfig, Result, run
 from fastllm.train.metrics import FILE, read
 from fastllm.train.ranking_loss import Ordering
 from fastllm.train.report import write_report
 from fastllm.train.reward_task import RewardTask
-from fastllm.train.sft import MAX_HELD_OUT, read_template, split
 from fastllm.train.tune_config import ALIASES, TuneConfig
 
 EVALUATION = "evaluation.json"
-Say = Callable[[str], None]
-
-
-def _loop() -> LoopConfig:
-    return LoopConfig(
-        out="runs/reward",
-        steps=1_000_000_000,
-        schedule=ScheduleConfig(kind="cosine", final=0.05),
-        eval_every=100,
-        save_every=200,
-    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +73,7 @@ class RewardConfig(TuneConfig):
     seq_len: int | None = None  # the longest prompt and answer, in tokens
     epochs: float | None = None
     batch_size: int | None = None  # rankings of a step
-    loop: LoopConfig = field(default_factory=_loop)
+    loop: LoopConfig = field(default_factory=lambda: epochs_loop("runs/reward"))
 
     def __post_init__(self) -> None:
         TuneConfig.__post_init__(self)
@@ -83,25 +83,6 @@ class RewardConfig(TuneConfig):
         for name in ("margin", "center"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a number from 0, got {getattr(self, name)}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
-    """What `choose` has chosen."""
-
-    epochs: float
-    batch_size: int
-    lr: float
-    micro_tokens: int
-    examples: int  # in all epochs
-    steps: int
-
-    def lines(self) -> list[str]:
-        """A sentence."""
-        return [
-            f"{self.epochs:g} epochs in {self.steps} steps of {self.batch_size} rankings, "
-            f"learning rate {self.lr:.2g}"
-        ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,16 +117,13 @@ def main(config: RewardConfig, say: Say = print) -> RewardResult:
     if not config.data:
         raise ValueError("data is empty: name at least one file of rankings")
     with distributed.process_group(config.device) as device:
-        return _main(config, device, say if distributed.rank() == 0 else lambda text: None)
+        return _main(config, device, say if distributed.rank() == 0 else say_nothing)
 
 
 def _main(config: RewardConfig, device: torch.device, say: Say) -> RewardResult:
     source = open_weights(resolve(config.model))
     encoder = ConversationEncoder(read_tokenizer(source), read_template(config.chat_template))
-    longest = source.config.max_position_embeddings
-    seq_len = min(longest, 2048) if config.seq_len is None else config.seq_len
-    if seq_len > longest:
-        raise ValueError(f"seq_len {seq_len} is beyond the model's context of {longest}")
+    seq_len = choose_length(config.seq_len, source.config)
     data = read_data(config, encoder, seq_len)
     plan = choose(config, data.train, source.config.hidden_size)
     task = RewardTask(
@@ -172,10 +150,7 @@ def _main(config: RewardConfig, device: torch.device, say: Say) -> RewardResult:
 def train(config: RewardConfig, plan: Plan, task: RewardTask, say: Say) -> RewardResult:
     """The run itself, with the order of held-out pairs before and after."""
     before = task.held_out() if config.loop.resume == "none" else None
-    steps, schedule = min(plan.steps, config.loop.steps), config.loop.schedule
-    warmup = schedule.warmup or round(config.warmup * steps)
-    loop = replace(config.loop, steps=steps, schedule=replace(schedule, warmup=warmup))
-    result = run(task, loop, settings=to_dict(config))
+    result = run(task, config.loop_of(plan.steps), settings=to_dict(config))
     after = task.held_out()
     output = task.save_result(config.loop.out)
     if after is not None:
@@ -207,25 +182,16 @@ def add_reliability(config: RewardConfig, step: int, after: Ordering, say: Say) 
 def choose(config: RewardConfig, examples: Sequence[RankedExample], hidden: int) -> Plan:
     """Fill in what the configuration leaves open, from the number of rankings.
 
-    epochs: 1, for fewer than 1,000 rankings up to 3: reward models overfit soon. batch_size: the
-    power of two nearest to 0.4 sqrt(rankings), from 4 to 64. lr: as for fine-tuning. micro_tokens:
-    2,048, or the longest ranking.
+    epochs: `few_epochs`. lr: as for fine-tuning. The rest: `make_plan`.
     """
-    n = len(examples)
-    epochs = config.epochs
-    if epochs is None:
-        epochs = min(max(round(1000 / n), 1), 3)
-    batch = config.batch_size
-    if batch is None:
-        batch = min(2 ** round(math.log2(min(max(0.4 * math.sqrt(n), 4), 64))), n)
-    total = max(round(n * epochs), 1)
-    return Plan(
-        epochs=epochs,
-        batch_size=batch,
+    return make_plan(
+        config,
+        len(examples),
+        max(example.tokens for example in examples),
+        epochs=few_epochs(len(examples)) if config.epochs is None else config.epochs,
+        batch_size=config.batch_size,
         lr=config.learning_rate(hidden),
-        micro_tokens=max(config.micro_tokens or 2048, *(example.tokens for example in examples)),
-        examples=total,
-        steps=math.ceil(total / batch),
+        unit="rankings",
     )
 
 

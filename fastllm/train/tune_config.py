@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from fastllm.models.quantization import check_quantization
@@ -89,3 +89,9 @@ class TuneConfig:
             return self.lr
         rate = 5e-5 * (2000 / hidden) ** 0.78 * (10 if self.method == "lora" else 1)
         return rate * self.lr_multiplier
+
+    def loop_of(self, steps: int) -> LoopConfig:
+        """The loop with so many steps, `loop.steps` at most, and the warmup counted in steps."""
+        steps, schedule = min(steps, self.loop.steps), self.loop.schedule
+        warmup = schedule.warmup or round(self.warmup * steps)
+        return replace(self.loop, steps=steps, schedule=replace(schedule, warmup=warmup))

@@ -21,7 +21,9 @@ from fastllm.errors import CheckpointError, DataError, NumericalError, RewardErr
 from fastllm.models.tokenizer_training import train_tokenizer
 from fastllm.testing.quantized_models import directory
 from fastllm.train import grpo
+from fastllm.train.rl import setup
 from fastllm.train.rl.rollout import Rollouts
+from fastllm.train.rl.setup import RlResult
 from fastllm.train.task import NothingToLearn
 
 WORDS = "one two three four five six seven eight nine ten".split()
@@ -96,7 +98,7 @@ def words(model: Path, files: Path, out: Path, *more: str, data: str = "short") 
     ]  # fmt: skip
 
 
-def train(*args: Any, **kwargs: Any) -> tuple[grpo.GrpoResult, list[dict[str, Any]]]:
+def train(*args: Any, **kwargs: Any) -> tuple[RlResult, list[dict[str, Any]]]:
     """(result, metrics) of a run in this process."""
     config = grpo.load(None, words(*args, **kwargs))
     result = grpo.main(config, say=lambda line: None)
@@ -464,7 +466,7 @@ def test_reward_models_are_where_the_policy_is(
     def found(names: Any, device: str | None = None) -> Any:
         raise LookupError(device)
 
-    monkeypatch.setattr(grpo, "resolve_rewards", found)
+    monkeypatch.setattr(setup, "resolve_rewards", found)
     with pytest.raises(LookupError, match="cpu"):
         train(base("llama"), files, tmp_path / "run")
 

@@ -24,6 +24,7 @@ from fastllm.models.trainable import initialize
 from fastllm.testing.small_models import config_of
 from fastllm.train import ppo, reward
 from fastllm.train.metrics import read
+from fastllm.train.rl.setup import RlResult
 
 QUIET = ["--loop.metrics.progress=none", "--loop.metrics.report=false", "--eval_prompts=0"]
 SMALL = ["--prompts_per_rollout=8", "--max_completion=6", "--chat_template=plain"]
@@ -61,7 +62,7 @@ def save_model(path: Path, case: str, tokenizer: Tokenizer) -> None:
     save_pretrained(initialize(config, dtype=torch.float32, seed=1), path, tokenizer)
 
 
-def learn(folder: Path, out: Path, *more: str, model: str = "dense") -> ppo.PpoResult:
+def learn(folder: Path, out: Path, *more: str, model: str = "dense") -> RlResult:
     words = [
         f"--model={folder / model}", f"--data={folder / 'prompts.jsonl'}", f"--out={out}",
         f"--rewards={folder / 'rewards.py'}:ascii_share", *QUIET, *SMALL,

@@ -25,6 +25,7 @@ from fastllm.testing.small_models import config_of
 from fastllm.train import sft
 from fastllm.train.data.conversations import parse_record
 from fastllm.train.data.masks import ConversationEncoder
+from fastllm.train.epochs import split
 
 CHATS = [
     ("What is two and two?", "Two and two are four."),
@@ -179,10 +180,10 @@ def test_what_is_left_open_is_chosen_from_the_data(base: Path) -> None:
     plan = sft.choose(full, [example] * 100, 500)
     assert (plan.epochs, plan.batch_size, plan.examples, plan.steps) == (1.5, 7, 150, 22)
     assert plan.lr == pytest.approx(2 * 5e-5 * 4**0.78)
-    loop = sft.loop_config(config, sft.choose(config, [example] * 400, 2000))
+    loop = config.loop_of(sft.choose(config, [example] * 400, 2000).steps)
     assert (loop.steps, loop.schedule.warmup) == (150, 8)
     short = dataclasses.replace(config, loop=dataclasses.replace(config.loop, steps=9))
-    assert sft.loop_config(short, plan).steps == 9
+    assert short.loop_of(plan.steps).steps == 9
 
 
 def test_the_split_is_seeded_and_disjoint() -> None:
@@ -190,16 +191,16 @@ def test_the_split_is_seeded_and_disjoint() -> None:
         parse_record({"prompt": str(i), "completion": "x"}, "prompt") for i in range(100)
     ]
     for holdout, count in (("auto", 5), ("none", 0), ("0.1", 10), ("0.999", 99)):
-        train, held = sft.split(everything, holdout, seed=1)
+        train, held = split(everything, holdout, seed=1)
         assert len(held) == count and len(train) == 100 - count
         assert not {id(c) for c in train} & {id(c) for c in held}
-    assert sft.split(everything, "auto", 1)[1] != sft.split(everything, "auto", 2)[1]
+    assert split(everything, "auto", 1)[1] != split(everything, "auto", 2)[1]
     for wrong in ("0", "1", "-0.1", "nothing.jsonl"):
         if wrong == "0":
-            assert not sft.split(everything, wrong, 1)[1]
+            assert not split(everything, wrong, 1)[1]
             continue
         with pytest.raises(ValueError, match="holdout must be auto, none, a share"):
-            sft.split(everything, wrong, 1)
+            split(everything, wrong, 1)
 
 
 @pytest.mark.parametrize(

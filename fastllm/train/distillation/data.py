@@ -7,7 +7,6 @@ document of its own, by teacher and student alike.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from fastllm.train.data.prepare import vocabulary_of
 from fastllm.train.data.records import is_record_file, read_records
 from fastllm.train.data.sources import Reader, SourceOptions
 from fastllm.train.data.store import INDEX, TokenStore
+from fastllm.train.epochs import held_out_count
 from fastllm.train.tasks import is_task
 
 Kind = Literal["text", "conversations", "store"]
@@ -104,28 +104,11 @@ def read_texts(
         held = _pieces_of_files([holdout], tokenizer, seq_len, said)[:MAX_HELD_OUT]
         lines = (*said, *_lines(pieces, held, seq_len))
         return TextData(train=pieces, held_out=held, lines=lines)
-    count = held_out_count(len(pieces), holdout)
+    count = held_out_count(len(pieces), holdout, MAX_HELD_OUT)
     chosen = set(permutation(len(pieces), seed, -1)[:count].tolist())
     train = [piece for i, piece in enumerate(pieces) if i not in chosen]
     held = [pieces[i] for i in sorted(chosen)]
     return TextData(train=train, held_out=held, lines=(*said, *_lines(train, held, seq_len)))
-
-
-def held_out_count(n: int, holdout: str) -> int:
-    """How many of n pieces `holdout` keeps from training. Raises ValueError for what it is not."""
-    if holdout == "none":
-        return 0
-    try:
-        share = 0.05 if holdout == "auto" else float(holdout)
-    except ValueError:
-        share = math.nan
-    if not 0 <= share < 1:
-        raise ValueError(
-            f"holdout must be auto, none, a share from 0 to below 1 or a file that exists, "
-            f"got {holdout!r}"
-        )
-    count = int(share * n) if holdout == "auto" else min(math.ceil(share * n), n - 1)
-    return min(count, MAX_HELD_OUT)
 
 
 def read_store(path: str, tokenizer: Tokenizer, seq_len: int) -> TextData:

@@ -20,7 +20,7 @@ from fastllm.train.data.masks import Example
 from fastllm.train.data.order import permutation
 from fastllm.train.data.prompts import EncodedPrompt, encode_prompts, read_prompts
 from fastllm.train.distillation.config import DistillConfig
-from fastllm.train.distillation.data import MAX_HELD_OUT, are_prompts, held_out_count
+from fastllm.train.distillation.data import MAX_HELD_OUT, are_prompts
 from fastllm.train.distillation.on_policy import (
     OnPolicyBatches,
     OnPolicyTask,
@@ -42,8 +42,9 @@ from fastllm.train.distillation.students import (
 from fastllm.train.distillation.task import DistillTask
 from fastllm.train.distillation.teacher import LiveTeacher, StoredTeacher, open_teacher
 from fastllm.train.distillation.vocabulary import SharedVocabulary
+from fastllm.train.epochs import Plan, Say, held_out_count, read_template
 from fastllm.train.loop import Result, run
-from fastllm.train.sft import Plan, Say, choose, loop_config, read_template
+from fastllm.train.sft import choose
 
 Task = TypeVar("Task", bound=DistillTask)
 
@@ -183,7 +184,7 @@ def _prompts(
     prompts = read_from(config.data)
     if Path(config.holdout).exists():
         return prompts, read_from([config.holdout])[:MAX_HELD_OUT]
-    count = held_out_count(len(prompts), config.holdout)
+    count = held_out_count(len(prompts), config.holdout, MAX_HELD_OUT)
     chosen = set(permutation(len(prompts), config.loop.seed, -1)[:count].tolist())
     asked = [prompt for i, prompt in enumerate(prompts) if i not in chosen]
     return asked, [prompts[i] for i in sorted(chosen)]
@@ -230,7 +231,7 @@ def _task(
 def _train(config: DistillConfig, plan: Plan, task: DistillTask, say: Say) -> DistillResult:
     """The run itself, with what held-out tokens say before and after."""
     before = task.held_out_losses() if config.loop.resume == "none" else None
-    result = run(task, loop_config(config, plan), settings=to_dict(config))
+    result = run(task, config.loop_of(plan.steps), settings=to_dict(config))
     after = task.held_out_losses()
     output = task.save_result(config.loop.out)
     if before is not None and after is not None:

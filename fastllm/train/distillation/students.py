@@ -20,7 +20,8 @@ from fastllm.train.distillation.config import NEW, DistillConfig
 from fastllm.train.distillation.data import kind_of_all, read_store, read_texts
 from fastllm.train.distillation.teacher import LiveTeacher, StoredTeacher
 from fastllm.train.distillation.vocabulary import SharedVocabulary, shared_vocabulary
-from fastllm.train.sft import choose_length, read_data, read_template
+from fastllm.train.epochs import choose_length, read_template
+from fastllm.train.sft import read_data
 
 _CONTEXT = 2048  # of a new student of a stored teacher
 _DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -138,7 +139,7 @@ def longest_document(
     config: DistillConfig, source: WeightSource, teacher: LiveTeacher | StoredTeacher
 ) -> int:
     """Tokens that both models can read. Raises ValueError if `config.seq_len` is beyond it."""
-    seq_len = choose_length(config, source.config)
+    seq_len = choose_length(config.seq_len, source.config)
     if teacher.longest is None or seq_len <= teacher.longest:
         return seq_len
     if config.seq_len is not None:

@@ -31,8 +31,9 @@ from fastllm.train.distillation.sequences import (
     write_sequences,
 )
 from fastllm.train.distillation.top_k import TopKStore
+from fastllm.train.epochs import Say, read_template
 from fastllm.train.rewards import resolve as resolve_rewards
-from fastllm.train.sft import Say, SftConfig, SftResult, read_template
+from fastllm.train.sft import SftConfig, SftResult
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from fastllm.engine.request import MAX_SAMPLES
-from fastllm.models.chat_template import CHATML
+from fastllm.models.loader import read_tokenizer
+from fastllm.models.names import resolve
 from fastllm.models.tokenizer import Tokenizer
+from fastllm.models.weights import WeightSource, open_weights
+from fastllm.train.config import to_dict
 from fastllm.train.data.order import permutation
 from fastllm.train.data.prompts import (
     EncodedPrompt,
@@ -21,8 +25,11 @@ from fastllm.train.data.prompts import (
     gather_columns,
     read_prompts,
 )
-from fastllm.train.loop import LoopConfig, MetricsConfig, ScheduleConfig
+from fastllm.train.epochs import Say, read_template
+from fastllm.train.loop import LoopConfig, MetricsConfig, Result, ScheduleConfig, run
 from fastllm.train.rewards import NamedReward, score
+from fastllm.train.rewards import check as check_rewards
+from fastllm.train.rewards import resolve as resolve_rewards
 from fastllm.train.rl.policy_task import PolicyTask
 from fastllm.train.rl.rollout import Rollouts
 from fastllm.train.tasks import is_task
@@ -125,8 +132,51 @@ class RolloutConfig(TuneConfig):
         return self.reward_weights or (1.0,) * len(self.rewards)
 
 
-def refuse_processes() -> None:
-    """Raises ValueError under torchrun: rollouts run in one process."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RlResult:
+    """How a run ended, where its model is, and what greedy answers to held-out prompts earned."""
+
+    run: Result
+    output: Path  # adapter or model directory
+    before: Mapping[str, float]  # empty without evaluation, and where a run was resumed
+
+    @property
+    def after(self) -> Mapping[str, float]:
+        """The last evaluation."""
+        return self.run.metrics
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Given:
+    """What a run is given, opened, read and checked."""
+
+    source: WeightSource
+    tokenizer: Tokenizer
+    template: str  # Jinja source, or "plain"
+    rewards: Sequence[NamedReward]
+    trained: list[EncodedPrompt]
+    held_out: list[EncodedPrompt]
+
+    @property
+    def end_ids(self) -> list[int]:
+        """Ids that end a completion."""
+        return sorted({*self.tokenizer.eos_token_ids, *self.source.config.eos_token_ids})
+
+    @property
+    def saved_template(self) -> str | None:
+        """The chat template that goes with the weights."""
+        return None if self.template == "plain" else self.template
+
+    @property
+    def names(self) -> list[str]:
+        """Of the rewards."""
+        return [reward.name for reward in self.rewards]
+
+
+def check(config: RolloutConfig) -> None:
+    """Raises ValueError without data, and under torchrun: rollouts run in one process."""
+    if not config.data:
+        raise ValueError("data is empty: name tasks, such as arithmetic:2, or files of prompts")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
             "rollouts run in the one process that trains: start it without torchrun, with all "
@@ -134,11 +184,42 @@ def refuse_processes() -> None:
         )
 
 
-def loop_config(config: RolloutConfig) -> LoopConfig:
-    """The loop's configuration with the warmup in steps."""
-    schedule = config.loop.schedule
-    warmup = schedule.warmup or round(config.warmup * config.loop.steps)
-    return replace(config.loop, schedule=replace(schedule, warmup=warmup))
+def open_given(config: RolloutConfig, device: torch.device) -> Given:
+    """Open the model's files, the rewards and the prompts.
+
+    Raises DataError, ModelFileError, RewardError or ValueError before anything is computed.
+    """
+    rewards = resolve_rewards(config.rewards, str(device))
+    source = open_weights(resolve(config.model))
+    tokenizer = read_tokenizer(source)
+    template = template_or_plain(config.chat_template, tokenizer)
+    context = source.config.max_position_embeddings
+    trained, held_out = read_data(config, tokenizer, template, context)
+    check_rewards(rewards, gather_columns([p.record for p in [*trained, *held_out]]))
+    return Given(
+        source=source, tokenizer=tokenizer, template=template, rewards=rewards, trained=trained,
+        held_out=held_out,
+    )  # fmt: skip
+
+
+def train(
+    config: RolloutConfig, task: PolicyTask, given: Given, rollouts: Rollouts, say: Say
+) -> RlResult:
+    """Run a task that has its batches, with evaluations of the held-out prompts, and save."""
+    task.set_evaluation(
+        rollouts,
+        lambda asked, answers: score_texts(
+            config, given.rewards, [prompt.record for prompt in asked], answers
+        ),
+        names=given.names,
+        weights=config.weights,
+        asked=given.held_out,
+        shown=config.samples,
+    )
+    result = run(task, config.loop_of(config.loop.steps), settings=to_dict(config))
+    output = task.save_result(config.loop.out)
+    say(f"saved to {output}")
+    return RlResult(run=result, output=output, before=task.first_evaluation)
 
 
 def make_rollouts(
@@ -196,17 +277,12 @@ def read_data(
     return encoded(kept), encoded([r for i, r in enumerate(records) if i in chosen])
 
 
-def read_template(name: str, tokenizer: Tokenizer) -> str:
+def template_or_plain(name: str, tokenizer: Tokenizer) -> str:
     """Jinja source of the template that `name` means, or "plain". Raises ValueError."""
-    if name == "model":
-        return tokenizer.chat_template or "plain"
-    if name in ("plain", "chatml"):
-        return CHATML if name == "chatml" else name
-    if Path(name).is_file():
-        return Path(name).read_text(encoding="utf-8")
-    raise ValueError(
-        f"chat_template must be model, chatml, plain or a file that exists, got {name!r}"
-    )
+    if name == "plain":
+        return name
+    source = read_template(name)
+    return tokenizer.chat_template or "plain" if source is None else source
 
 
 def score_texts(
