@@ -373,6 +373,19 @@ def _entry(file: Path) -> dict[str, Any]:
     return {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
 
 
+def refuse_used(out: str | os.PathLike[str], resume: str) -> None:
+    """Raise CheckpointError if `out` holds a run that `resume` ("none") does not continue.
+
+    The loop asks; stages ask before they compute anything that would be lost.
+    """
+    newest = Checkpoints(Path(out) / "checkpoints", keep=1).newest()
+    if resume == "none" and newest is not None:
+        raise CheckpointError(
+            f"{os.fspath(out)} holds a run already ({newest.name}): continue it with resume auto "
+            "(--resume auto), or choose another folder (--out)"
+        )
+
+
 def step_of(path: Path) -> int:
     """The step in a checkpoint's name."""
     found = _NAME.fullmatch(path.name)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 
 from fastllm.train import distributed
+from fastllm.train.checkpoint import refuse_used
 from fastllm.train.distillation.config import ALIASES, DistillConfig, check, load
 from fastllm.train.distillation.runs import DistillResult, StoreResult, on_data, on_own_answers
 from fastllm.train.distillation.teaching import SequencesResult, on_sequences
@@ -42,6 +43,8 @@ def main(config: DistillConfig, say: Say = print) -> DistillResult | StoreResult
             "torchrun, with all cores (OMP_NUM_THREADS) or one GPU. (What mode sequences has "
             "written, sequences.jsonl, `fastllm sft` learns in any number of processes)"
         )
+    if config.store_top_k is None:
+        refuse_used(config.loop.out, config.loop.resume)
     if config.mode == "sequences":
         return on_sequences(config, say)
     with distributed.process_group(config.device) as device:

@@ -109,6 +109,8 @@ def main(config: GrpoConfig, say: Say = print) -> RlResult:
             template=given.saved_template,
             device=device,
         )
+        if algorithm.beta:
+            task.load_reference()
         rollouts = make_rollouts(config, task, [*given.trained, *given.held_out])
         collector = GroupCollector(
             PromptStream(given.trained, config.loop.seed),

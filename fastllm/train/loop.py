@@ -25,10 +25,16 @@ from typing import Any, Literal
 
 import torch
 
-from fastllm.errors import CheckpointError, NotFiniteError, NumericalError, RewardError
+from fastllm.errors import NotFiniteError, NumericalError, RewardError
 from fastllm.ops.moe_gate import kept_refusals
 from fastllm.train import distributed
-from fastllm.train.checkpoint import Checkpoints, differences, step_of, take_snapshot
+from fastllm.train.checkpoint import (
+    Checkpoints,
+    differences,
+    refuse_used,
+    step_of,
+    take_snapshot,
+)
 from fastllm.train.config import to_dict
 from fastllm.train.memory import keep_freed_memory
 from fastllm.train.metrics import Metrics, MetricsConfig
@@ -144,13 +150,8 @@ class _Loop:
     def start(self) -> None:
         """Resume if asked to, else make sure that no other run is written over."""
         found = None
-        if self.config.resume == "none":
-            if newest := self.checkpoints.newest():
-                raise CheckpointError(
-                    f"{self.config.out} holds a run already ({newest.name}): continue it with "
-                    "resume auto (--resume auto), or choose another folder (--out)"
-                )
-        else:
+        refuse_used(self.config.out, self.config.resume)
+        if self.config.resume != "none":
             found = self.checkpoints.find(self.config.resume, self.metrics.say)
             if found is None:
                 self.metrics.say(f"no checkpoint in {self.checkpoints.directory}: a new run starts")
@@ -185,6 +186,12 @@ class _Loop:
             self.keep()
         except (RewardError, NothingToLearn):  # neither spoils a step that was done
             self.keep()
+            if progress.step:
+                self.metrics.report()
+                self.metrics.say(
+                    f"an error: stopped after step {progress.step}, saved; once its cause is "
+                    "mended, resume auto (--resume auto) goes on from there"
+                )
             raise
         self.metrics.report()
         finished = progress.step >= progress.steps

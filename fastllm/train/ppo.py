@@ -127,6 +127,8 @@ def main(config: PpoConfig, say: Say = print) -> RlResult:
             value_clip=config.cliprange_value,
             value_weight=config.vf_coef,
         )
+        if config.kl_coef:
+            task.load_reference()
         rollouts = make_rollouts(config, task, [*given.trained, *given.held_out])
         collector = PpoCollector(
             PromptStream(given.trained, config.loop.seed),

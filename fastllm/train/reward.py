@@ -25,6 +25,7 @@ from fastllm.models.loader import read_tokenizer
 from fastllm.models.names import resolve
 from fastllm.models.weights import open_weights
 from fastllm.train import distributed
+from fastllm.train.checkpoint import refuse_used
 from fastllm.train.config import load_config, to_dict
 from fastllm.train.data.examples import ExampleBatches
 from fastllm.train.data.masks import ConversationEncoder
@@ -116,6 +117,7 @@ def main(config: RewardConfig, say: Say = print) -> RewardResult:
     """
     if not config.data:
         raise ValueError("data is empty: name at least one file of rankings")
+    refuse_used(config.loop.out, config.loop.resume)
     with distributed.process_group(config.device) as device:
         return _main(config, device, say if distributed.rank() == 0 else say_nothing)
 

@@ -22,6 +22,7 @@ from fastllm.models.loader import read_tokenizer
 from fastllm.models.names import resolve
 from fastllm.models.weights import open_weights
 from fastllm.train import distributed
+from fastllm.train.checkpoint import refuse_used
 from fastllm.train.config import load_config, to_dict
 from fastllm.train.data.conversations import Conversation, read_conversations
 from fastllm.train.data.examples import Counts, ExampleBatches, check_masks, fit_examples
@@ -113,6 +114,7 @@ def main(config: SftConfig, say: Say = print) -> SftResult:
     """
     if not config.data:
         raise ValueError("data is empty: name at least one file of conversations")
+    refuse_used(config.loop.out, config.loop.resume)
     with distributed.process_group(config.device) as device:
         return _main(config, device, say if distributed.rank() == 0 else say_nothing)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastllm import LLM
 from fastllm.cli import dpo as cli
-from fastllm.errors import DataError
+from fastllm.errors import CheckpointError, DataError
 from fastllm.models.config import ModelConfig
 from fastllm.models.loader import save_pretrained
 from fastllm.models.tokenizer_training import train_tokenizer
@@ -32,7 +32,7 @@ from fastllm.train.dpo import DpoConfig
 from fastllm.train.loop import LoopConfig
 from fastllm.train.preference.loss import PreferenceConfig, measures, preference_loss
 from fastllm.train.preference.pairs import encode_pairs, pair_batches, pair_micro
-from fastllm.train.preference.task import DpoTask
+from fastllm.train.preference.task import REFERENCE, DpoTask
 
 RECORDS = [
     {"prompt": f"Is {a} a {kind}?", "chosen": "Yes, it is.", "rejected": "No."}
@@ -377,6 +377,17 @@ def test_a_resumed_run_reads_its_reference_and_none_of_other_data(
     file.write_bytes(file.read_bytes()[:50])
     task.set_reference(tmp_path, said.append, resumed=True)
     assert len(said) == 3 and torch.equal(load_file(file)["train"], values["train"])
+
+
+def test_a_folder_that_holds_a_run_is_refused_before_anything_is_computed(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(base, data, tmp_path / "run", "--steps=1")
+    before = (tmp_path / "run" / REFERENCE).read_bytes()
+    monkeypatch.delattr(DpoTask, "answer_logps")
+    with pytest.raises(CheckpointError, match="holds a run already"):
+        run(base, data, tmp_path / "run", "--seed=2")
+    assert (tmp_path / "run" / REFERENCE).read_bytes() == before
 
 
 def test_packing_and_micro_batches_change_no_loss(base: Path, tmp_path: Path) -> None:

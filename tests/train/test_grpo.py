@@ -22,6 +22,7 @@ from fastllm.models.tokenizer_training import train_tokenizer
 from fastllm.testing.quantized_models import directory
 from fastllm.train import grpo
 from fastllm.train.rl import setup
+from fastllm.train.rl.policy_task import PolicyTask
 from fastllm.train.rl.rollout import Rollouts
 from fastllm.train.rl.setup import RlResult
 from fastllm.train.task import NothingToLearn
@@ -266,6 +267,7 @@ def test_a_run_that_finds_nothing_more_to_learn_keeps_what_was_done(
     with pytest.raises(NothingToLearn, match="the rewards of each group are equal"):
         train(base("llama"), files, out, *more)
     assert newest(out).name == "step-000002"
+    assert result_is_that_of(newest(out), out / "adapter")
 
 
 # interruptions
@@ -385,16 +387,61 @@ def test_other_data_or_another_cut_within_a_rollout_is_no_resume(
 # failures
 
 
+def result_is_that_of(checkpoint: Path, result: Path) -> bool:
+    """Whether the model's tensors in a run's result are those of a checkpoint."""
+    before = tensors(checkpoint)
+    return all(before[name] == value for name, value in tensors(result).items())
+
+
+@pytest.mark.parametrize(("method", "result"), [("lora", "adapter"), ("full", "model")])
 def test_a_reward_that_raises_names_the_sample_and_keeps_what_was_done(
-    base: Callable[[str], Path], files: Path, tmp_path: Path
-) -> None:
+    method: str, result: str, base: Callable[[str], Path], files: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     out = tmp_path / "run"
     more = [f"--reward={files / 'rewards.py'}:fails", "--steps=9", "--loop.save_every=0"]
+    more += ["--loop.metrics.progress=plain", "--loop.metrics.report=true", f"--method={method}"]
     with pytest.raises(RewardError, match="seven") as error:
         train(base("llama"), files, out, *more, "--prompts_per_rollout=1", "--seed=1")
     assert "no such answer" in str(error.value)
     done = [m["step"] for m in records(out)]
     assert done and newest(out).name == f"step-{done[-1]:06d}"
+    assert result_is_that_of(newest(out), out / result) and (out / "report.html").exists()
+    said = capsys.readouterr().err
+    assert f"stopped after step {done[-1]}, saved" in said and "--resume auto" in said
+
+
+def test_a_reward_that_fails_at_once_leaves_no_result(
+    base: Callable[[str], Path], files: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "rewards.py").write_text("def never(prompts, completions, **c):\n    return []\n")
+    with pytest.raises(RewardError, match="returned 0 rewards for 12 completions"):
+        train(base("llama"), files, tmp_path / "run", f"--reward={tmp_path / 'rewards.py'}:never")
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_a_folder_that_holds_a_run_is_refused_before_anything_is_loaded(
+    whole: Path, base: Callable[[str], Path], files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(grpo, "open_given")
+    with pytest.raises(CheckpointError, match="holds a run already"):
+        train(base("llama"), files, whole, *RESUMED)
+
+
+def test_the_reference_of_full_training_is_there_before_the_cache_is_sized(
+    base: Callable[[str], Path], files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve, found = PolicyTask.serve, []
+
+    def seen(self: PolicyTask, **options: Any) -> LLM:
+        found.append(self._reference)
+        return serve(self, **options)
+
+    monkeypatch.setattr(PolicyTask, "serve", seen)
+    for method, beta in (("full", 0.1), ("full", 0), ("lora", 0.1)):
+        out = tmp_path / f"{method}-{beta}"
+        train(base("llama"), files, out, f"--method={method}", f"--beta={beta}", "--steps=1")
+    assert [reference is not None for reference in found] == [True, False, False]
 
 
 @pytest.mark.parametrize(

@@ -165,18 +165,26 @@ class PolicyTask(DecoderTask):
         """Log-probabilities of completion tokens by the policy that the run began with.
 
         An adapter is switched off for it; a model that is trained in full has a frozen copy beside
-        it, loaded when this is first called.
+        it: see `load_reference`.
         """
         with self.untrained():
             if self.lora is not None:
                 with adapters_disabled(self.decoder):
                     return log_probs(self.decoder, samples, self.temperature, self.micro_tokens)
-            if self._reference is None:
-                self._reference = load_model(
-                    self._source, self.decoder.dtype, self.device, self.decoder.activation,
-                    self.decoder.max_positions,
-                )  # fmt: skip
+            self.load_reference()
+            assert self._reference is not None
             return log_probs(self._reference, samples, self.temperature, self.micro_tokens)
+
+    def load_reference(self) -> None:
+        """Load the frozen copy that training in full needs, unless it is there.
+
+        Before `serve`: the engine makes its cache of the memory that is left.
+        """
+        if self.lora is None and self._reference is None:
+            self._reference = load_model(
+                self._source, self.decoder.dtype, self.device, self.decoder.activation,
+                self.decoder.max_positions,
+            )  # fmt: skip
 
 
 @torch.no_grad()

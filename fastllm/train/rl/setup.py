@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from fastllm.engine.request import MAX_SAMPLES
+from fastllm.errors import RewardError
 from fastllm.models.loader import read_tokenizer
 from fastllm.models.names import resolve
 from fastllm.models.tokenizer import Tokenizer
 from fastllm.models.weights import WeightSource, open_weights
+from fastllm.train.checkpoint import refuse_used
 from fastllm.train.config import to_dict
 from fastllm.train.data.order import permutation
 from fastllm.train.data.prompts import (
@@ -32,6 +34,7 @@ from fastllm.train.rewards import check as check_rewards
 from fastllm.train.rewards import resolve as resolve_rewards
 from fastllm.train.rl.policy_task import PolicyTask
 from fastllm.train.rl.rollout import Rollouts
+from fastllm.train.task import NothingToLearn
 from fastllm.train.tasks import is_task
 from fastllm.train.tune_config import ALIASES as TUNE_ALIASES
 from fastllm.train.tune_config import TuneConfig
@@ -174,7 +177,11 @@ class Given:
 
 
 def check(config: RolloutConfig) -> None:
-    """Raises ValueError without data, and under torchrun: rollouts run in one process."""
+    """What a run needs before anything is loaded.
+
+    Raises ValueError without data, and under torchrun: rollouts run in one process; CheckpointError
+    if the folder holds a run that is not to be continued.
+    """
     if not config.data:
         raise ValueError("data is empty: name tasks, such as arithmetic:2, or files of prompts")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -182,6 +189,7 @@ def check(config: RolloutConfig) -> None:
             "rollouts run in the one process that trains: start it without torchrun, with all "
             "cores (OMP_NUM_THREADS) or one GPU"
         )
+    refuse_used(config.loop.out, config.loop.resume)
 
 
 def open_given(config: RolloutConfig, device: torch.device) -> Given:
@@ -205,7 +213,11 @@ def open_given(config: RolloutConfig, device: torch.device) -> Given:
 def train(
     config: RolloutConfig, task: PolicyTask, given: Given, rollouts: Rollouts, say: Say
 ) -> RlResult:
-    """Run a task that has its batches, with evaluations of the held-out prompts, and save."""
+    """Run a task that has its batches, with evaluations of the held-out prompts, and save.
+
+    The result of the steps that were done is also there after a reward's failure or when nothing
+    more is to be learned, beside the checkpoint that a resume goes on from.
+    """
     task.set_evaluation(
         rollouts,
         lambda asked, answers: score_texts(
@@ -216,7 +228,12 @@ def train(
         asked=given.held_out,
         shown=config.samples,
     )
-    result = run(task, config.loop_of(config.loop.steps), settings=to_dict(config))
+    try:
+        result = run(task, config.loop_of(config.loop.steps), settings=to_dict(config))
+    except (RewardError, NothingToLearn):
+        if any((Path(config.loop.out) / "checkpoints").glob("step-*")):  # live weights: its steps
+            say(f"saved to {task.save_result(config.loop.out)}")
+        raise
     output = task.save_result(config.loop.out)
     say(f"saved to {output}")
     return RlResult(run=result, output=output, before=task.first_evaluation)
