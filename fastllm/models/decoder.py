@@ -22,7 +22,7 @@ from fastllm.nn.linear import Linear, ParallelLinear
 from fastllm.nn.mla import MultiHeadLatentAttention
 from fastllm.nn.mlp import MLP
 from fastllm.nn.moe import Experts, MoE, Router
-from fastllm.nn.norm import RMSNorm
+from fastllm.nn.norm import RMSNorm, empty_norm
 from fastllm.nn.rows import take_rows
 from fastllm.nn.scalar_head import ScalarHead
 from fastllm.ops.linear_cross_entropy import linear_cross_entropy
@@ -41,8 +41,8 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.self_attn = make_attention(config, layer, activation)
         self.mlp = make_feed_forward(config, layer, activation)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = empty_norm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = empty_norm(config.hidden_size, config.rms_norm_eps)
 
     def feed_forward(
         self, y: Tensor, residual: Tensor, next_norm: RMSNorm
@@ -121,7 +121,7 @@ class DecoderBody(nn.Module):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         layers = [DecoderLayer(config, i, activation) for i in range(config.num_hidden_layers)]
         self.layers: Sequence[DecoderLayer] = nn.ModuleList(layers)  # type: ignore[assignment]
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = empty_norm(config.hidden_size, config.rms_norm_eps)
 
 
 class Decoder(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastllm.nn.batch import Batch, Documents
 from fastllm.nn.linear import Linear, ParallelLinear
-from fastllm.nn.norm import RMSNorm
+from fastllm.nn.norm import empty_norm
 from fastllm.ops.append_kv import rope_append_kv
 from fastllm.ops.attention import attention
 from fastllm.ops.paged_attention import paged_attention
@@ -43,8 +43,8 @@ class Attention(nn.Module):
         self.norm_whole = norm_whole
         self.q_norm = self.k_norm = None
         if norm_eps is not None:
-            self.q_norm = RMSNorm(q_size if norm_whole else head_dim, norm_eps)
-            self.k_norm = RMSNorm(kv_size if norm_whole else head_dim, norm_eps)
+            self.q_norm = empty_norm(q_size if norm_whole else head_dim, norm_eps)
+            self.k_norm = empty_norm(kv_size if norm_whole else head_dim, norm_eps)
         members = (self.q_proj, self.k_proj, self.v_proj)
         self.qkv = ParallelLinear(members, ("q_proj", "k_proj", "v_proj"))
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastllm.nn.batch import Batch, Documents
 from fastllm.nn.linear import DenseLinear, Linear, ParallelLinear
-from fastllm.nn.norm import RMSNorm
+from fastllm.nn.norm import empty_norm
 from fastllm.ops.attention import attention
 from fastllm.ops.head_linear import head_linear
 from fastllm.ops.mla_attention import append_mla, mla_attention
@@ -59,10 +59,10 @@ class MultiHeadLatentAttention(nn.Module):
             self.q_proj = first = Linear(hidden, q_size, False, activation)
         else:
             self.q_a_proj = first = Linear(hidden, q_rank, bias, activation)
-            self.q_a_layernorm = RMSNorm(q_rank, NORM_EPS)
+            self.q_a_layernorm = empty_norm(q_rank, NORM_EPS)
             self.q_b_proj = Linear(q_rank, q_size, False, activation)
         self.kv_a_proj_with_mqa = Linear(hidden, kv_rank + rope_dim, bias, activation)
-        self.kv_a_layernorm = RMSNorm(kv_rank, NORM_EPS)
+        self.kv_a_layernorm = empty_norm(kv_rank, NORM_EPS)
         self.kv_b_proj = DenseLinear(kv_rank, heads * (nope_dim + value_dim), False, activation)
         self.o_proj = Linear(heads * value_dim, hidden, bias, activation)
         names = ("q_proj" if q_rank is None else "q_a_proj", "kv_a_proj_with_mqa")
