@@ -7,7 +7,6 @@ kept in the outermost module, as plain strings: copies of the model can go back 
 from __future__ import annotations
 
 from collections.abc import Iterator
-
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -47,7 +46,7 @@ def restore(model: nn.Module, kind: str) -> None:
             setattr(inside[name].config, f"{_FIELDS[kind]}_internal", had)
 
 
-def _configured(model: nn.Module) -> Iterator[tuple[str, "PreTrainedModel"]]:
+def _configured(model: nn.Module) -> Iterator[tuple[str, PreTrainedModel]]:
     """The transformers models inside, one for each config that they share."""
     from transformers import PreTrainedModel
 

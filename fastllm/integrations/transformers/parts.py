@@ -7,7 +7,8 @@ A part is a module of this package with
 
 `offer` says None to a module of another kind, `Offer(install=...)` to one that it can replace and
 `Offer(reason=...)` to one that it recognises but must leave, with the reason for the user.
-`install` changes a module by `swap`, or the model by `implementations.choose`: `unpatch` undoes both.
+`install` changes a module by `swap`, or the model by `implementations.choose`; `unpatch` undoes
+both.
 """
 
 from __future__ import annotations

@@ -1,0 +1,218 @@
+"""The attention function: transformers' attention interface on our attention op.
+
+Whatever the op does not do (dropout, position biases, arbitrary dense masks, other devices) goes to
+what transformers would have run: its own sdpa, or for a model that sdpa cannot serve (soft-capped
+logits, sinks) the model's own eager function.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ... import ops
+from ...ops.checks import MAX_HEAD_DIM
+from ...ops.registry import FLOATS
+from . import registry
+from .lazy_mask import LazyMask
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What the op is to hide: keys from `end` on are cut off, the rest are its arguments."""
+
+    end: int | None = None
+    left: int = -1
+    right: int = -1
+    key_mask: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    cache: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention interface.
+
+    Args:
+        module: the attention module.
+        query: `[B, H, Tq, D]`; key `[B, Hk, Tk, D]`, value `[B, Hk, Tk, Dv]`: not repeated.
+        attention_mask: from `make_mask`, or any dense mask of a user.
+        dropout, scaling, is_causal, position_bias: as transformers' sdpa takes them.
+        cache: the paged cache of continuous batching, which is updated.
+        kwargs: `softcap`, `s_aux` (sinks, `[H]`), `sliding_window`, `cu_seq_lens_q` and others.
+
+    Returns:
+        `[B, Tq, H, Dv]`, contiguous, and None (attention weights are never made, except by a
+        model's own eager function).
+    """
+    paged = cache is not None and type(cache).__name__ == "PagedAttentionCache"
+    if paged:
+        key, value = cache.update(
+            key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs
+        )
+    served = None
+    if dropout == 0 and position_bias is None and _ours(query, key, value, scaling):
+        served = (
+            _paged_view(query, key, attention_mask, kwargs)
+            if paged
+            else _view(module, query, key, attention_mask, is_causal, kwargs)
+        )
+    if served is None or kwargs.get("output_attentions"):
+        return _theirs(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal,
+            position_bias, kwargs,
+        )  # fmt: skip
+    return _attend(query, key, value, served, scaling, kwargs), None
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, view: View, scaling: float | None,
+    kwargs: dict[str, Any],
+) -> Tensor:  # fmt: skip
+    device = query.device.type
+    if torch.is_autocast_enabled(device):  # as torch's own attention does
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if view.end is not None:
+        key, value = key[:, :, : view.end], value[:, :, : view.end]
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # [B, T, H, D]
+    if view.cu_seqlens_q is not None:
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    o = ops.attention(
+        q, k, v,
+        cu_seqlens_q=view.cu_seqlens_q,
+        cu_seqlens_k=view.cu_seqlens_k,
+        softmax_scale=scaling,
+        window_size=(view.left, view.right),
+        softcap=kwargs.get("softcap") or 0.0,
+        sinks=kwargs.get("s_aux"),
+        key_mask=view.key_mask,
+    )  # fmt: skip
+    assert isinstance(o, Tensor)  # the pair comes with return_lse
+    if view.cu_seqlens_q is not None:
+        o = o.view(query.shape[0], -1, *o.shape[1:])
+    return o
+
+
+def _ours(query: Tensor, key: Tensor, value: Tensor, scaling: Any) -> bool:
+    """Whether dtypes, devices and shapes are the op's."""
+    autocast = torch.is_autocast_enabled(query.device.type)
+    return (
+        type(query) is Tensor
+        and query.device.type in ("cpu", "cuda")
+        and query.dtype in FLOATS
+        and (autocast or query.dtype == key.dtype == value.dtype)
+        and query.shape[0] == key.shape[0]
+        and query.shape[1] % key.shape[1] == 0
+        and max(query.shape[-1], value.shape[-1]) <= MAX_HEAD_DIM
+        and query.numel() > 0
+        and key.numel() > 0
+        and not isinstance(scaling, Tensor)
+    )
+
+
+def _view(
+    module: nn.Module, query: Tensor, key: Tensor, mask: Any, is_causal: bool | None,
+    kwargs: dict[str, Any],
+) -> View | None:  # fmt: skip
+    """What a mask lets be seen; None: only its booleans say it."""
+    queries, keys = query.shape[2], key.shape[2]
+    if mask is None:
+        causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+        if not causal:
+            return View()
+        starts = kwargs.get("cu_seq_lens_q")
+        if starts is not None and query.shape[0] == 1 and queries == keys > 1:
+            window = kwargs.get("sliding_window") or 0
+            return View(None, window - 1, 0, None, starts, starts)
+        # None stands for causal from key 0: a static cache's places after the prompt are cut off.
+        return View() if queries == 1 else View(min(queries, keys), right=0)
+    if isinstance(mask, LazyMask):
+        return _lazy_view(queries, keys, mask)
+    if mask.dtype is torch.bool and mask.dim() == 4 and mask.shape[1] == 1 and queries == 1:
+        hidden = mask[:, 0, 0, :]
+        if hidden.shape[-1] != keys:
+            return None
+        return View(key_mask=hidden.expand(query.shape[0], keys))
+    return None
+
+
+def _lazy_view(queries: int, keys: int, mask: LazyMask) -> View | None:
+    if mask.shape[2] != queries or mask.shape[3] != keys:
+        return None
+    if mask.kind == "documents":
+        return View(None, mask.left, mask.right, None, mask.held, mask.held)
+    hidden = mask.held if mask.kind == "keys" else None
+    if mask.left < 0 and mask.right < 0:
+        return View(key_mask=hidden)
+    # The op aligns the ends: the last query stands at the last key.
+    end = mask.offset + queries
+    if mask.right == 0 and 0 < end <= keys:
+        return View(end, mask.left, 0, None if hidden is None else hidden[:, :end])
+    return View(None, mask.left, mask.right, hidden) if end == keys else None
+
+
+def _paged_view(query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> View | None:
+    """Continuous batching: one row of tokens, of all requests, each with its own keys."""
+    starts_q, starts_k = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
+    if kwargs.get("block_table") is not None or query.shape[0] != 1:
+        return None
+    if not isinstance(starts_q, Tensor) or not isinstance(starts_k, Tensor):
+        return None
+    window = kwargs.get("sliding_window") or 0
+    return View(None, window - 1, 0, None, starts_q.to(torch.int32), starts_k.to(torch.int32))
+
+
+def _theirs(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, dropout: float,
+    scaling: float | None, is_causal: bool | None, position_bias: Tensor | None,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """What transformers would have run with this mask's booleans."""
+    if isinstance(mask, LazyMask):
+        mask = mask.dense()
+    if kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
+        return registry.original("attention")(
+            module, query, key, value, mask, dropout=dropout, scaling=scaling,
+            is_causal=is_causal, position_bias=position_bias, **kwargs,
+        )  # fmt: skip
+    eager = getattr(sys.modules.get(type(module).__module__), "eager_attention_forward", None)
+    if eager is None:
+        raise ValueError(
+            f"{type(module).__name__} wants soft-capped logits or sinks, with a mask or dropout "
+            "that our attention does not do, and its file has no eager attention: use "
+            'attn_implementation="eager"'
+        )
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    mask = _additive(mask, query, key, causal)
+    return eager(
+        module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs
+    )  # fmt: skip
+
+
+def _additive(mask: Tensor | None, query: Tensor, key: Tensor, causal: bool) -> Tensor | None:
+    """A mask as eager attention adds it to the logits; None with `causal` is from key 0."""
+    queries, keys = query.shape[2], key.shape[2]
+    if mask is None:
+        if not causal or queries == 1:
+            return None
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril()[None, None]
+    if mask.dtype is not torch.bool:
+        return mask
+    zero = torch.zeros((), dtype=query.dtype, device=query.device)
+    return torch.where(mask, zero, torch.finfo(query.dtype).min)
