@@ -33,6 +33,7 @@ COMMANDS = {
     "models": "list the model names that resolve on this machine",
     "inspect": "show what a model file holds: metadata, tensors, formats, memory",
     "doctor": "show hardware, libraries and the backend table, and test every op",
+    "verify": "compare a model in transformers with itself on our kernels, and time both",
     "bench": "measure fastllm beside PyTorch, transformers and llama.cpp",
     "demo": "a model's whole life in 20 minutes: trained, tuned, rewarded, distilled, quantized",
 }
