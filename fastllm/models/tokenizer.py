@@ -24,6 +24,7 @@ import tokenizers
 
 from fastllm.errors import ModelFileError
 from fastllm.models.detokenizer import Detokenizer, PieceDecoder, piece_decoder
+from fastllm.models.literal_tokens import LiteralTokens, Spans
 from fastllm.models.tokenizer_gguf import read_gguf_tokenizer
 
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -154,13 +155,26 @@ class Tokenizer:
         batch = backend.encode_batch_fast(valid, add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in batch]
 
-    def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], Any]]:
+    def encode_with_offsets(
+        self, texts: Sequence[str], literal: Sequence[Spans] | None = None
+    ) -> list[tuple[list[int], Any]]:
         """Of each text the ids that `encode(text, add_special_tokens=False)` gives, and where the
         tokens are in it: [(start, end), ...] in characters. Tokens that share the bytes of one
-        character share its place; the space before a word is part of the word's token."""
+        character share its place; the space before a word is part of the word's token.
+
+        literal: of each text the spans of characters that hold no special tokens, whatever they
+        spell; default none."""
         valid = [_valid_text(text, f"texts[{i}]") for i, text in enumerate(texts)]
         batch = self._place_backend.encode_batch(valid, add_special_tokens=False)
-        return [(encoding.ids, encoding.offsets) for encoding in batch]
+        found: list[tuple[list[int], Any]] = [(each.ids, each.offsets) for each in batch]
+        for i, spans in enumerate(literal or ()):
+            if self._literal_tokens.spelled(valid[i], spans):
+                found[i] = self._literal_tokens.encode(valid[i], spans)
+        return found
+
+    @cached_property
+    def _literal_tokens(self) -> LiteralTokens:
+        return LiteralTokens(self._backend)
 
     @cached_property
     def _place_backend(self) -> tokenizers.Tokenizer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors,
 
 from fastllm.errors import ModelFileError
 from fastllm.models.gguf import GGUFFile
+from fastllm.models.literal_tokens import LiteralTokens
 from fastllm.models.tokenizer import Tokenizer
 from fastllm.models.tokenizer_gguf import PRE_TOKENIZERS
 
@@ -157,6 +159,49 @@ def test_special_tokens_in_text(small: Tokenizer) -> None:
     assert not any(small.is_special(i) for i in literal)
     assert small.decode(parsed) == "ab"
     assert small.decode(parsed, skip_special_tokens=False) == "a<|end|>b" == small.decode(literal)
+
+
+@given(
+    pieces=st.lists(
+        st.one_of(st.sampled_from(["<|end|>", "<|start|>", " ", "\n", "\U000f0000"]), st.text(
+            st.characters(exclude_categories=("Cs",)), max_size=4)),
+        max_size=6,
+    ),
+    answer=st.tuples(st.integers(0, 6), st.integers(0, 6)).map(sorted),
+)  # fmt: skip
+@example(pieces=["<|start|>", "a", " <|end|>", "b", "<|end|>"], answer=(1, 4))
+@settings(max_examples=150, deadline=None)
+def test_special_tokens_that_an_answer_spells_are_characters_and_others_tokens(
+    small: Tokenizer, pieces: list[str], answer: tuple[int, int]
+) -> None:
+    before, said, after = (
+        "".join(pieces[a:b]) for a, b in ((0, answer[0]), answer, (answer[1], 9))
+    )
+    text, span = before + said + after, (len(before), len(before + said))
+    ((ids, places),) = small.encode_with_offsets([text], [[span]])
+    assert small.decode(ids, skip_special_tokens=False) == text
+    meant = [place for i, place in zip(ids, places, strict=True) if small.is_special(i)]
+    assert [text[a:b] for a, b in meant] == re.findall(r"<\|end\|>|<\|start\|>", before) + (
+        re.findall(r"<\|end\|>|<\|start\|>", after)
+    )
+    assert all(b <= span[0] or a >= span[1] for a, b in meant)
+
+
+@pytest.mark.parametrize("prefix", ["bytes", "first", "always"])
+def test_standing_aside_changes_no_id_and_no_place(prefix: str) -> None:
+    backend = trained()
+    if prefix == "bytes":
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Metaspace(prepend_scheme=prefix), backend.pre_tokenizer]
+        )
+    backend.add_tokens([AddedToken("<tool>", rstrip=True, normalized=False)])
+    backend.add_special_tokens([AddedToken("<pad>", lstrip=True, normalized=False)])
+    tokenizer = Tokenizer(backend)
+    for text in ("<|start|>fox\nthe <pad> dog<tool> x<|end|><|end|> lazy", "a<|end|>", "", *TEXT):
+        found = LiteralTokens(backend).encode(text, [])
+        assert [found] == tokenizer.encode_with_offsets([text])
 
 
 def test_user_defined_tokens_are_whole_and_not_skipped() -> None:

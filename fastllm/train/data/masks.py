@@ -61,10 +61,12 @@ class Example:
 
 @dataclass(slots=True)
 class Rendering:
-    """A text and the spans of characters in it that are learned, in order."""
+    """A text and the spans of characters in it that are learned, in order; words: the same without
+    the tokens that end them."""
 
     text: str
     spans: list[tuple[int, int]] = field(default_factory=list)
+    words: list[tuple[int, int]] = field(default_factory=list)
 
 
 class ConversationEncoder:
@@ -72,7 +74,8 @@ class ConversationEncoder:
 
     template: its Jinja source; None takes the tokenizer's own, or ChatML if it has none. variables:
     further variables of the template (enable_thinking, ...). loss: "assistant", or "all" for every
-    token of the conversation.
+    token of the conversation. literal: special tokens that learned turns spell are characters, not
+    tokens, as answers have them that were sampled; default: tokens, as a template's are.
 
     Unless `variables` says so, each turn with reasoning is rendered with enable_thinking=True and
     each without with False: the prompt that a template makes then already holds the empty thoughts
@@ -86,12 +89,14 @@ class ConversationEncoder:
         *,
         loss: str = "assistant",
         variables: Mapping[str, Any] | None = None,
+        literal: bool = False,
     ) -> None:
         if loss not in LOSSES:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
         source = template if template is not None else tokenizer.chat_template or CHATML
         self.tokenizer = tokenizer
         self.loss = loss
+        self.literal = literal
         self.variables = dict(variables or {})
         self.template = ChatTemplate(source, tokenizer.special_tokens)
         ends = (tokenizer.decode([i], skip_special_tokens=False) for i in tokenizer.eos_token_ids)
@@ -111,13 +116,14 @@ class ConversationEncoder:
         for turn in reversed(conversation.answers):
             if turn == 0:
                 continue  # the first words of a conversation answer nothing
-            text, start = self._turn(conversation, turn)
+            text, start, end = self._turn(conversation, turn)
             for document in documents:
                 if document.text.startswith(text):
                     document.spans.insert(0, (start, len(text)))
+                    document.words.insert(0, (start, end))
                     break
             else:
-                documents.insert(0, Rendering(text, [(start, len(text))]))
+                documents.insert(0, Rendering(text, [(start, len(text))], [(start, end)]))
         if not documents:
             problem = "no message of it is an assistant's answer that is to be learned"
             raise conversation.error("", problem, "Expected an assistant's turn after a user's")
@@ -131,7 +137,7 @@ class ConversationEncoder:
 
     def prompt(self, conversation: Conversation, turn: int) -> str:
         """P(turn): what the model is given to say message `turn`. Raises DataError."""
-        text, length = self._turn(conversation, turn)
+        text, length, _ = self._turn(conversation, turn)
         return text[:length]
 
     def encode(self, conversations: Iterable[Conversation]) -> Iterator[Example]:
@@ -145,7 +151,8 @@ class ConversationEncoder:
         for conversation, document in pairs:
             if not document.text.isascii():
                 _check_unicode(conversation, document.text)
-        tokens = self.tokenizer.encode_with_offsets([document.text for _, document in pairs])
+        literal = [document.words for _, document in pairs] if self.literal else None
+        tokens = self.tokenizer.encode_with_offsets([d.text for _, d in pairs], literal)
         for (conversation, document), (ids, places) in zip(pairs, tokens, strict=True):
             trained = _tokens_in(document.spans, places)
             if not trained.any():
@@ -158,8 +165,8 @@ class ConversationEncoder:
                 place=": ".join(filter(None, (conversation.file, conversation.record))),
             )
 
-    def _turn(self, conversation: Conversation, turn: int) -> tuple[str, int]:
-        """R(turn) up to its end token, and the length of P(turn)."""
+    def _turn(self, conversation: Conversation, turn: int) -> tuple[str, int, int]:
+        """R(turn) up to its end token, the length of P(turn), and where the end token begins."""
         message = conversation.messages[turn]
         for variables in self._thinking(message):
             prompt = self._text(conversation, turn, True, variables)
@@ -187,7 +194,7 @@ class ConversationEncoder:
             )
         self._check_complete(conversation, turn, text[len(prompt) :])
         self.seen_ends.add(end)
-        return text, len(prompt)
+        return text, len(prompt), len(text) - len(end)
 
     def _thinking(self, message: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """Variables to try: thinking on or off as the turn itself has it, then the defaults."""
