@@ -21,6 +21,9 @@ a fixed reference, the model as it is given (its adapter off, no second copy in 
   {"chosen": [{"role": "user", ...}, ...], "rejected": [...]}
   {"prompt": "...", "answers": ["...", ...], "ranks": [2, 1, 3]}     every two of different rank
 
+"truncated", a list of true or false beside answers, marks those that were cut: their end is not
+learned.
+
 --loss.kind sigmoid (DPO), ipo or hinge; --beta, --label-smoothing (the share of labels taken to be
 wrong), --normalize (means over an answer's tokens). Metrics have TRL's names: rewards/chosen,
 rewards/rejected, rewards/accuracies, rewards/margins, logps/chosen, logps/rejected.

@@ -20,7 +20,8 @@ tasks that are made here, or .jsonl, .json or .parquet files of prompts:
   {"question": "...", "answer": "... #### 42"} GSM8K's form
 
 A reward is accuracy, exact_match, think_format, length, repetition, a function of a file
-(rewards.py:name, called with lists of prompts, completions and every column), or model:DIRECTORY;
+(rewards.py:name, called with lists of prompts, completions and every column; finish_reasons has
+"length" for what was cut, else "stop"), or model:DIRECTORY;
 several are separated by commas and summed with --reward_weights. One that raises, takes too long or
 gives no number stops the run and names the sample; nothing that was done before is lost.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +13,11 @@ from .parsing import Parser, add_config, add_model_options, add_sampling_options
 
 if TYPE_CHECKING:
     from ..engine.llm import LLM
-    from ..engine.request import SamplingParams
+    from ..engine.request import CompletionOutput, SamplingParams
     from ..train.data.prompts import PromptRecord
     from ..train.data.ranking_file import RankingFile
+
+Answers = dict[str, bool]  # different texts, and whether each was cut
 
 DESCRIPTION = """
 Generates several answers to each prompt, shows them in random order, and asks which are better.
@@ -30,7 +32,8 @@ Answer with the numbers from best to worst, "=" between equal ones:
 
 Each ranking is on the disk before the next prompt is shown. Started again, the command goes on with
 the prompts that are not yet in the file. Answers that are letter for letter the same are shown
-once; a prompt whose answers are all the same is passed over.
+once; a prompt whose answers are all the same is passed over. An answer that --max-tokens has cut
+is shown as such, and marked in the file (truncated): a reward model then sees it without an end.
 """
 
 EXAMPLES = """
@@ -109,7 +112,7 @@ def read(names: Sequence[str]) -> list[PromptRecord]:
 
 def generated(
     llm: LLM, records: Sequence[PromptRecord], params: SamplingParams, ahead: int
-) -> Iterator[tuple[PromptRecord, list[str]]]:
+) -> Iterator[tuple[PromptRecord, Answers]]:
     """Each prompt with its different answers, some prompts at a time."""
     from ..train.data.prompts import encode_prompts
 
@@ -118,24 +121,35 @@ def generated(
         prompts: list[Any] = [list(p.ids) for p in encode_prompts(part, llm.tokenizer)]
         outputs = llm.generate(prompts, params)
         for record, output in zip(part, outputs, strict=True):
-            yield record, list(dict.fromkeys(answer.text.strip() for answer in output.outputs))
+            yield record, different(output.outputs)
+
+
+def different(outputs: Sequence[CompletionOutput]) -> Answers:
+    """The texts, each once. Nothing that was cut is no answer; what one sample has ended as another
+    was cut is whole."""
+    found: Answers = {}
+    for output in outputs:
+        text, cut = output.text.strip(), output.finish_reason == "length"
+        if text or not cut:
+            found[text] = cut and found.get(text, True)
+    return found
 
 
 def ask(
-    file: RankingFile, record: PromptRecord, answers: Sequence[str], model: str, seed: int
+    file: RankingFile, record: PromptRecord, answers: Mapping[str, bool], model: str, seed: int
 ) -> bool:
     """Show a prompt's answers and keep what a person says; returns whether to go on."""
     from ..train.data.ranking_file import parse_order
 
     if len(answers) < 2:
-        note(f"passed over, every answer is the same: {record.text!r:.70}")
+        note(f"passed over, there are no two different answers: {record.text!r:.70}")
         return True
     shown = list(answers)
     random.Random(f"{seed} {record.text}").shuffle(shown)
     heading(f"> {record.text}")
     for number, answer in enumerate(shown, 1):
         heading(f"[{number}]")
-        print(answer or "(nothing)")
+        print((answer or "(nothing)") + ("  [cut here]" if answers[answer] else ""))
     while True:
         try:
             said = input("\nbest to worst (s: skip, q: quit): ").strip().lower()
@@ -151,5 +165,6 @@ def ask(
         except ValueError as error:
             print(f"{error}; such as {' '.join(map(str, range(1, len(shown) + 1)))}")
             continue
-        file.add(record.prompt, shown, ranks, model=model)
+        cut = [answers[answer] for answer in shown]
+        file.add(record.prompt, shown, ranks, truncated=cut, model=model)
         return True

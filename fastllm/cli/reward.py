@@ -25,7 +25,9 @@ of rankings (`fastllm rank` makes them), or folders of them, in one of three for
 
 Rank 1 is the best. Two or more answers; answers of equal rank are not compared with each other, and
 a ranking without any comparison is left out. Prompts and answers may be lists of messages; without
-a prompt, chosen and rejected are whole conversations. margin may be absent.
+a prompt, chosen and rejected are whole conversations. margin may be absent. "truncated", a list of
+true or false beside answers, marks those that were cut: they are scored without the token that ends
+an answer. Special tokens that answers spell are read as characters.
 
 The run's folder (--out) gets checkpoints, metrics.jsonl, a report, evaluation.json (order and
 calibration of held-out pairs), and the result: adapter/ in PEFT's format, or with --method full

@@ -43,7 +43,7 @@ from fastllm.train.rl.setup import (
     make_rollouts,
     open_given,
     rl_loop,
-    score_texts,
+    score_trajectories,
     train,
 )
 
@@ -115,9 +115,7 @@ def main(config: GrpoConfig, say: Say = print) -> RlResult:
         collector = GroupCollector(
             PromptStream(given.trained, config.loop.seed),
             rollouts,
-            lambda found: score_texts(
-                config, given.rewards, [t.record for t in found], [t.text for t in found]
-            ),
+            lambda found: score_trajectories(config, given.rewards, found),
             names=given.names,
             weights=config.weights,
             algorithm=algorithm,

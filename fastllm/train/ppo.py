@@ -37,7 +37,7 @@ from fastllm.train.rl.setup import (
     make_rollouts,
     open_given,
     rl_loop,
-    score_texts,
+    score_trajectories,
     train,
 )
 
@@ -133,9 +133,7 @@ def main(config: PpoConfig, say: Say = print) -> RlResult:
         collector = PpoCollector(
             PromptStream(given.trained, config.loop.seed),
             rollouts,
-            lambda found: score_texts(
-                config, given.rewards, [t.record for t in found], [t.text for t in found]
-            ),
+            lambda found: score_trajectories(config, given.rewards, found),
             names=given.names,
             weights=config.weights,
             algorithm=algorithm,

@@ -124,7 +124,9 @@ def main(config: RewardConfig, say: Say = print) -> RewardResult:
 
 def _main(config: RewardConfig, device: torch.device, say: Say) -> RewardResult:
     source = open_weights(resolve(config.model))
-    encoder = ConversationEncoder(read_tokenizer(source), read_template(config.chat_template))
+    encoder = ConversationEncoder(
+        read_tokenizer(source), read_template(config.chat_template), literal=True
+    )
     seq_len = choose_length(config.seq_len, source.config)
     data = read_data(config, encoder, seq_len)
     plan = choose(config, data.train, source.config.hidden_size)

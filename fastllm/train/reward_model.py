@@ -14,6 +14,7 @@ from fastllm.nn.batch import Documents
 from fastllm.train.data.conversations import Conversation
 from fastllm.train.data.masks import ConversationEncoder
 from fastllm.train.data.packing import pack_rows
+from fastllm.train.data.rankings import without_end
 
 Prompt = str | Sequence[Mapping[str, Any]]
 
@@ -23,7 +24,9 @@ class RewardModel:
 
     A plain reward function: `model(prompts, completions)` gives a float each. A prompt is the
     user's message, or a list of messages; a completion is the assistant's, rendered with the token
-    that ends it, as in training. What is longer than the context loses its beginning.
+    that ends it, as in training, unless its finish_reason is "length": then it was cut, and what it
+    has is scored. A special token that a completion spells is a row of characters: no completion
+    can end itself or begin another turn. What is longer than the context loses its beginning.
 
     Raises what `load_scorer` does.
     """
@@ -33,21 +36,29 @@ class RewardModel:
         quantization: str | None = None, micro_tokens: int = 4096,
     ) -> None:  # fmt: skip
         self.scorer: Scorer = load_scorer(path, device=device, quantization=quantization)
-        self.encoder = ConversationEncoder(self.scorer.tokenizer)
+        self.encoder = ConversationEncoder(self.scorer.tokenizer, literal=True)
         self.micro_tokens = micro_tokens
         self.__name__ = f"model:{os.fspath(path)}"
 
     def __call__(
-        self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Any
-    ) -> list[float]:
-        """A score for each pair. Raises DataError if the template refuses a message."""
+        self, prompts: Sequence[Prompt], completions: Sequence[str],
+        finish_reasons: Sequence[str] | None = None, **columns: Any,
+    ) -> list[float]:  # fmt: skip
+        """A score for each pair. finish_reasons: of the completions; default: "stop".
+
+        Raises DataError if the template refuses a message."""
         conversations = [
             _conversation(prompt, completion, number)
             for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
         ]
+        examples = self.encoder.encode(conversations)
+        reasons = finish_reasons or ["stop"] * len(conversations)
+        whole = [
+            without_end(example) if reason == "length" else example
+            for example, reason in zip(examples, reasons, strict=True)
+        ]
         most = self.scorer.decoder.max_positions
-        ids = [example.ids[-most:] for example in self.encoder.encode(conversations)]
-        return self.scores([torch.from_numpy(document) for document in ids])
+        return self.scores([torch.from_numpy(example.ids[-most:]) for example in whole])
 
     @torch.no_grad()
     def scores(self, documents: Sequence[Sequence[int] | Tensor]) -> list[float]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fastllm.cli import rank
+from fastllm.engine.request import CompletionOutput
 from fastllm.errors import DataError
 from fastllm.models.loader import save_pretrained
 from fastllm.models.tokenizer_training import train_tokenizer
@@ -104,14 +105,28 @@ def test_rankings_are_kept_and_a_second_start_goes_on(
     (first,) = map(json.loads, out.read_text().splitlines())
     assert first["prompt"] == "one" and first["ranks"] == [2, 2, 1]
     assert len(set(first["answers"])) == 3 and first["model"] == str(model)
+    assert first["truncated"] == [True] * 3 and shown.count("[cut here]") >= 3
     drive(monkeypatch, model, prompts, out, "2 1 3\n1 2 3\n")  # what was skipped comes again
     shown = capsys.readouterr().out
     assert "> one" not in shown and "> two" in shown and "> three" in shown
     rankings = list(read_rankings([out]))
     assert [r.ranks for r in rankings] == [(2, 2, 1), (2, 1, 3), (1, 2, 3)]
     assert rankings[1].prompt == [{"role": "user", "content": "two"}]
+    assert rankings[0].truncated == (True, True, True)
     drive(monkeypatch, model, prompts, out, "")
     assert "3 of them ranked" in capsys.readouterr().err
+
+
+def test_answers_are_cut_only_where_every_sample_was_and_nothing_cut_is_none() -> None:
+    said = [("a ", "length"), ("a", "stop"), ("b", "length"), (" ", "length"), ("c", "stop")]
+    outputs = [
+        CompletionOutput(
+            index=i, text=text, token_ids=[], cumulative_logprob=0, finish_reason=reason
+        )
+        for i, (text, reason) in enumerate(said)
+    ]
+    assert rank.different(outputs) == {"a": False, "b": True, "c": False}
+    assert rank.different([replace(outputs[1], text="")]) == {"": False}
 
 
 def test_the_end_of_input_ends_the_session_and_loses_nothing(

@@ -435,6 +435,20 @@ def test_every_two_answers_of_different_rank_are_a_pair(base: Path) -> None:
     assert all(pair.chosen.trained[-1] and pair.lengths[0] > 1 for pair in pairs)
 
 
+def test_the_end_of_an_answer_that_was_cut_is_not_learned(base: Path) -> None:
+    record = {"prompt": "Go.", "answers": ["Yes, it is", "No."], "ranks": [1, 2]}
+    cut = {**record, "truncated": [True, False]}
+    ((whole,), _), ((short,), _) = (
+        encode_pairs([parse_ranking(each)], encoder_of(base), 64) for each in (record, cut)
+    )
+    assert short.chosen.ids.tolist() == whole.chosen.ids[:-1].tolist()
+    assert short.lengths == (whole.lengths[0] - 1, whole.lengths[1])
+    assert short.rejected.ids.tolist() == whole.rejected.ids.tolist()
+    nothing = {**cut, "answers": ["", "No."]}
+    with pytest.raises(DataError, match=r"answers\[0\].*is empty and was cut"):
+        encode_pairs([parse_ranking(nothing)], encoder_of(base), 64)
+
+
 @pytest.mark.parametrize(
     ("record", "match"),
     [

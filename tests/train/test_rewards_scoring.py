@@ -90,6 +90,7 @@ def giving(value: Any) -> Callable[..., Any]:
 
 def test_scores_are_a_matrix_that_weights_multiply() -> None:
     def second(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        assert columns.pop("finish_reasons") == ["stop"] * len(prompts)
         return [
             float(len(p) + len(c) + len(columns)) for p, c in zip(prompts, completions, strict=True)
         ]
@@ -338,6 +339,24 @@ def test_names_must_differ(tmp_path: Path) -> None:
             resolve(twice)
     with pytest.raises(TypeError, match="sequence of names"):
         resolve("accuracy")
+
+
+def test_functions_get_why_a_completion_ended() -> None:
+    def reward(
+        prompts: list[str], completions: list[str], finish_reasons: list[str]
+    ) -> list[float]:
+        return [float(reason == "length") for reason in finish_reasons]
+
+    rewards = resolve([reward])
+    check(rewards, {})
+    found = score(rewards, None, ["p"] * 2, ["a", "b"], {}, truncated=[False, True])
+    assert found.tolist() == [[0], [1]]
+    assert score(rewards, None, ["p"], ["a"], {}).tolist() == [[0]]
+    for name in ("finish_reasons", "completions"):
+        with pytest.raises(ValueError, match=f"a column '{name}'"):
+            check(rewards, {name: ["stop"]})
+    with pytest.raises(ValueError, match="truncated has 1 values for 2"):
+        score(rewards, None, ["p"] * 2, ["a", "b"], {}, truncated=[True])
 
 
 def test_missing_columns_are_found_before_a_run() -> None:

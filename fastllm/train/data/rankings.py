@@ -8,7 +8,9 @@
 
 Any K from 2. Every pair of answers with different ranks is one comparison; answers of equal rank
 are not compared. A ranking whose ranks are all equal says nothing: it is left out and counted. A
-pair may have a `margin`, by how much the chosen answer is better.
+pair may have a `margin`, by how much the chosen answer is better. `truncated`, a list of booleans
+beside answers, says which were cut at the longest length: they have no token that ends an answer,
+since the model has not said it.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from torch import Tensor
 from fastllm.errors import DataError
 from fastllm.nn.batch import Documents
 from fastllm.train.data.conversations import Conversation, data_files
-from fastllm.train.data.masks import ConversationEncoder
+from fastllm.train.data.masks import ConversationEncoder, Example
 from fastllm.train.data.packing import pack_rows
 from fastllm.train.data.records import read_records
 
@@ -46,6 +48,7 @@ class Ranking:
     prompt: list[Message]
     answers: list[list[Message]]
     ranks: tuple[float, ...]
+    truncated: tuple[bool, ...] = ()  # of each answer, whether it was cut; empty: none was
     margin: float = 0.0  # of a pair
     file: str = "ranking"
     record: str = ""
@@ -53,6 +56,14 @@ class Ranking:
     def error(self, field: str, problem: str, remedy: str = "") -> DataError:
         """A DataError that names this record."""
         return DataError(self.file, self.record, field, problem, remedy)
+
+    def examples(self, encoder: ConversationEncoder) -> list[Example]:
+        """The prompt with each of its answers. Raises DataError if the template refuses one."""
+        found = list(encoder.encode(self.conversations()))
+        if len(found) != len(self.answers):
+            raise self.error("answers", "the chat template makes several documents of one")
+        cut = self.truncated or (False,) * len(found)
+        return [without_end(each) if c else each for each, c in zip(found, cut, strict=True)]
 
     def conversations(self) -> list[Conversation]:
         """The prompt with each of its answers."""
@@ -67,7 +78,8 @@ class Ranking:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankedExample:
-    """The documents of a ranking: int32 ids with the end token each, on which the score is read."""
+    """The documents of a ranking: int32 ids, the score is read on the last one, the end token
+    unless the answer was cut."""
 
     documents: tuple[np.ndarray, ...]
     ranks: tuple[float, ...]
@@ -144,6 +156,11 @@ def ranked_pairs(ranks: Sequence[float]) -> list[tuple[int, int]]:
     return pairs
 
 
+def without_end(example: Example) -> Example:
+    """An answer that was cut: the model has not said the token that ends it."""
+    return replace(example, ids=example.ids[:-1], trained=example.trained[:-1])
+
+
 def read_rankings(paths: Sequence[str | os.PathLike[str]]) -> Iterator[Ranking]:
     """The rankings of files and folders, in order.
 
@@ -193,9 +210,20 @@ class _Reader:
             prompt=prompt,
             answers=[self.answer(value, f"answers[{i}]") for i, value in enumerate(answers)],
             ranks=tuple(self.number(value, f"ranks[{i}]") for i, value in enumerate(ranks)),
+            truncated=self.truncated(len(answers)),
             file=self.file,
             record=self.place,
         )
+
+    def truncated(self, count: int) -> tuple[bool, ...]:
+        if self.record.get("truncated") is None:
+            return ()
+        found = self.list_of("truncated")
+        if len(found) != count or not all(isinstance(value, bool) for value in found):
+            raise self.error(
+                "truncated", f"is {found!r:.60}", f"true or false for each of the {count} answers"
+            )
+        return tuple(found)
 
     def pair(self) -> Ranking:
         chosen, rejected = (self.record.get(name) for name in ("chosen", "rejected"))
@@ -276,11 +304,8 @@ def encode_rankings(
     """
     counts, kept = RankingCounts(), []
     for ranking in rankings:
-        conversations = ranking.conversations()
-        examples = list(encoder.encode(conversations))
+        examples = ranking.examples(encoder)
         documents = tuple(example.ids for example in examples)
-        if len(documents) != len(conversations):
-            raise ranking.error("answers", "the chat template makes several documents of one")
         if not ranked_pairs(ranking.ranks):
             counts.tied += 1
         elif max(map(len, documents)) > seq_len:

@@ -62,15 +62,11 @@ def grade(
         RewardError: if the reward raises, takes too long, or gives what is no number; it names the
             reward and the sample.
     """
-    pairs = [
-        (record, text)
-        for record, found in zip(records, answers, strict=True)
-        for text in found.texts
-    ]
-    asked = [record for record, _ in pairs]
+    asked = [r for r, found in zip(records, answers, strict=True) for _ in found.texts]
     rewards = score(
-        [reward], None, [record.prompt for record in asked], [text for _, text in pairs],
-        gather_columns(asked), timeout,
+        [reward], None, [record.prompt for record in asked],
+        [text for found in answers for text in found.texts], gather_columns(asked), timeout,
+        truncated=[cut for found in answers for cut in found.truncated],
     )  # fmt: skip
     each = iter(rewards[:, 0].tolist())
     return [[next(each) for _ in found.texts] for found in answers]

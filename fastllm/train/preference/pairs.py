@@ -108,10 +108,11 @@ def encode_pairs(
     counts = PairCounts()
     kept: list[Pair] = []
     for ranking in rankings:
-        conversations = ranking.conversations()
-        examples = list(encoder.encode(conversations))
-        if len(examples) != len(conversations):
-            raise ranking.error("answers", "the chat template makes several documents of one")
+        examples = ranking.examples(encoder)
+        for number, example in enumerate(examples):
+            if not example.trained.any():
+                raise ranking.error(f"answers[{number}]", "is empty and was cut: nothing is said",
+                                    "Leave it out")  # fmt: skip
         pairs = ranked_pairs(ranking.ranks)
         if not pairs:
             counts.tied += 1

@@ -5,7 +5,8 @@ A reward is a plain function
     def reward(prompts: list[str], completions: list[str], **columns: list) -> list[float]
 
 that gets the words of the prompts, the answers, and by name the columns of the data, and gives a
-number for each answer. `resolve` turns names into rewards:
+number for each answer. One column is not the data's: `finish_reasons`, "length" for an answer that
+was cut at the longest length, else "stop". `resolve` turns names into rewards:
 
     accuracy             1 if the final answer is mathematically equal to the column `answer`, else
                          0: numbers exactly, other answers by math-verify (extra `train`), without

@@ -14,7 +14,7 @@ import contextvars
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastllm.errors import RewardError
@@ -30,17 +30,22 @@ if TYPE_CHECKING:
 
 Prompt = str | Sequence[Mapping[str, Any]]
 TIMEOUT = 60.0
+FINISH_REASONS = "finish_reasons"  # a column beside the data's: "stop", or "length" of what was cut
+_OURS = ("prompts", "completions", FINISH_REASONS)
 
 
 def check(rewards: Sequence[NamedReward], columns: Mapping[str, Sequence[Any]]) -> None:
     """Whether a data set has what rewards need, to be asked before a run.
 
     columns: lists by name, as `gather_columns` makes them. Raises RewardError naming a column that
-    is missing; of the column `answer` one that is empty; and ModuleNotFoundError if "accuracy"
-    needs math-verify for one of them, which is not installed.
+    is missing; of the column `answer` one that is empty; ValueError for a column with a name that
+    rewards get otherwise; and ModuleNotFoundError if "accuracy" needs math-verify for one of them,
+    which is not installed.
     """
+    _check_names(columns)
     for reward in rewards:
-        taken = _columns(reward, {name: list(column) for name, column in columns.items()})
+        lists = {name: list(column) for name, column in columns.items()}
+        taken = _columns(reward, lists, [])
         if reward.function is accuracy or reward.function is exact_match:
             for sample, answer in enumerate(taken["answer"]):
                 try:
@@ -59,6 +64,8 @@ def score(
     completions: Sequence[str],
     columns: Mapping[str, Sequence[Any]],
     timeout: float = TIMEOUT,
+    *,
+    truncated: Sequence[bool] | None = None,
 ) -> Tensor:
     """The rewards of N completions: float32 [N, F], one column for each of F rewards.
 
@@ -69,6 +76,8 @@ def score(
         completions: N answers.
         columns: lists of N by name; a function without **columns gets those that it names.
         timeout: seconds that one reward may take for all N.
+        truncated: which of the N were cut at the longest length; default none. Functions see it
+            as the column `finish_reasons`.
 
     Raises:
         RewardError: naming reward, answer and prompt, if a function raises, takes too long, gives
@@ -78,7 +87,11 @@ def score(
     import torch
 
     _check(rewards, weights, prompts, completions, columns, timeout)
-    calls = [_Call(reward, prompts, completions, columns) for reward in rewards]
+    if truncated is not None and len(truncated) != len(completions):
+        raise ValueError(f"truncated has {len(truncated)} values for {len(completions)} answers")
+    cut = truncated or [False] * len(completions)
+    reasons = ["length" if each else "stop" for each in cut]
+    calls = [_Call(reward, prompts, completions, columns, reasons) for reward in rewards]
     found = [call.run(timeout) for call in calls]
     values = torch.tensor(found, dtype=torch.float32).reshape(len(rewards), len(prompts)).T
     return values.contiguous() if weights is None else values * torch.tensor(weights)
@@ -100,22 +113,29 @@ def _check(
         raise ValueError(f"weights must be finite, got {list(weights)}")
     if len(prompts) != len(completions):
         raise ValueError(f"{len(prompts)} prompts for {len(completions)} completions")
+    _check_names(columns)
     for name, column in columns.items():
-        if name in ("prompts", "completions"):
-            raise ValueError(f"the data has a column {name!r}, which rewards get otherwise: rename")
         if len(column) != len(prompts):
             raise ValueError(f"column {name!r} has {len(column)} values for {len(prompts)} prompts")
     if not timeout > 0:
         raise ValueError(f"timeout must be positive, got {timeout}")
 
 
-def _columns(reward: NamedReward, columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
+def _check_names(columns: Iterable[str]) -> None:
+    for name in columns:
+        if name in _OURS:
+            raise ValueError(f"the data has a column {name!r}, which rewards get otherwise: rename")
+
+
+def _columns(
+    reward: NamedReward, columns: dict[str, list[Any]], finish_reasons: list[str]
+) -> dict[str, list[Any]]:
     """The columns that a reward takes. Raises RewardError for one that is missing."""
-    function = reward.function
+    function, more = reward.function, {FINISH_REASONS: finish_reasons}
     try:
         if isinstance(function, FunctionProcess):
-            return function.parameters.choose(columns)
-        return parameters_of(function).choose(columns)
+            return function.parameters.choose(columns, more)
+        return parameters_of(function).choose(columns, more)
     except (SampleFault, TypeError) as error:
         raise RewardError(reward.name, None, "", str(error.args[0])) from error
 
@@ -129,6 +149,7 @@ class _Call:
         prompts: Sequence[Prompt],
         completions: Sequence[str],
         columns: Mapping[str, Sequence[Any]],
+        finish_reasons: list[str],
     ) -> None:
         from fastllm.train.data.prompts import prompt_text
 
@@ -137,7 +158,7 @@ class _Call:
         self.prompts: list[Any] = list(prompts) if reward.messages else self.texts
         self.completions = list(completions)
         lists = {name: list(column) for name, column in columns.items()}
-        self.columns = _columns(reward, lists)
+        self.columns = _columns(reward, lists, finish_reasons)
 
     def run(self, timeout: float) -> list[float]:
         """The rewards of all answers. Raises RewardError."""

@@ -37,13 +37,17 @@ class Parameters:
     required: frozenset[str]
     every: bool
 
-    def choose(self, columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        """The columns to call it with. Raises SampleFault naming one that is missing."""
-        missing = sorted(self.required - columns.keys())
+    def choose(
+        self, columns: dict[str, list[Any]], more: dict[str, list[Any]]
+    ) -> dict[str, list[Any]]:
+        """The columns to call it with. more: beside the data's. Raises SampleFault naming one that
+        is missing."""
+        known = columns | more
+        missing = sorted(self.required - known.keys())
         if missing:
             have = ", ".join(columns) or "none"
             raise SampleFault(f"needs the column {missing[0]!r}; the data has {have}")
-        return columns if self.every else {n: c for n, c in columns.items() if n in self.names}
+        return known if self.every else {n: c for n, c in known.items() if n in self.names}
 
 
 def parameters_of(function: Callable[..., Any]) -> Parameters:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,13 +18,11 @@ from fastllm.train.data.prompts import EncodedPrompt
 from fastllm.train.decoder_task import DecoderTask
 from fastllm.train.rl.algorithms import Algorithm
 from fastllm.train.rl.batches import RlMicro, Sample, micro_batch, stretches
+from fastllm.train.rl.groups import Score
 from fastllm.train.rl.metrics import RlMetrics
 from fastllm.train.rl.objective import kl_estimate, policy_loss
 from fastllm.train.rl.rollout import Rollouts
 from fastllm.train.tune_config import TuneConfig
-
-# Rewards of one completion of each prompt, float32 [N, F].
-ScoreTexts = Callable[[Sequence[EncodedPrompt], Sequence[str]], Tensor]
 
 
 class PolicyTask(DecoderTask):
@@ -69,7 +67,7 @@ class PolicyTask(DecoderTask):
         return LLM.from_model(self.decoder, self.tokenizer, **options)
 
     def set_evaluation(
-        self, rollouts: Rollouts, score: ScoreTexts, names: Sequence[str],
+        self, rollouts: Rollouts, score: Score, names: Sequence[str],
         weights: Sequence[float], asked: Sequence[EncodedPrompt], shown: int,
     ) -> None:  # fmt: skip
         """What is answered greedily and scored; the first `shown` are also shown."""
@@ -143,7 +141,7 @@ class PolicyTask(DecoderTask):
             return {}
         with self.untrained():
             answers = self._rollouts.greedy(self._asked)
-        means = self._score(self._asked, answers).mean(0)
+        means = self._score(answers).mean(0)
         found = {f"eval_{n}": float(m) for n, m in zip(self._names, means, strict=True)}
         found["eval_reward"] = float(means @ self._weights)
         if not self._updated:
@@ -157,7 +155,7 @@ class PolicyTask(DecoderTask):
             return []
         with self.untrained():
             answers = self._rollouts.greedy(asked)
-        return [(p.record.text, a.strip()) for p, a in zip(asked, answers, strict=True)]
+        return [(answer.record.text, answer.text.strip()) for answer in answers]
 
     # the reference policy
 

@@ -132,8 +132,8 @@ class Rollouts:
             raise StepAbandoned("a rollout was asked to stop")
         return outputs
 
-    def greedy(self, prompts: Sequence[EncodedPrompt]) -> list[str]:
-        """The text of the most probable continuation of each prompt."""
+    def greedy(self, prompts: Sequence[EncodedPrompt]) -> list[Trajectory]:
+        """The most probable continuation of each prompt."""
         params = SamplingParams(
             temperature=0.0,
             max_tokens=self.max_completion,
@@ -142,8 +142,9 @@ class Rollouts:
         )
         outputs = self._generate(prompts, params)
         return [
-            prompt.whole(output.outputs[0].text)
-            for prompt, output in zip(prompts, outputs, strict=True)
+            trajectory
+            for number, (prompt, output) in enumerate(zip(prompts, outputs, strict=True))
+            for trajectory in _trajectories(prompt, number, output)
         ]
 
 

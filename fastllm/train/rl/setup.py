@@ -33,7 +33,7 @@ from fastllm.train.rewards import NamedReward, score
 from fastllm.train.rewards import check as check_rewards
 from fastllm.train.rewards import resolve as resolve_rewards
 from fastllm.train.rl.policy_task import PolicyTask
-from fastllm.train.rl.rollout import Rollouts
+from fastllm.train.rl.rollout import Rollouts, Trajectory
 from fastllm.train.task import NothingToLearn
 from fastllm.train.tasks import is_task
 from fastllm.train.tune_config import ALIASES as TUNE_ALIASES
@@ -220,9 +220,7 @@ def train(
     """
     task.set_evaluation(
         rollouts,
-        lambda asked, answers: score_texts(
-            config, given.rewards, [prompt.record for prompt in asked], answers
-        ),
+        lambda found: score_trajectories(config, given.rewards, found),
         names=given.names,
         weights=config.weights,
         asked=given.held_out,
@@ -302,18 +300,16 @@ def template_or_plain(name: str, tokenizer: Tokenizer) -> str:
     return tokenizer.chat_template or "plain" if source is None else source
 
 
-def score_texts(
-    config: RolloutConfig,
-    rewards: Sequence[NamedReward],
-    records: Sequence[PromptRecord],
-    completions: Sequence[str],
+def score_trajectories(
+    config: RolloutConfig, rewards: Sequence[NamedReward], found: Sequence[Trajectory]
 ) -> Tensor:
-    """Rewards of a completion of each record, float32 [N, F]. Raises RewardError."""
+    """Every reward of every completion, float32 [N, F]. Raises RewardError."""
     return score(
         rewards,
         None,
-        [record.prompt for record in records],
-        completions,
-        gather_columns(records),
+        [t.record.prompt for t in found],
+        [t.text for t in found],
+        gather_columns([t.record for t in found]),
         timeout=config.reward_timeout,
+        truncated=[t.truncated for t in found],
     )
