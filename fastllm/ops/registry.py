@@ -38,6 +38,16 @@ _Row = tuple[Callable[..., Any], frozenset[str], Callable[..., bool] | None]
 _batch_invariant = False
 
 
+def is_eager(x: Tensor) -> bool:
+    """Whether a call with x, a plain tensor, is seen by no tracer, dispatch mode or functorch."""
+    return (
+        not is_compiling()
+        and type(x) is Tensor
+        and not _dispatch_modes()
+        and not _functorch_level()
+    )
+
+
 def set_batch_invariant(enabled: bool) -> None:
     """Make GPU results independent of batch, chunking and paging (they always are on the CPU)."""
     global _batch_invariant
