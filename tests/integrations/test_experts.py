@@ -133,6 +133,7 @@ def test_a_whole_graph_compiles_forward_and_backward() -> None:
     assert torch.equal(found, expected) and x.grad is not None and x.grad.any()
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # by PEFT
 def test_lora_on_stacked_weights_trains_through_our_function() -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(
