@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from .integrations import on_import
+
 __version__ = "0.1.0"
 
 # public name -> module that defines it
@@ -19,8 +21,14 @@ _LAZY = {
     "quantize_model": "fastllm.nn.quantize_model",
     "dequantize_model": "fastllm.nn.quantize_model",
     "set_batch_invariant": "fastllm.ops.registry",
+    "patch": "fastllm.integrations.transformers",
+    "unpatch": "fastllm.integrations.transformers",
+    "patched": "fastllm.integrations.transformers",
+    "verify": "fastllm.integrations.transformers",
+    "QuantConfig": "fastllm.integrations.transformers",
+    "load_gguf": "fastllm.integrations.transformers",
 }
-_SUBMODULES = ("ops", "nn", "models", "quantize", "engine", "graph")
+_SUBMODULES = ("ops", "nn", "models", "quantize", "engine", "graph", "integrations")
 
 __all__ = ["__version__", *_LAZY, *_SUBMODULES]
 
@@ -35,3 +43,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+on_import.wait()  # attn_implementation="fastllm" is known wherever transformers is imported too

@@ -36,7 +36,7 @@ BELOW = {
     "integrations": MODELS_LEVEL | {"models", "engine"},
     "cli": MODELS_LEVEL | {"models", "engine", "train", "integrations", "_C", "__init__"},
     "testing": MODELS_LEVEL | {"models", "engine", "train", "_C", "__init__"},
-    "__init__": {"ops", "nn", "models", "quantize", "engine", "graph"},
+    "__init__": {"ops", "nn", "models", "quantize", "engine", "graph", "integrations"},
     "__main__": {"cli"},
 }
 LAZY_IN_CLI = {"testing", "bench"}  # only inside functions, for `bench`, `doctor` and `demo`
