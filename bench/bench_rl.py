@@ -8,7 +8,7 @@ Most completions are as long as they may be. Each side has a process of its own;
 from __future__ import annotations
 
 import functools
-import tempfile
+import shutil
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from fastllm.bench import peers
+from fastllm.bench.scratch import Scratch
 from fastllm.bench.step_process import StepProcess
 from fastllm.models.loader import read_tokenizer
 from fastllm.models.weights import open_weights
@@ -57,12 +58,11 @@ def _case(
     )
 
 
-_running: list[StepProcess] = []  # of one case at a time
+_running: list[tuple[StepProcess, Path]] = []  # of one case at a time, with their folders
 
 
 def _work(settings: Settings, point: tuple[str, int, int], unit: str) -> Work:
-    while _running:
-        _running.pop().close()
+    _end()
     directory = dense_directory(model_path(settings.model))
     names = [OURS]
     notes = []
@@ -71,11 +71,28 @@ def _work(settings: Settings, point: tuple[str, int, int], unit: str) -> Work:
         notes.append("TRL: GRPOTrainer, transformers' generate, bfloat16, SDPA")
     functions: dict[str, Callable[[], Any]] = {}
     for name in names:
-        process = StepProcess("fastllm.bench.rl_steps", name, directory, *point, settings.device)
-        _running.append(process)
+        folder = _scratch().path / name
+        folder.mkdir()
+        process = StepProcess(
+            "fastllm.bench.rl_steps", name, directory, folder, *point, settings.device
+        )
+        _running.append((process, folder))
         process.step()  # it is warm before the next one starts
         functions[name] = process.step if unit == "s" else process.peak
     return Work(functions=functions, unit=unit, own_clock=True, notes=tuple(notes))
+
+
+def _end() -> None:
+    """End the processes of the case before. They are killed, so their folders are removed here."""
+    while _running:
+        process, folder = _running.pop()
+        process.close()
+        shutil.rmtree(folder)
+
+
+@functools.cache
+def _scratch() -> Scratch:
+    return Scratch("rl")
 
 
 @functools.cache
@@ -83,17 +100,13 @@ def dense_directory(path: Path) -> str:
     """The model of `path` as a Hugging Face directory in bfloat16, with its tokenizer."""
     if path.is_dir():
         return str(path)
-    folder = tempfile.TemporaryDirectory(prefix="fastllm-rl-")
-    _kept.append(folder)
+    folder = _scratch().path / "model"
     model = peers.transformers_model(path, torch.bfloat16)
     model.generation_config.eos_token_id = model.config.eos_token_id
-    model.save_pretrained(folder.name)
+    model.save_pretrained(folder)
     peers.transformers_model.cache_clear()
-    read_tokenizer(open_weights(path)).save(folder.name)
-    return folder.name
-
-
-_kept: list[tempfile.TemporaryDirectory[str]] = []  # deleted with the process
+    read_tokenizer(open_weights(path)).save(folder)
+    return str(folder)
 
 
 @pytest.mark.parametrize("case", cases(Settings(quick=True)), ids=str)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
-from fastllm.bench import bench_rl, bench_rollout, rl_steps
+from fastllm.bench import bench_rl, bench_rollout, rl_steps, scratch
 from fastllm.bench.step_process import StepProcess
 from fastllm.testing.suite import Settings
 
@@ -36,6 +40,34 @@ def test_full_runs_measure_every_point_and_the_memory_of_both_methods() -> None:
     assert len(set(labels)) == len(labels) == 8
     assert sum(label.endswith(", memory") for label in labels) == 2
     assert len(list(bench_rollout.cases(Settings()))) == 9
+
+
+def test_a_killed_process_leaves_no_folder_beyond_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code = (
+        "from fastllm.bench.scratch import Scratch; "
+        "kept = Scratch('t'); print(kept.path, flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    ) as other:  # fmt: skip
+        assert other.stdout is not None
+        theirs = Path(other.stdout.readline().strip())
+        (theirs / "weights").write_text("large")
+        monkeypatch.setattr(scratch, "_YOUNG", -1.0)
+        (tmp_path / "fastllm-t-foreign").mkdir()
+        mine = scratch.Scratch("t")
+        assert theirs.exists() and mine.path != theirs  # its process is running
+        other.kill()
+        other.wait()
+    again = scratch.Scratch("t")
+    assert not theirs.exists() and mine.path.exists() and again.path.exists()
+    mine.close()
+    again.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["fastllm-t-foreign"]
 
 
 def test_a_process_takes_steps_when_asked_and_says_when_it_cannot() -> None:
