@@ -79,6 +79,11 @@ class Engine:
         with self._lock:
             return self.outputs(inbox.take())
 
+    def ended(self, inbox: Inbox) -> list[tuple[Request, RequestOutput]]:
+        """The requests that have ended since the last call, and what became of them."""
+        with self._lock:
+            return [(request, request.output()) for request in inbox.take() if request.finished]
+
     def abort(self, request: Request) -> None:
         """Stop a request, whatever state it is in, and free its slots and pages."""
         with self._lock:

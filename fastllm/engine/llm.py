@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
+from itertools import chain
 from typing import Any, Literal, overload
 
 import torch
@@ -242,6 +243,14 @@ class LLM:
             steps.close()
         return self._engine.outputs(requests)
 
+    def generate_as_finished(
+        self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None
+    ) -> Iterator[tuple[int, RequestOutput]]:
+        """As `generate`, giving (number of the prompt, its output) once all of its samples have
+        ended, in the order in which prompts end; closing the iterator stops the generation.
+        """
+        return self._endings(self._requests.make(as_list(prompts), sampling_params))
+
     @overload
     def chat(
         self, messages: Sequence[Any], sampling_params: Params = None, *,
@@ -310,6 +319,17 @@ class LLM:
             for _ in steps:
                 yield from self._engine.news(inbox)
             yield from self._engine.news(inbox)  # what steps for other callers have added
+        finally:
+            steps.close()
+
+    def _endings(self, requests: list[Request]) -> Iterator[tuple[int, RequestOutput]]:
+        numbers = {request: number for number, request in enumerate(requests)}
+        inbox = Inbox()
+        steps = self._steps(requests, inbox)
+        try:
+            for _ in chain(steps, [None]):  # steps for other callers may have ended the last ones
+                for request, output in self._engine.ended(inbox):
+                    yield numbers[request], output
         finally:
             steps.close()
 

@@ -147,6 +147,21 @@ def test_a_closed_stream_frees_its_pages_and_slot(llm: LLM) -> None:
     assert cache.free_pages == free == cache.num_pages and scheduler.idle
 
 
+def test_outputs_come_whole_in_the_order_in_which_prompts_end(llm: LLM) -> None:
+    prompts = ["*", "x", "*"]
+    params = [SamplingParams(**GREEDY, max_tokens=n, ignore_eos=True, n=1) for n in (9, 3, 6)]
+    found = list(llm.generate_as_finished(prompts, params))
+    assert [number for number, _ in found] == [1, 2, 0]
+    whole = llm.generate(prompts, params)
+    assert all(output.outputs == whole[number].outputs for number, output in found)
+    ended = llm.generate_as_finished(prompts, params)
+    next(ended)
+    ended.close()  # type: ignore[attr-defined]
+    assert llm._engine.scheduler.idle
+    with pytest.raises(ValueError, match="prompt"):
+        llm.generate_as_finished([[]], params[0])
+
+
 def test_an_unread_stream_starts_nothing(llm: LLM) -> None:
     llm.generate("*", SamplingParams(), stream=True)
     assert llm._engine.scheduler.idle

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from fastllm.engine.llm import LLM
-from fastllm.engine.request import MAX_SAMPLES, CompletionOutput, RequestOutput, SamplingParams
+from fastllm.engine.request import MAX_SAMPLES, CompletionOutput, SamplingParams
 from fastllm.train.data.prompts import EncodedPrompt
 from fastllm.train.evaluation.journal import Journal, keys_of
 
@@ -93,23 +93,20 @@ def _finished(
     """(number, its samples) of each problem as it ends."""
     parts = [min(MAX_SAMPLES, samples - first) for first in range(0, samples, MAX_SAMPLES)]
     requests = [
-        (number, replace(params, n=count, seed=seeds[number] + MAX_SAMPLES * part))
+        (number, part, replace(params, n=count, seed=seeds[number] + MAX_SAMPLES * part))
         for number in left
         for part, count in enumerate(parts)
     ]
-    ended: dict[int, list[RequestOutput]] = {number: [] for number in left}
+    ended: dict[int, dict[int, list[CompletionOutput]]] = {number: {} for number in left}
     for first in range(0, len(requests), QUEUED):
         window = requests[first : first + QUEUED]
-        numbers = {chosen.seed: number for number, chosen in window}
-        prompts = [list(problems[number].ids) for number, _ in window]
-        for output in llm.generate(prompts, [chosen for _, chosen in window], stream=True):
-            if not output.finished:
-                continue
-            number = numbers[output.seed]
-            ended[number].append(output)
+        prompts = [list(problems[number].ids) for number, _, _ in window]
+        for place, output in llm.generate_as_finished(prompts, [chosen for *_, chosen in window]):
+            number, part, _ = window[place]
+            ended[number][part] = output.outputs
             if len(ended[number]) == len(parts):
-                outputs = sorted(ended.pop(number), key=lambda output: output.seed)
-                yield number, [sample for output in outputs for sample in output.outputs]
+                samples_of = ended.pop(number)
+                yield number, [sample for part in sorted(samples_of) for sample in samples_of[part]]
 
 
 def _answers(problem: EncodedPrompt, outputs: Sequence[CompletionOutput]) -> Answers:
