@@ -86,7 +86,7 @@ def offer(name: str, module: nn.Module, model: nn.Module) -> Offer | None:
     """The answer of this part (see `parts`): the fused loss for causal models of a known shape."""
     if not isinstance(module, PreTrainedModel) or not hasattr(module, "lm_head"):
         return None
-    cls = original(module)
+    cls: Any = original(module)
     if shape_of(cls.forward) is None:
         return Offer(reason="its forward does more than body, head and loss, or other things")
     reason = head_refusal(module)
