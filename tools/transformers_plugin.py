@@ -60,7 +60,7 @@ def patch_every_model() -> None:
         original(self)
         patch(self)
 
-    PreTrainedModel.post_init = post_init
+    type.__setattr__(PreTrainedModel, "post_init", post_init)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -217,7 +217,7 @@ def run_tests(root: Path, files: Sequence[str], mode: str, selection: str) -> di
         print(f"{MODES[mode]}: {' '.join(files)}", file=sys.stderr, flush=True)
         subprocess.run(command, cwd=root, env=environment, stdout=subprocess.DEVNULL)
         lines = outcomes.read_text(encoding="utf-8").splitlines() if outcomes.exists() else []
-    rows = {}
+    rows: dict[str, Any] = {}
     for line in lines:
         row = json.loads(line)
         if rows.get(row["id"], row)["outcome"] != "failed":  # a failed teardown does not pass

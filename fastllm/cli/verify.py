@@ -35,7 +35,7 @@ def run(argv: Sequence[str]) -> int:
     rows, length = options.shape
     use_threads(options.threads)
     from ..integrations.transformers.patching import OPS
-    from ..integrations.transformers.verify import verify
+    from ..integrations.transformers.verifying import verify
     from ..models.names import resolve
 
     ops = OPS if options.ops is None else tuple(options.ops.split(","))
@@ -132,7 +132,7 @@ def _load(folder: Path, dtype: str | None, device: str) -> tuple[Any, Any]:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype or "auto", trust_remote_code=False, local_files_only=True
     )
     has_tokenizer = any((folder / name).exists() for name in ("tokenizer.json", "vocab.json"))

@@ -17,7 +17,7 @@ _LAZY = {
     "Report": "report",
     "Row": "report",
     "PatchError": "report",
-    "verify": "verify",
+    "verify": "verifying",
     "QuantConfig": "quant_config",
     "load_gguf": "gguf",
 }

@@ -35,10 +35,12 @@ class Outputs:
     gradients: dict[str, Tensor]
 
 
-def random_batch(model: Any, rows: int, length: int, padded: bool) -> dict[str, Tensor]:
+def random_batch(
+    model: Any, rows: int, length: int, padded: bool, seed: int = 0
+) -> dict[str, Tensor]:
     """Random ids `[rows, length]`; `padded`: every second row is a quarter shorter, on the left."""
     config = model.config.get_text_config()
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, config.vocab_size, (rows, length), generator=generator)
     mask = torch.ones_like(ids)
     if padded:
@@ -64,6 +66,12 @@ def text_batch(model: Any, tokenizer: Any, texts: Sequence[str]) -> dict[str, Te
 def takes_labels(model: Any) -> bool:
     """Whether the model computes a loss."""
     return "labels" in inspect.signature(model.forward).parameters
+
+
+def generates(model: Any) -> bool:
+    """Whether the model, or the one that it wraps, writes text."""
+    can = getattr(model, "can_generate", None)
+    return can is not None and bool(can())
 
 
 def labels_of(batch: Batch) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,10 +13,10 @@ from .report import Report
 class Check:
     """One comparison of the patched model with the unpatched one.
 
-    what: "logits", "loss", "gradients" or "tokens". batch: "random" or "real". error: the largest
-    error of the patched model, as a share of the largest value that is compared. bound: what it may
-    be. own: the unpatched model's own rounding error, None where it was not measured. worst: where
-    the error is: a parameter's name, a token.
+    what: "logits", "loss", "gradients", "tokens", or the median token's logits and scores. batch:
+    "random" or "real". error: the largest error of the patched model, as a share of the largest
+    value that is compared. bound: what it may be. own: the unpatched model's own rounding error,
+    None where it was not measured. worst: where the error is: a parameter's name, a token.
     """
 
     what: str
@@ -124,7 +125,7 @@ def _time(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
 
 
-def _aligned(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+def _aligned(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
