@@ -41,7 +41,8 @@ The run's folder (--out) gets checkpoints, metrics.jsonl, a loss curve, a report
 adapter/ in PEFT's format, or with --method full model/, a Hugging Face directory.
 
 Ctrl-C or SIGTERM ends a run after the step in hand, with a checkpoint; --resume auto goes on, and
-a store that was interrupted goes on where it ended.
+a store that was interrupted goes on where it ended. Mode logits runs under torchrun, the modes that
+generate run in one process.
 exit status: 0 done or stopped, 1 the run failed (numbers that are none, a full disk), 2 bad input
 """
 

@@ -35,7 +35,9 @@ a report, and the result: adapter/ in PEFT's format, or with --method full model
 directory. A model that is hardly ever right learns slowly: ask it in a way that it answers shortly.
 
 Ctrl-C or SIGTERM ends a run after the step in hand, within a rollout before it, with a checkpoint;
---resume auto goes on with the same bits, also between the steps of one rollout.
+--resume auto goes on with the same bits, also between the steps of one rollout. When a reward
+fails, the result of the steps before is written too, and --resume auto goes on once it is mended.
+Runs have one process, no torchrun: they sample from the weights that they train.
 exit status: 0 done or stopped, 1 the run failed (numbers that are none, a full disk), 2 bad input
 """
 

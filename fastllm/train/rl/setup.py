@@ -58,6 +58,11 @@ def rl_loop(out: str) -> LoopConfig:
 class RolloutConfig(TuneConfig):
     """What is asked, what is rewarded, and how completions are sampled.
 
+    warmup, 5% of the steps as in other stages, is at most one step in runs of less than 30, and a
+    warmup of one step is none: the first step has the whole rate. So it is in TRL and verl, which
+    warm up over 0 steps unless told to (DAPO takes 20 of some thousand rollouts), and the runs that
+    NOTES.md measures learned so. Where rewards fall in the first steps, --warmup 0.2 helps.
+
     Raises ValueError naming the field.
     """
 
