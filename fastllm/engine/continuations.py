@@ -22,6 +22,7 @@ from fastllm.ops.linear_logprob import linear_logprob
 from fastllm.ops.paged_cache import PAGE_SIZE
 
 TOKENS_AT_ONCE = 2048  # of a forward pass, unless one context's continuations are longer
+ROWS_AT_ONCE = 64  # whose logits are in memory together, where a most probable token is asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,16 +75,34 @@ def continuation_log_probs(
             names the group by its number.
         NumericalError: if the model gives NaN.
     """
+    return [[log_probs for log_probs, _ in scores] for scores in _scored(model, groups, progress)]
+
+
+def continuation_scores(
+    model: Decoder, groups: Sequence[Continued], progress: Callable[[int], None] | None = None
+) -> list[list[tuple[Tensor, bool]]]:
+    """`continuation_log_probs`, each with whether it is what greedy decoding would give.
+
+    Equal logits go to the lower id. The LM head runs twice for that; arguments and errors are the
+    same.
+    """
+    return _scored(model, groups, progress, greedy=True)
+
+
+def _scored(
+    model: Decoder, groups: Sequence[Continued], progress: Callable[[int], None] | None,
+    greedy: bool = False,
+) -> list[list[tuple[Tensor, bool]]]:  # fmt: skip
     for number, group in enumerate(groups):
         _check(group, number, model.max_positions)
     model.refresh_caches()
     packs = list(_packs(groups))
     pages = max((sum(group.pages for group in pack) for pack in packs), default=0)
     cache = PagedCache(model.config, pages, model.dtype, model.device) if packs else None
-    found: list[list[Tensor]] = []
+    found: list[list[tuple[Tensor, bool]]] = []
     for pack in packs:
         assert cache is not None, "there is a pack"
-        found += _score(model, cache, pack)
+        found += _score(model, cache, pack, greedy)
         if progress is not None:
             progress(len(found))
     return found
@@ -156,7 +175,9 @@ class _Rows:
 
 
 @torch.no_grad()
-def _score(model: Decoder, cache: PagedCache, pack: Sequence[Continued]) -> list[list[Tensor]]:
+def _score(
+    model: Decoder, cache: PagedCache, pack: Sequence[Continued], greedy: bool
+) -> list[list[tuple[Tensor, bool]]]:
     prefixes, tails = _Rows(), _Rows()
     fresh = iter(range(cache.num_pages))  # nothing of an earlier pack is read again
     rows: list[int] = []
@@ -177,9 +198,20 @@ def _score(model: Decoder, cache: PagedCache, pack: Sequence[Continued]) -> list
         model.hidden(prefixes.batch(model.device), cache.layers)
     x = model.hidden(tails.batch(model.device), cache.layers)
     log_probs = _predicted(model, x, rows, targets)
+    likeliest = _are_likeliest(model, x, rows, targets) if greedy else torch.zeros(len(rows))
     lengths = [len(ending) for group in pack for ending in group.endings]
-    parts = iter(log_probs.split(lengths))
-    return [[next(parts) for _ in group.endings] for group in pack]
+    parts = zip(log_probs.split(lengths), likeliest.split(lengths), strict=True)
+    scores = ((part, bool(chosen.all())) for part, chosen in parts)
+    return [[next(scores) for _ in group.endings] for group in pack]
+
+
+def _are_likeliest(model: Decoder, x: Tensor, rows: list[int], targets: list[int]) -> Tensor:
+    """Whether the most probable token at each row is the target, bool on the CPU."""
+    parts = []
+    for at in range(0, len(rows), ROWS_AT_ONCE):
+        picked = x[torch.tensor(rows[at : at + ROWS_AT_ONCE], device=x.device)]
+        parts.append(model.logits(picked).argmax(-1).cpu())
+    return torch.cat(parts) == torch.tensor(targets)
 
 
 def _predicted(model: Decoder, x: Tensor, rows: list[int], targets: list[int]) -> Tensor:

@@ -18,7 +18,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     letters = [*SPECIAL.values(), "\n", *(chr(c) for c in range(32, 127))]
     vocab = {text: i for i, text in enumerate(letters)}
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
-    backend.decoder = decoders.Fuse()
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     made = PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL)
     made.chat_template = TEMPLATE
     return made
