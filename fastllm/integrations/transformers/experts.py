@@ -84,7 +84,7 @@ def _run(layer: Any, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> T
         top_k_weights.float(),
         gate_up_bias=layer.gate_up_proj_bias if layer.has_bias else None,
         down_bias=layer.down_proj_bias if layer.has_bias else None,
-        activation=_gating(layer) or "",
+        activation=gating(layer) or "",
         first_expert=0 if layer._is_expert_parallel else None,
         out_dtype=x.dtype,
     )
@@ -103,7 +103,7 @@ def refusal(layer: Any) -> str | None:
         return "it normalizes the output of each expert before the weighted sum"
     if layer.is_transposed:
         return "its weights are transposed"
-    if _gating(layer) is None:
+    if gating(layer) is None:
         return f"its gate ({_gate_name(layer)}) is none of fastllm's gated activations"
     for name in _weights(layer):
         weight = getattr(layer, name)
@@ -120,7 +120,7 @@ def _weights(layer: Any) -> tuple[str, ...]:
     return "gate_up_proj", "down_proj"
 
 
-def _gating(layer: Any) -> str | None:
+def gating(layer: Any) -> str | None:
     """The activation of `ops.moe` that is the layer's `_apply_gate`, or None."""
     gate = type(layer)._apply_gate
     if gate is transformers_moe._default_apply_gate:
