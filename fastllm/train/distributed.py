@@ -5,8 +5,6 @@ A run in one process never touches torch.distributed: sums return what they were
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import functools
 import os
 import time
@@ -32,9 +30,8 @@ from fastllm.models.decoder import Decoder
 from fastllm.models.loader import check_device
 from fastllm.nn.moe import MoE
 from fastllm.train.expert_parallel import ExpertGroup
+from fastllm.train.locks import lock
 
-# What file systems of clusters that have no locks answer: there a second run is not noticed.
-_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 _LETTING_GO = 0.2  # seconds
 
 
@@ -102,14 +99,7 @@ def only_run_in(folder: Path) -> Iterator[None]:
         return
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            problem = "another run is writing into this folder; give another (--out)"
-            raise BlockingIOError(error.errno, problem, str(folder)) from error
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
+        lock(file, "another run is writing into this folder; give another (--out)", folder)
         yield
 
 

@@ -149,6 +149,16 @@ def test_a_line_that_a_kill_has_cut_is_dropped(tmp_path: Path) -> None:
     assert [json.loads(line)["prompt"] for line in path.read_text().splitlines()] == ["one", "two"]
 
 
+def test_two_sessions_lose_nothing_of_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "rankings.jsonl"
+    first, second = RankingFile(path), RankingFile(path)
+    first.add("one", ["a", "b"], [1, 2])
+    second.add("two", ["a", "b"], [2, 1])
+    first.add("three", ["a", "b"], [2, 1])
+    written = [json.loads(line)["prompt"] for line in path.read_text().splitlines()]
+    assert written == ["one", "two", "three"] and first.count == 3 and first.done("two")
+
+
 def test_a_file_of_something_else_is_not_written_to(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("dear diary\n")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastllm.errors import DataError
+from fastllm.train.locks import lock
 
 _PLACE = re.compile(r"[=>,]|[^\s=>,]+")
 
@@ -49,7 +50,8 @@ def parse_order(text: str, count: int) -> list[int]:
 class RankingFile:
     """A .jsonl file of rankings that only grows; `done` knows the prompts that are in it.
 
-    A last line that a kill has cut is dropped when the next one is written.
+    A last line that a kill has cut is dropped when the next one is written. Several processes may
+    write to one file: each keeps what the others have added.
     Raises DataError if another line is no ranking.
     """
 
@@ -62,6 +64,7 @@ class RankingFile:
             self._read()
 
     def _read(self) -> None:
+        self.count = self._whole = 0
         for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True), 1):
             if not line.endswith(b"\n"):
                 return
@@ -90,6 +93,8 @@ class RankingFile:
         line = json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab") as file:
+            lock(file)
+            self._read()
             file.truncate(self._whole)
             file.write(line)
             file.flush()

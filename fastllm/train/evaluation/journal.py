@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from fastllm.errors import DataError
+from fastllm.train.locks import lock
 
 
 class Journal:
@@ -50,12 +51,13 @@ class Journal:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Inside, `add` writes to the file."""
+        """Inside, `add` writes to the file. Raises BlockingIOError if another process does."""
         if self.path is None:
             yield
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab") as file:
+            lock(file, "another evaluation is writing it; name another file (--json)", self.path)
             file.truncate(self._whole)
             self._file = file
             try:

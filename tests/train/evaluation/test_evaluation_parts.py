@@ -100,6 +100,16 @@ def test_a_journal_goes_on_behind_a_line_that_was_cut(tmp_path: Path) -> None:
     assert nothing.done == {"a": {"key": "a"}}
 
 
+def test_a_journal_has_one_writer(tmp_path: Path) -> None:
+    path = tmp_path / "done.jsonl"
+    first, second = Journal(path), Journal(path)
+    with first.writing():
+        first.add({"key": "a"})
+        with pytest.raises(BlockingIOError, match="another evaluation"), second.writing():
+            second.add({"key": "b"})
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"key": "a"}]
+
+
 def test_keys_tell_settings_and_repeated_problems_apart() -> None:
     keys = keys_of({"t": 0}, ["x", "y", "x"])
     assert len(set(keys)) == 3
