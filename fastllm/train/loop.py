@@ -195,11 +195,13 @@ class _Loop:
             raise
         self.metrics.report()
         finished = progress.step >= progress.steps
-        if not finished:
+        if not finished and progress.step:
             self.metrics.say(
                 f"{signals.name}: stopped after step {progress.step}, saved; resume auto "
                 "(--resume auto) goes on from there"
             )
+        elif not finished:
+            self.metrics.say(f"{signals.name}: stopped before the first step, nothing was learned")
         return Result(
             status="finished" if finished else "stopped",
             step=progress.step,

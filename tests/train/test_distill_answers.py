@@ -303,6 +303,9 @@ def test_what_cannot_be_asked_is_named(
         (["--sequences.temperature=0"], "samples must be 1 at temperature 0"),
         (["--model=new"], "a new student knows no language yet"),
         (["--sequences.reward_weights=1,2"], "reward_weights has 2 numbers for 1 rewards"),
+        (["--sequences.reward_weights=inf"], "reward_weights must be finite"),
+        (["--sequences.reward_timeout=0"], "reward_timeout must be above 0"),
+        (["--sequences.threshold=nan"], "threshold must be finite"),
     ]:
         with pytest.raises(ValueError, match=match):
             run(files, out, "sequences", *words)

@@ -350,7 +350,7 @@ def test_a_signal_within_a_rollout_ends_the_run_with_what_was_done(
 @pytest.mark.parametrize("evaluation", [1, 2])
 def test_a_signal_within_an_evaluation_does_not_wait_for_its_answers(
     evaluation: int, base: Callable[[str], Path], files: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     original = Rollouts.greedy
     evaluations = 0
@@ -367,10 +367,13 @@ def test_a_signal_within_an_evaluation_does_not_wait_for_its_answers(
     monkeypatch.setattr(Rollouts, "greedy", interrupted)
     out = tmp_path / "run"
     more = ["--steps=5", "--loop.save_every=0", "--loop.eval_every=2", "--eval_prompts=4"]
+    more.append("--loop.metrics.progress=plain")
     held = f"--eval_data={files / 'short.jsonl'}"
     result, _ = train(base("llama"), files, out, *more, held)
     assert (result.run.status, result.run.step) == ("stopped", 2 * (evaluation - 1))
     assert evaluation == 1 or newest(out).name == "step-000002"
+    said = ["stopped before the first step, nothing was learned", "stopped after step 2, saved"]
+    assert said[evaluation - 1] in capsys.readouterr().err
 
 
 def test_other_data_or_another_cut_within_a_rollout_is_no_resume(

@@ -194,7 +194,10 @@ def test_answers_that_share_their_prompt_are_scored_as_documents_of_their_own(
     with torch.no_grad():
         scorer.head.weight.normal_(generator=torch.Generator().manual_seed(3))
     encoder = ConversationEncoder(Tokenizer.from_hf(base))
-    examples, _ = encode_rankings(islice(read_rankings([data[0]]), 4), encoder, 128)
+    cut = {"answers": ["good", "good bad"], "ranks": [2, 1], "truncated": [True, False]}
+    rankings = [*islice(read_rankings([data[0]]), 4), parse_ranking({"prompt": "say 1", **cut})]
+    examples, _ = encode_rankings(rankings, encoder, 128)
+    assert examples[-1].common == len(examples[-1].documents[0])  # one begins the other
     micro = ranking_micro(examples)
     documents = [torch.from_numpy(d) for e in examples for d in e.documents]
     with torch.no_grad():

@@ -236,7 +236,7 @@ def encode_prompts(
         elif too_long == "error":
             raise record.error(
                 f"the prompt has {len(ids)} tokens, more than {max_tokens}",
-                "Shorten it, allow longer prompts, or drop those that are too long",
+                "Shorten it, leave it out, or let answers be shorter (max_completion)",
             )
     if not encoded:
         place = records[0].place if records else "prompts"

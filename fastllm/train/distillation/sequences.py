@@ -66,6 +66,12 @@ class SequencesConfig:
                 f"reward_weights has {len(self.reward_weights)} numbers for {len(self.rewards)} "
                 "rewards"
             )
+        if not all(map(math.isfinite, self.reward_weights)):
+            raise ValueError(f"reward_weights must be finite, got {list(self.reward_weights)}")
+        if not math.isfinite(self.threshold):
+            raise ValueError(f"threshold must be finite, got {self.threshold}")
+        if not self.reward_timeout > 0:
+            raise ValueError(f"reward_timeout must be above 0, got {self.reward_timeout}")
 
 
 @dataclass(frozen=True, slots=True)
