@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .sides import heads_training
+
 Batch = Mapping[str, Any]
 IGNORED = -100  # a label without a loss
 
@@ -75,19 +77,24 @@ def generates(model: Any) -> bool:
 
 
 def labels_of(batch: Batch) -> Tensor:
-    """The batch's labels, or its ids with padding ignored."""
-    if "labels" in batch:
-        return batch["labels"]
-    ids: Tensor = batch["input_ids"]
+    """The batch's labels, or its ids; padding is ignored, and so is a token that follows it.
+
+    What a padded place predicts depends on how a row of attention without any key is defined, and
+    implementations of attention in transformers differ in that.
+    """
+    labels: Tensor = batch["labels"] if "labels" in batch else batch["input_ids"]
     mask = batch.get("attention_mask")
-    return ids if mask is None or mask.dim() != 2 else ids.masked_fill(mask == 0, IGNORED)
+    if mask is None or mask.shape != labels.shape:
+        return labels
+    before = torch.nn.functional.pad(mask[:, :-1], (1, 0), value=1)
+    return labels.masked_fill((mask == 0) | (before == 0), IGNORED)
 
 
 def outputs(model: Any, batch: Batch, *, gradients: bool) -> Outputs:
     """Run a batch: logits without, loss and its gradients with a graph.
 
-    Gradients are taken by `autograd.grad`: `.grad` of the parameters and hooks on it are not
-    touched.
+    The loss is that of training, which a patched head computes in its own way. Gradients are taken
+    by `autograd.grad`: `.grad` of the parameters and hooks on it are not touched.
     """
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     with torch.no_grad():
@@ -96,7 +103,8 @@ def outputs(model: Any, batch: Batch, *, gradients: bool) -> Outputs:
         return Outputs(logits, None, {})
     named = {n: p for n, p in model.named_parameters() if p.requires_grad} if gradients else {}
     with torch.set_grad_enabled(bool(named)):
-        loss = model(**inputs, labels=labels_of(batch), use_cache=False).loss
+        with heads_training(model):
+            loss = model(**inputs, labels=labels_of(batch), use_cache=False).loss
     found: Sequence[Tensor | None] = ()
     if named:
         found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)

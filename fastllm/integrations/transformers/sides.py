@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from . import implementations, registry
-from .patching import patch, unpatch
+from .patching import patch, patched, unpatch
 from .report import Report
 from .swap import swapped
 
@@ -45,8 +45,10 @@ class Sides:
         self._came_patched = bool(had)
         self._ops = tuple(sorted(had)) if had else tuple(ops)
         self._by_name = [] if "attention" in had and "experts" in had else _named_ours(model, had)
-        self.report: Report = patch(model, ops=self._ops)
-        if had and _state(model) != before:
+        with patched(model, ops=self._ops) as report:
+            grown = bool(had) and _state(model) != before
+        self.report: Report = report
+        if grown:
             raise ValueError(
                 "model: it was patched in part; unpatch the module inside first, or verify that one"
             )
@@ -85,6 +87,19 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         finally:
             for module, mode in modes:
                 module.training = mode
+
+
+@contextlib.contextmanager
+def heads_training(model: nn.Module) -> Iterator[None]:
+    """Training mode of the modules that compute a loss, not of what they hold: no dropout."""
+    heads = [module for module in model.modules() if hasattr(module, "lm_head")]
+    for module in heads:
+        module.training = True
+    try:
+        yield
+    finally:
+        for module in heads:
+            module.training = False
 
 
 def _parts(model: nn.Module) -> set[str]:

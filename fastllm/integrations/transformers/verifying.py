@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from . import probes
 from .comparing import Pair, dtype_of, output_checks, token_checks
 from .patching import OPS
-from .sides import Sides, undisturbed
+from .sides import Sides, heads_training, undisturbed
 from .verification import Speed, Verification
 
 _ROUNDS = 5
@@ -148,7 +148,8 @@ def _speeds(
         model(**batch)
 
     def step() -> None:
-        loss = model(**batch, labels=batch["input_ids"], use_cache=False).loss
+        with heads_training(model):
+            loss = model(**batch, labels=batch["input_ids"], use_cache=False).loss
         torch.autograd.grad(loss, trained, allow_unused=True)
 
     calls: dict[str, Callable[[], object]] = {f"forward, {size}": forward}
