@@ -59,6 +59,7 @@ def _register() -> None:
 
     if int(transformers.__version__.split(".")[0]) < 5:
         return  # without these registries; `fastllm.patch` says so
-    from .transformers import registry
+    from .transformers import quantizer, registry
 
     registry.register()
+    quantizer.register()

@@ -45,8 +45,12 @@ class PackedMatrix(nn.Module):
         self._shapes = _shapes(packed.format, packed.n, packed.k)
         self.weight_codes = frozen(as_bytes(packed.data))
         self.weight_scales = frozen(as_bytes(packed.scales))
-        name = torch.tensor(list(packed.format.encode()), dtype=torch.uint8)
-        self.register_buffer("weight_format", name.to(packed.device))
+        self.name_format()
+
+    def name_format(self) -> None:
+        """Write `weight_format` anew: files of a model may lack it."""
+        name = torch.tensor(list(self.format.encode()), dtype=torch.uint8)
+        self.register_buffer("weight_format", name.to(self.weight_codes.device))
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]

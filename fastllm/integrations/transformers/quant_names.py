@@ -1,0 +1,134 @@
+"""Names of quantized modules in a transformers model and in its files, which may differ.
+
+transformers renames weights as it reads them, and stacks a layer's experts; saving goes the other
+way. Formats in config.json have the files' names, which fastllm's reader needs, and the model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, revert_weight_conversion
+
+from .experts import is_experts
+from .quant_linear import EXPERT_PARTS, QuantExperts
+
+
+def of_model(model: PreTrainedModel, formats: Mapping[str, str]) -> dict[str, str]:
+    """The formats of modules that a model has, from those in config.json.
+
+    Args:
+        model: not yet changed.
+        formats: by names of files or of models, with or without the base model's prefix.
+
+    Raises:
+        ValueError: if experts of one layer have several formats, or only some of them have one.
+    """
+    prefix = model.base_model_prefix
+    modules = {name: None for name, _ in model.named_modules()}
+    stacks = _stacks(model)
+    found: dict[str, str] = {}
+    rest: dict[str, str] = {}
+    for name, format in formats.items():
+        spelled = _matching(modules, prefix, name) or _matching(stacks, prefix, name)
+        (rest if spelled is None else found)[spelled or name] = format
+    if rest:
+        for name, files in _file_names(model, [*_linears(model), *stacks]).items():
+            known = {rest.get(f) or rest.get(_other(prefix, f)) for f in files}
+            if known == {None} or name in found:
+                continue
+            if len(known) > 1:
+                raise ValueError(
+                    f"the matrices of {name} have different formats in config.json "
+                    f"({', '.join(map(str, known))}), and one product reads them"
+                )
+            found[name] = str(known.pop())
+    return found
+
+
+def of_files(model: PreTrainedModel, formats: Mapping[str, str]) -> dict[str, str]:
+    """The same formats under the names that `save_pretrained` gives the matrices."""
+    files = _file_names(model, list(formats))
+    return {file: formats[name] for name, names in files.items() for file in names}
+
+
+def keep_conversions(model: PreTrainedModel, quantizer: Any) -> None:
+    """Let `save_pretrained` undo to codes and scales what reading did to weights."""
+    used = model._weight_conversions or []
+    model._weight_conversions = quantizer.update_weight_conversions(
+        [c for c in used if not _names_suffix(c)], model
+    )
+
+
+def _names_suffix(conversion: Any) -> bool:
+    patterns = getattr(conversion, "source_patterns", [])
+    return isinstance(conversion, WeightConverter) and any("_codes" in p for p in patterns)
+
+
+def _linears(model: PreTrainedModel) -> list[str]:
+    return [name for name, module in model.named_modules() if hasattr(module, "in_features")]
+
+
+def _stacks(model: PreTrainedModel) -> dict[str, None]:
+    return {
+        f"{name}.{part}": None
+        for name, module in model.named_modules()
+        if is_experts(module) or isinstance(module, QuantExperts)
+        for part in EXPERT_PARTS
+    }
+
+
+def _file_names(model: PreTrainedModel, names: list[str]) -> dict[str, list[str]]:
+    """name of a module, or of a tensor of experts -> names of modules in files.
+
+    transformers tells where weights go in terms of tensors alone, so it is asked with small ones
+    that carry a number.
+    """
+    stacks = _stacks(model)
+    kept = model.__dict__.get("_weight_conversions")
+    with torch.device("cpu"):  # models are made on meta
+        probes = dict(_probe(model, name, n, name in stacks) for n, name in enumerate(names))
+        try:
+            model._weight_conversions = [
+                c for c in get_model_conversion_mapping(model, add_legacy=False) if not _prefixes(c)
+            ]
+            files = revert_weight_conversion(model, probes)
+        finally:
+            model._weight_conversions = kept
+    found: dict[str, list[str]] = {}
+    for file, probe in files.items():
+        name = names[int(probe.flatten()[0])]
+        found.setdefault(name, []).append(file.removesuffix(".weight"))
+    return found
+
+
+def _probe(model: PreTrainedModel, name: str, number: int, stack: bool) -> tuple[str, Tensor]:
+    """A weight's name, and a small tensor in its place, which holds the number."""
+    if not stack:
+        return f"{name}.weight", torch.full((1, 1), float(number))
+    owner, _, part = name.rpartition(".")
+    module: Any = model.get_submodule(owner)
+    shape = int(module.num_experts), 2 if part == "gate_up_proj" else 1, 1
+    return name, torch.full(shape, float(number))
+
+
+def _prefixes(conversion: Any) -> bool:
+    return type(conversion).__name__ == "PrefixChange"
+
+
+def _matching(names: Mapping[str, Any], prefix: str, name: str) -> str | None:
+    """The one of `names` that is `name`, with or without the prefix of the base model."""
+    for spelled in (name, _other(prefix, name)):
+        if spelled in names:
+            return spelled
+    return None
+
+
+def _other(prefix: str, name: str) -> str:
+    start = f"{prefix}."
+    return name.removeprefix(start) if name.startswith(start) else start + name

@@ -1,0 +1,240 @@
+"""`from_pretrained(..., quantization_config=fastllm.QuantConfig("int4"))`: the quantizer behind it.
+
+Weights are rounded one at a time, as transformers reads them, and each takes its packed module's
+place at once: what is in memory is the packed model and one weight more. Files hold rows one after
+another in fastllm's own layout (`fastllm.quantize.fastllm_files`), never a layout of one machine.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+
+from fastllm.nn.packed_matrix import PackedMatrix
+from fastllm.nn.quant_linear import QuantLinear
+from fastllm.ops import packed_layout as layout
+from fastllm.ops.quant_format import QUANT_FORMATS, format_of
+from fastllm.quantize.quantizer import Quantizer
+from fastllm.quantize.rule import QuantReport
+
+from . import quant_names, quant_swap
+from .quant_config import METHOD, QuantConfig
+from .quant_linear import QuantExperts, to_device_layout
+from .quant_plan import choose
+
+_PACKED = (PackedMatrix, QuantExperts)
+
+
+class FastllmQuantizer(HfQuantizer):
+    """transformers' side of `QuantConfig`.
+
+    report: what became of each weight, of models that were quantized as they were loaded.
+    """
+
+    quantization_config: QuantConfig
+    requires_calibration = False
+    serialized_names: ClassVar[dict[str, list[str]]] = {"weight": ["weight_codes", "weight_scales"]}
+
+    def __init__(self, quantization_config: QuantConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.work: Quantizer | None = None
+        self.formats: dict[str, str] = {}  # of modules and tensors of experts, by the model's names
+        self.swap: quant_swap.Swap | None = None
+
+    @property
+    def report(self) -> QuantReport | None:
+        """What was done, layer by layer; None: the files were quantized already."""
+        return None if self.work is None else self.work.report
+
+    # what transformers asks
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters train on it: gradients pass through packed weights to their inputs."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Products are custom ops under torch.compile."""
+        return True
+
+    def is_serializable(self) -> bool:
+        """`save_pretrained` writes safetensors."""
+        return True
+
+    @property
+    def quantized_element_size(self) -> float | None:
+        """Bytes a weight, about, for `device_map="auto"`."""
+        name = self.quantization_config.format
+        kind = QUANT_FORMATS.get(format_of(name).name) if name in QUANT_FORMATS else None
+        return 1.0 if kind is None else kind.bits / 8
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Raises ValueError for placements that packed weights do not have."""
+        if not isinstance(device_map, dict):
+            return
+        kinds = {_kind(device) for device in device_map.values()}
+        if "disk" in kinds or len(kinds) > 1:
+            raise ValueError(
+                f"device_map places modules on {', '.join(sorted(kinds))}: packed weights lie "
+                "otherwise on each kind of device and are not offloaded; give one device, such as "
+                "device_map='cpu'"
+            )
+        if not kinds <= set(layout.ROWS_PER_GROUP):
+            raise ValueError(
+                f"device_map asks for {', '.join(sorted(kinds))}, for which fastllm has no "
+                "kernels: use 'cpu' or 'cuda'"
+            )
+
+    def param_needs_quantization(
+        self, model: PreTrainedModel, param_name: str, **kwargs: Any
+    ) -> bool:
+        """Whether a weight of the files is to be rounded."""
+        return not self.pre_quantized and param_name.removesuffix(".weight") in self.formats
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """What transformers calls with each of them."""
+        return _Rounding(self)
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, device_map: Any = None, **kwargs: Any
+    ) -> None:
+        on_gpu = isinstance(device_map, dict) and "cuda" in map(_kind, device_map.values())
+        on_gpu = on_gpu or (device_map is not None and _kind(device_map) == "cuda")
+        self.swap = quant_swap.Swap(model, self.quantization_config.activation, on_gpu)
+        if self.pre_quantized:
+            formats = self.quantization_config.formats
+            self.formats = quant_names.of_model(model, formats)
+            if not self.formats:
+                raise ValueError(
+                    "quantization_config.formats in config.json names no module of "
+                    f"{type(model).__name__}: load it with the class that saved it"
+                )
+            self.swap.put_empty(self.formats)
+            return
+        self.work, self.formats = choose(model, self.quantization_config)
+        self.work.report.bytes_before = _nbytes(model)
+
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, **kwargs: Any
+    ) -> PreTrainedModel:
+        assert self.swap is not None, "the model was prepared"
+        if self.work is None:
+            _finish_read(model)
+        else:
+            self._finish_rounding(model, self.work)
+        self.quantization_config.formats = dict(self.formats)
+        still = [name for name, p in model.named_parameters() if p.is_meta]
+        if still:
+            raise ValueError(
+                f"{len(still)} weights have no values, {still[0]} first: the files lack them"
+            )
+        return model
+
+    def _finish_rounding(self, model: PreTrainedModel, work: Quantizer) -> None:
+        assert self.swap is not None, "the model was prepared"
+        self.swap.round_rest(self.formats, work)
+        embeddings = self.quantization_config.embeddings
+        if embeddings is not None:
+            self.formats |= self.swap.round_embeddings(embeddings, work)
+        quant_names.keep_conversions(model, self)
+        work.report.bytes_after = _nbytes(model)
+        work.report.warn()
+
+    def round(self, model: PreTrainedModel, name: str, weight: Tensor) -> None:
+        """Put the packed form of one weight that was read into the model."""
+        assert self.swap is not None and self.work is not None, "the model was prepared"
+        module = name.removesuffix(".weight")
+        self.swap.round(module, weight, self.formats[module], self.work)
+
+    def get_state_dict_and_metadata(
+        self, model: PreTrainedModel
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        """What `save_pretrained` writes; config.json gets the formats under the files' names."""
+        state = model.state_dict()
+        for name in model.all_tied_weights_keys:
+            if name.endswith(("weight_codes", "weight_scales")):
+                owner = name.rpartition(".")[0]
+                for part in ("weight_codes", "weight_scales", "weight_format"):
+                    state.pop(f"{owner}.{part}", None)
+        held = {name: f for name, f in self.formats.items() if _is_saved(state, name)}
+        self.quantization_config.formats = held | quant_names.of_files(model, held)
+        return state, {}
+
+    def _dequantize(
+        self, model: PreTrainedModel, dtype: torch.dtype | None = None
+    ) -> PreTrainedModel:
+        quant_swap.dequantize(model, dtype)
+        return model
+
+
+class _Rounding(ConversionOps):
+    """Rounds what it is given, and hands on the rest of what was read with it."""
+
+    def __init__(self, quantizer: FastllmQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(
+        self, input_dict: dict[str, Any], model: Any = None, missing_keys: Any = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        rest = {}
+        for name, value in input_dict.items():
+            tensor = value[0] if isinstance(value, list) else value
+            if not self.quantizer.param_needs_quantization(model, name):
+                rest[name] = tensor
+                continue
+            self.quantizer.round(model, name, tensor)
+            if missing_keys is not None:
+                missing_keys.discard(name)
+        return rest
+
+
+def register() -> None:
+    """Make `QuantConfig` known to transformers; idempotent."""
+    AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, QuantConfig)
+    AUTO_QUANTIZER_MAPPING.setdefault(METHOD, FastllmQuantizer)
+
+
+def _finish_read(model: PreTrainedModel) -> None:
+    """Packed modules of quantized files: all there, and in the layout of their device."""
+    for name, module in model.named_modules():
+        if not isinstance(module, _PACKED):
+            continue
+        for part, parameter in module.named_parameters(recurse=False):
+            if part.endswith(("codes", "scales")) and not quant_swap.was_read(parameter):
+                raise ValueError(
+                    f"{name}.{part} is missing from the files, or has another shape than its "
+                    "format in config.json gives it: the checkpoint is damaged"
+                )
+        to_device_layout(module)
+        if isinstance(module, PackedMatrix):
+            module.name_format()
+        if isinstance(module, QuantLinear) and module.bias is not None:
+            quant_swap.check_bias(name, module)
+    for target, source in model.all_tied_weights_keys.items():
+        if target.endswith(("weight_codes", "weight_scales")):  # rearranged one by one
+            owner, _, part = target.rpartition(".")
+            setattr(model.get_submodule(owner), part, model.get_parameter(source))
+
+
+def _is_saved(state: dict[str, Any], name: str) -> bool:
+    return f"{name}.weight_codes" in state or f"{name}_codes" in state
+
+
+def _kind(device: Any) -> str:
+    if isinstance(device, int):
+        return "cuda"
+    return str(device).partition(":")[0]
+
+
+def _nbytes(model: nn.Module) -> int:
+    """Of all weights and buffers, shared ones once."""
+    tensors = {id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    return sum(tensors.values())
