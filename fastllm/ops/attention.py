@@ -78,8 +78,12 @@ def _native_attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> bool:
     starts = [t for t in rest[:2] if t is not None]
     mask = rest[2]
     return (
-        all(x.stride(-1) == 1 for x in (q, k, v))
-        and all(0 < d <= MAX_HEAD_DIM and d % 8 == 0 for d in dims)
+        q.stride(-1) == 1
+        and k.stride(-1) == 1
+        and v.stride(-1) == 1
+        and 0 < min(dims)
+        and max(dims) <= MAX_HEAD_DIM
+        and not (dims[0] | dims[1]) % 8
         and all(t.is_contiguous() for t in starts)
         and (mask is None or mask.stride(-1) == 1)
         and k.shape[-2] > 0
@@ -201,7 +205,7 @@ def attention(
     if sinks is not None:
         sinks = sinks.to(wide_dtype(q))
     value_dim = v.shape[-1]
-    q, k, v = (_whole_words(x) for x in (q, k, v))
+    q, k, v = _whole_words(q), _whole_words(k), _whole_words(v)
     o, lse = _attention(
         q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask, sinks,
         float(softmax_scale), window_size[0], 0 if causal else window_size[1], float(softcap),

@@ -73,7 +73,28 @@ def check_window(window_size: tuple[int, int]) -> None:
         )
 
 
+def _tensors_fit(q: Tensor, k: Tensor, v: Tensor, ndim: int) -> bool:
+    """What `_check_tensors` wants, in one look: it runs in every layer of every decoding step."""
+    q_shape, k_shape, v_shape, dtype = q.shape, k.shape, v.shape, q.dtype
+    return (
+        len(q_shape) == len(k_shape) == len(v_shape) == ndim
+        and dtype in _DTYPES
+        and dtype is k.dtype
+        and dtype is v.dtype
+        and (ndim == 3 or q_shape[0] == k_shape[0])
+        and k_shape[:-1] == v_shape[:-1]
+        and q_shape[-1] == k_shape[-1] > 0
+        and v_shape[-1] > 0
+        and q_shape[-2] > 0
+        and k_shape[-2] > 0
+        and q_shape[-2] % k_shape[-2] == 0
+        and q.device == k.device == v.device
+    )
+
+
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
+    if _tensors_fit(q, k, v, 3 if packed else 4):
+        return
     form = "[total, H, D] with cu_seqlens_q" if packed else "[B, T, H, D] without cu_seqlens_q"
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != (3 if packed else 4):

@@ -8,8 +8,7 @@ logits, sinks) the model's own eager function.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +20,7 @@ from . import registry
 from .lazy_mask import LazyMask
 
 
-@dataclass(frozen=True, slots=True)
-class View:
+class View(NamedTuple):
     """What the op is to hide: keys from `end` on are cut off, the rest are its arguments."""
 
     end: int | None = None
@@ -31,6 +29,9 @@ class View:
     key_mask: Tensor | None = None
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
+
+
+ALL = View()
 
 
 def attention_forward(
@@ -65,65 +66,87 @@ def attention_forward(
         key, value = cache.update(
             key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs
         )
-    served = None
+    view = None
     if dropout == 0 and position_bias is None and _ours(query, key, value, scaling):
-        served = (
-            _paged_view(query, key, attention_mask, kwargs)
-            if paged
-            else _view(module, query, key, attention_mask, is_causal, kwargs)
-        )
-    if served is None or kwargs.get("output_attentions"):
+        if _faster_there(query, key, attention_mask, kwargs):
+            pass
+        elif paged:
+            view = _paged_view(query, kwargs)
+        else:
+            view = _view(module, query, key, attention_mask, is_causal, kwargs)
+    if view is None or kwargs.get("output_attentions"):
         return _theirs(
             module, query, key, value, attention_mask, dropout, scaling, is_causal,
             position_bias, kwargs,
         )  # fmt: skip
-    return _attend(query, key, value, served, scaling, kwargs), None
+    return _attend(query, key, value, view, scaling, kwargs), None
 
 
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, view: View, scaling: float | None,
     kwargs: dict[str, Any],
 ) -> Tensor:  # fmt: skip
-    device = query.device.type
-    if torch.is_autocast_enabled(device):  # as torch's own attention does
-        dtype = torch.get_autocast_dtype(device)
+    if _autocasting(query):  # as torch's own attention does
+        dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if view.end is not None:
-        key, value = key[:, :, : view.end], value[:, :, : view.end]
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # [B, T, H, D]
-    if view.cu_seqlens_q is not None:
-        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    end, left, right, key_mask, starts_q, starts_k = view
+    if end is not None and end < key.shape[2]:
+        key, value = key[:, :, :end], value[:, :, :end]
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # [B, T, H, D]
+    if starts_q is not None:
+        q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     o = ops.attention(
         q, k, v,
-        cu_seqlens_q=view.cu_seqlens_q,
-        cu_seqlens_k=view.cu_seqlens_k,
+        cu_seqlens_q=starts_q,
+        cu_seqlens_k=starts_k,
         softmax_scale=scaling,
-        window_size=(view.left, view.right),
+        window_size=(left, right),
         softcap=kwargs.get("softcap") or 0.0,
         sinks=kwargs.get("s_aux"),
-        key_mask=view.key_mask,
+        key_mask=key_mask,
     )  # fmt: skip
     assert isinstance(o, Tensor)  # the pair comes with return_lse
-    if view.cu_seqlens_q is not None:
-        o = o.view(query.shape[0], -1, *o.shape[1:])
-    return o
+    return o if starts_q is None else o.view(query.shape[0], -1, *o.shape[1:])
 
 
 def _ours(query: Tensor, key: Tensor, value: Tensor, scaling: Any) -> bool:
     """Whether dtypes, devices and shapes are the op's."""
-    autocast = torch.is_autocast_enabled(query.device.type)
+    batch, heads, queries, dim = query.shape
+    key_batch, kv_heads, keys, _ = key.shape
+    dtype = query.dtype
     return (
         type(query) is Tensor
-        and query.device.type in ("cpu", "cuda")
-        and query.dtype in FLOATS
-        and (autocast or query.dtype == key.dtype == value.dtype)
-        and query.shape[0] == key.shape[0]
-        and query.shape[1] % key.shape[1] == 0
-        and max(query.shape[-1], value.shape[-1]) <= MAX_HEAD_DIM
-        and query.numel() > 0
-        and key.numel() > 0
+        and (query.is_cpu or query.is_cuda)
+        and dtype in FLOATS
+        and ((dtype is key.dtype and dtype is value.dtype) or _autocasting(query))
+        and batch == key_batch
+        and dim <= MAX_HEAD_DIM
+        and value.shape[3] <= MAX_HEAD_DIM
+        and batch * queries * keys * kv_heads > 0
+        and heads % kv_heads == 0
         and not isinstance(scaling, Tensor)
     )
+
+
+def _faster_there(query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> bool:
+    """One float32 query a sequence, on the CPU, whose keys are few or not shared by query heads.
+
+    Measured on Zen 5, one thread, 64 wide: 9 heads on 9 of keys, 512 keys, 43 us there and 84 here;
+    9 on 3, 32 keys, 10 and 16; 512 keys, 45 and 40. (In bfloat16 ours is 2 to 25 times faster.)
+    """
+    return (
+        query.shape[2] == 1
+        and query.is_cpu
+        and query.dtype is torch.float32
+        and (query.shape[1] == key.shape[1] or key.shape[2] < 256)
+        and (mask is None or type(mask) is Tensor)
+        and kwargs.get("softcap") is None
+        and kwargs.get("s_aux") is None
+    )
+
+
+def _autocasting(query: Tensor) -> bool:
+    return torch.is_autocast_enabled(query.device.type)
 
 
 def _view(
@@ -135,13 +158,13 @@ def _view(
     if mask is None:
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
         if not causal:
-            return View()
+            return ALL
         starts = kwargs.get("cu_seq_lens_q")
         if starts is not None and query.shape[0] == 1 and queries == keys > 1:
             window = kwargs.get("sliding_window") or 0
             return View(None, window - 1, 0, None, starts, starts)
         # None stands for causal from key 0: a static cache's places after the prompt are cut off.
-        return View() if queries == 1 else View(min(queries, keys), right=0)
+        return ALL if queries == 1 else View(min(queries, keys), right=0)
     if isinstance(mask, LazyMask):
         return _lazy_view(queries, keys, mask)
     if mask.dtype is torch.bool and mask.dim() == 4 and mask.shape[1] == 1 and queries == 1:
@@ -167,7 +190,7 @@ def _lazy_view(queries: int, keys: int, mask: LazyMask) -> View | None:
     return View(None, mask.left, mask.right, hidden) if end == keys else None
 
 
-def _paged_view(query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> View | None:
+def _paged_view(query: Tensor, kwargs: dict[str, Any]) -> View | None:
     """Continuous batching: one row of tokens, of all requests, each with its own keys."""
     starts_q, starts_k = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
     if kwargs.get("block_table") is not None or query.shape[0] != 1:
