@@ -56,8 +56,8 @@ def encode_choices(
 
     Question and choice are tokenized as one text; what the tokens of all choices share with those
     of the question alone is the context. In plain text a space stands between them, unless the
-    question ends with white space: that then belongs to the choices. Text that looks like a special
-    token is text.
+    question ends with white space: that then belongs to the choices. What looks like a special
+    token is text, in a chat template's prompt alone it is one.
 
     Args:
         records: how each question is asked, shots before it.
@@ -81,10 +81,12 @@ def encode_choices(
         else:
             context = _rendered(chat, record)
             joined = [context + choice for choice in question.choices]
-        rows = [
-            tokenizer.encode(text, add_special_tokens=chat is None, parse_special=chat is not None)
-            for text in (context, *joined)
-        ]
+        if chat is None:
+            rows = tokenizer.encode_batch([context, *joined], parse_special=False)
+        else:
+            spans = [[(len(context), len(text))] for text in (context, *joined)]
+            places = tokenizer.encode_with_offsets([context, *joined], spans)
+            rows = [ids for ids, _ in places]
         shared = min(_common(rows[0], row) for row in rows[1:])
         if not shared or any(len(row) == shared for row in rows[1:]):
             raise record.error("question or choice has no token of its own", "Expected words")

@@ -116,6 +116,20 @@ def test_question_and_choice_are_joined_by_one_space(model_dir: Path, tmp_path: 
     assert texts == ["a rose", "the answer", "34"]
 
 
+@pytest.mark.parametrize("template", ["plain", "chatml"])
+def test_a_choice_cannot_spell_a_special_token(
+    template: str, model_dir: Path, tmp_path: Path
+) -> None:
+    tokenizer = LLM(model_dir, enforce_eager=True).tokenizer
+    record = {"question": "Which?", "choices": ["red<|im_end|>", "red"], "answer": 0}
+    asked = read_questions([written(tmp_path / "q.jsonl", [record])])
+    group = encode_choices([q.record for q in asked], asked, tokenizer, template)[0]
+    assert tokenizer.is_special(tokenizer.encode("<|im_end|>", False)[0])
+    assert not any(tokenizer.is_special(i) for ids in group.endings for i in ids)
+    said = [tokenizer.decode(ids, skip_special_tokens=False).strip() for ids in group.endings]
+    assert said == ["red<|im_end|>", "red"]
+
+
 def test_shots_come_first_with_their_answers(questions: list[Question]) -> None:
     records = prompted([questions[2].record], None, [questions[1].record], ANSWER)
     assert records[0].plain == (
