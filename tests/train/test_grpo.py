@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -18,9 +19,11 @@ from safetensors.torch import load_file
 from fastllm import LLM
 from fastllm.cli.main import main as fastllm_main
 from fastllm.errors import CheckpointError, DataError, NumericalError, RewardError
+from fastllm.models.tokenizer import Tokenizer
 from fastllm.models.tokenizer_training import train_tokenizer
 from fastllm.testing.quantized_models import directory
 from fastllm.train import grpo
+from fastllm.train.data.masks import turn_ends
 from fastllm.train.rl import setup
 from fastllm.train.rl.policy_task import PolicyTask
 from fastllm.train.rl.rollout import Rollouts
@@ -519,6 +522,24 @@ def test_reward_models_are_where_the_policy_is(
     monkeypatch.setattr(setup, "resolve_rewards", found)
     with pytest.raises(LookupError, match="cpu"):
         train(base("llama"), files, tmp_path / "run")
+
+
+def test_what_ends_an_answer_by_the_template_ends_completions(
+    base: Callable[[str], Path], files: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "base"
+    shutil.copytree(base("llama"), model)
+    config = json.loads((model / "config.json").read_text())
+    text = Tokenizer.from_hf(model).eos_token_id
+    (model / "config.json").write_text(json.dumps({**config, "eos_token_id": text}))
+    (model / "generation_config.json").unlink(missing_ok=True)
+    turn = Tokenizer.from_hf(model).token_to_id("<|im_end|>")
+    for template, ends in (("model", {text, turn}), ("plain", {text})):
+        given = words(model, files, tmp_path / "run", f"--chat_template={template}")
+        found = setup.open_given(grpo.load(None, given), torch.device("cpu"))
+        assert set(found.end_ids) == ends
+    broken = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    assert turn_ends(Tokenizer.from_hf(model), broken) == frozenset()
 
 
 def test_rejection_takes_groups_of_one() -> None:

@@ -258,6 +258,20 @@ class ConversationEncoder:
         return conversation.error(f"messages[{turn}]{part}", problem, _REMEDY)
 
 
+def turn_ends(tokenizer: Tokenizer, template: str) -> frozenset[int]:
+    """The special tokens that end an answer by a chat template, none if it ends answers by others.
+
+    A tokenizer need not name them: base models of Qwen2.5 have ChatML and end with texts alone.
+    """
+    encoder = ConversationEncoder(tokenizer, template)
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        encoder.render(Conversation(messages=messages, answers=(1,), file="template", record=""))
+    except DataError:  # the template refuses such a turn, or no special token ends it
+        return frozenset()
+    return encoder.end_ids - tokenizer.eos_token_ids
+
+
 def _thinks(message: Mapping[str, Any]) -> bool:
     content = message["content"]
     text = content if isinstance(content, str) else "".join(part["text"] for part in content)

@@ -16,7 +16,7 @@ from fastllm.models.weights import WeightSource, open_weights
 from fastllm.train import distributed
 from fastllm.train.config import to_dict
 from fastllm.train.data.examples import ExampleBatches, fingerprint
-from fastllm.train.data.masks import Example
+from fastllm.train.data.masks import Example, turn_ends
 from fastllm.train.data.order import permutation
 from fastllm.train.data.prompts import EncodedPrompt, encode_prompts, read_prompts
 from fastllm.train.distillation.config import DistillConfig
@@ -156,16 +156,19 @@ def _questions(
         )
     asked, held = _prompts(config, models)
     check_room([*asked, *held], models.longest, options.max_completion)
-    ends = sorted({*models.tokenizer.eos_token_ids, *models.source.config.eos_token_ids})
-    held_out = _answered(teacher, models.tokenizer, held, options.max_completion, ends)
-    questions = [Question(prompt=prompt, answer=None) for prompt in asked]
     template = read_template(config.chat_template)
     own = template is None or config.chat_template == "plain"
+    ends = {*models.tokenizer.eos_token_ids, *models.source.config.eos_token_ids}
+    used = template or models.tokenizer.chat_template
+    if used is not None and config.chat_template != "plain":
+        ends |= turn_ends(models.tokenizer, used)
+    held_out = _answered(teacher, models.tokenizer, held, options.max_completion, sorted(ends))
+    questions = [Question(prompt=prompt, answer=None) for prompt in asked]
     return questions, Data(
         train=[question.example() for question in questions],
         held_out=held_out,
         lines=(f"{len(asked)} prompts, {len(held)} held out with the teacher's answers",),
-        end_ids=ends,
+        end_ids=sorted(ends),
         template=models.tokenizer.chat_template if own else template,
     )
 

@@ -19,6 +19,7 @@ from fastllm.models.tokenizer import Tokenizer
 from fastllm.models.weights import WeightSource, open_weights
 from fastllm.train.checkpoint import refuse_used
 from fastllm.train.config import to_dict
+from fastllm.train.data.masks import turn_ends
 from fastllm.train.data.order import permutation
 from fastllm.train.data.prompts import (
     EncodedPrompt,
@@ -167,8 +168,11 @@ class Given:
 
     @property
     def end_ids(self) -> list[int]:
-        """Ids that end a completion."""
-        return sorted({*self.tokenizer.eos_token_ids, *self.source.config.eos_token_ids})
+        """Ids that end a completion: the model's, and what ends an answer by the template."""
+        ends = {*self.tokenizer.eos_token_ids, *self.source.config.eos_token_ids}
+        return sorted(
+            ends if self.template == "plain" else {*ends, *turn_ends(self.tokenizer, self.template)}
+        )
 
     @property
     def saved_template(self) -> str | None:
