@@ -74,7 +74,9 @@ def _rope_triton(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Tens
     return kernel.rope(x, positions, cos, sin)
 
 
-def rope(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rope(
+    x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, *, check_values: bool = True
+) -> Tensor:
     """Rotate the first R dimensions of every head by its token's position; differentiable in `x`.
 
     Args:
@@ -83,6 +85,8 @@ def rope(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         positions: `[T]` int32, below the tables' length.
         cos: `[Pmax, R/2]` float32, R <= D even.
         sin: `[Pmax, R/2]` float32.
+        check_values: False where the caller itself made `positions` and they are inside the tables:
+            reading them takes 3 us.
 
     Returns:
         `[T, H, D]`, contiguous, in the dtype of `x`.
@@ -90,11 +94,13 @@ def rope(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Raises:
         ValueError: on mismatched shapes or dtypes, or a position outside the tables.
     """
-    check_rope(x, positions, cos, sin, "x")
+    check_rope(x, positions, cos, sin, "x", check_values)
     return _rope(x, positions, cos, sin)
 
 
-def check_rope(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, name: str) -> None:
+def check_rope(
+    x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, name: str, check_values: bool = True
+) -> None:
     """Raise ValueError unless `x` (called `name` in messages) can be rotated with these tables."""
     if x.ndim != 3:
         raise ValueError(f"{name} must have shape [T, H, D], got {tuple(x.shape)}")
@@ -113,7 +119,7 @@ def check_rope(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, name: str
             f"sin must be float32 of shape {tuple(cos.shape)} like cos, "
             f"got {sin.dtype} of {tuple(sin.shape)}"
         )
-    if values_readable(positions) and positions.numel():
+    if check_values and values_readable(positions) and positions.numel():
         low, high = (int(v) for v in torch.aminmax(positions))
         if low < 0 or high >= cos.shape[0]:
             raise ValueError(
