@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from collections.abc import Sequence
@@ -32,7 +31,7 @@ fastllm verify ./my-model --tokens 0 --no-speed --json
 def run(argv: Sequence[str]) -> int:
     """Run the command; 1 if the patched model is not the unpatched one."""
     options = _parser().parse_args(list(argv))
-    rows, length = options.shape
+    shape = _shape(options.shape)
     use_threads(options.threads)
     from ..integrations.transformers.patching import OPS
     from ..integrations.transformers.verifying import verify
@@ -58,7 +57,7 @@ def run(argv: Sequence[str]) -> int:
         gradients=options.gradients,
         tokens=options.tokens,
         speed=options.speed,
-        shape=(rows, length),
+        shape=shape,
     )
     if options.json:
         print(json.dumps({"path": options.model, **found.as_dict()}))
@@ -78,7 +77,7 @@ def _parser() -> Parser:
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--text", default=None, metavar="FILE", help="real inputs: paragraphs")
     parser.add_argument(
-        "--shape", type=_shape, default=(2, 128), metavar="ROWSxLENGTH",
+        "--shape", default="2x128", metavar="ROWSxLENGTH",
         help="of the random batch, which is also timed (default: 2x128)",
     )  # fmt: skip
     parser.add_argument(
@@ -99,7 +98,7 @@ def _parser() -> Parser:
 def _shape(text: str) -> tuple[int, int]:
     rows, _, length = text.partition("x")
     if not (rows.isdigit() and length.isdigit() and int(rows) >= 1 and int(length) >= 4):
-        raise argparse.ArgumentTypeError(f"ROWSxLENGTH is needed, such as 2x128, not {text!r}")
+        raise ValueError(f"--shape: ROWSxLENGTH is needed, such as 2x128, not {text!r}")
     return int(rows), int(length)
 
 
@@ -116,13 +115,16 @@ def _folder(path: Path, scratch: Path) -> Path:
     """The Hugging Face directory of a model; of a GGUF file one is written to `scratch`."""
     if path.is_dir():
         return path
+    from ..models.gguf import GGUFFile
     from ..models.gguf_export import export_hf, weights_of
     from ..models.loader import read_tokenizer
-    from ..models.weights import open_weights
+    from ..models.weights import GGUFWeights
 
-    source = open_weights(path)
+    source = GGUFWeights(GGUFFile.open(path))
+    has_tokenizer = "tokenizer.ggml.model" in source.file.metadata
     folder = scratch / "model"
-    export_hf(weights_of(source, None), folder, "bf16", read_tokenizer(source))
+    tokenizer = read_tokenizer(source) if has_tokenizer else None
+    export_hf(weights_of(source, None), folder, "bf16", tokenizer)
     return folder
 
 
