@@ -3,7 +3,8 @@
     trainer = GRPOTrainer(..., rollout_func=fastllm.integrations.trl.rollout_func())
 
 Nothing is copied to the engine between steps: it reads the trainer's parameters (on a CPU through
-packed caches, made again when weights have changed). Written against TRL 1.16.
+packed caches, made again when weights have changed). `fuse_head` speeds up the other half of a step
+where trainers score labels. Written against TRL 1.16.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ import torch
 from fastllm.engine.llm import LLM
 from fastllm.engine.request import MAX_SAMPLES, SamplingParams
 from fastllm.integrations.live_model import LiveModel
+from fastllm.integrations.trl_head import fuse_head, unfuse_head
+
+__all__ = ["Rollout", "fuse_head", "rollout_func", "sampling_params", "unfuse_head"]
 
 # transformers' name of a generation option -> ours
 _OPTIONS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,13 @@ from tiny_tokenizer import tiny_tokenizer
 from torch import Tensor, nn
 
 import fastllm
-from fastllm.integrations.trl import Rollout, rollout_func, sampling_params
+from fastllm.integrations.trl import (
+    Rollout,
+    fuse_head,
+    rollout_func,
+    sampling_params,
+    unfuse_head,
+)
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
@@ -273,3 +280,41 @@ def test_a_model_patched_after_its_trainer_was_made_trains_the_same(tmp_path: Pa
     torch.testing.assert_close(
         torch.tensor(losses(trainer)), torch.tensor(plain), rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("make", [sft, dpo])
+def test_our_head_under_trls_forward_gives_its_losses_and_metrics(
+    make: Any, tmp_path: Path
+) -> None:
+    plain, trainer = make(tiny("llama"), tmp_path), make(tiny("llama"), tmp_path)
+    forward = trainer.model.forward
+    assert fuse_head(trainer) == fuse_head(trainer) == 1  # idempotent
+    assert trainer.model.forward != forward
+    torch.testing.assert_close(
+        torch.tensor(losses(trainer)), torch.tensor(losses(plain)), rtol=1e-4, atol=1e-5
+    )
+    for found, wanted in zip(trainer.state.log_history, plain.state.log_history, strict=True):
+        for name in ("entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected"):
+            if name in wanted:
+                assert found[name] == pytest.approx(wanted[name], rel=1e-3, abs=1e-5), name
+    unfuse_head(trainer)
+    assert trainer.model.forward == forward
+
+
+def test_grpo_with_our_head_takes_the_same_steps(tmp_path: Path) -> None:
+    models = [tiny("llama"), tiny("llama")]
+    trainers = [grpo(model, tmp_path, rollout_func()) for model in models]
+    assert fuse_head(trainers[1]) == 1
+    for trainer in trainers:
+        trainer.train()
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_what_our_head_does_not_compute_is_trls(tmp_path: Path) -> None:
+    trainer = sft(tiny("llama", torch.float64), tmp_path)
+    fuse_head(trainer)
+    wanted = losses(sft(tiny("llama", torch.float64), tmp_path))
+    torch.testing.assert_close(torch.tensor(losses(trainer)), torch.tensor(wanted))
+    with pytest.raises(ValueError, match="SimpleNamespace has no model with TRL's fused head"):
+        fuse_head(SimpleNamespace(model=tiny("llama")))
