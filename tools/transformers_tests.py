@@ -43,7 +43,13 @@ LEFT_OUT = (
 )  # fmt: skip
 COMPILED = ("compil",)  # minutes each
 # part of a test's id -> why a failure with fastllm that is none without it is right
-REASONS: dict[str, str] = {}
+_WEIGHTS = "it asks an eager model for attention weights; patch(model) takes eager's place as well"
+REASONS = {
+    "test_attention_outputs": _WEIGHTS,
+    "test_retain_grad_hidden_states_attentions": _WEIGHTS,
+    "test_assisted_decoding_sample": _WEIGHTS,
+    "test_can_set_attention_dynamically": "it asks for the name of the attention that it had set",
+}
 NEEDED = ("transformers", "pytest", "parameterized", "httpx")
 MODES = {"plain": "unpatched", "registered": "registered", "whole": "whole model"}
 
@@ -220,7 +226,7 @@ def run_tests(root: Path, files: Sequence[str], mode: str, selection: str) -> di
     rows: dict[str, Any] = {}
     for line in lines:
         row = json.loads(line)
-        if rows.get(row["id"], row)["outcome"] != "failed":  # a failed teardown does not pass
+        if rows.get(row["id"], {}).get("outcome") != "failed":  # a teardown does not mend it
             rows[row["id"]] = row
     return rows
 
