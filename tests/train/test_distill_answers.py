@@ -14,7 +14,7 @@ import torch
 
 from fastllm import LLM, SamplingParams
 from fastllm.cli import distill as cli
-from fastllm.errors import DataError, RewardError
+from fastllm.errors import CheckpointError, DataError, RewardError
 from fastllm.models.config import ModelConfig
 from fastllm.models.loader import save_pretrained
 from fastllm.models.tokenizer import Tokenizer
@@ -138,8 +138,11 @@ def test_answers_that_were_interrupted_go_on_and_are_not_asked_again(
     assert [numbers.start for numbers in calls] == [0, 5, 5, 10]
     assert again.sequences.read_bytes() == whole.sequences.read_bytes()
     assert len(calls) == 4
+    other = [*TAUGHT, "--sequences.samples=2"]
     with pytest.raises(DataError, match="samples: is 3, this run has 2"):
-        run(files, tmp_path / "run", "sequences", *TAUGHT, "--sequences.samples=2")
+        run(files, tmp_path / "run", "sequences", *other, "--resume=auto")
+    with pytest.raises(CheckpointError, match="holds a run already"):  # before the teacher is asked
+        run(files, tmp_path / "run", "sequences", *other)
 
 
 def test_no_answer_that_is_right_is_an_error_that_counts_them(
