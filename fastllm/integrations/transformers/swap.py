@@ -12,6 +12,7 @@ it is.
 from __future__ import annotations
 
 import copy
+import copyreg
 import threading
 import types
 from collections.abc import Callable, Mapping
@@ -140,6 +141,9 @@ def _reduce_as_original(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
     first = original(self)
     make, arguments, state, *rest = first.__reduce_ex__(self, max(int(protocol), 2))
     arguments = tuple(first if argument is type(self) else argument for argument in arguments)
+    if make is copyreg.__newobj__:  # type: ignore[attr-defined]
+        # pickle wants that one with the object's own class; the older function makes the same
+        make, arguments = copyreg._reconstructor, (first, object, None)  # type: ignore[attr-defined]
     if isinstance(state, dict) and _ATTRIBUTES in state:
         ours = {_ATTRIBUTES, *state[_ATTRIBUTES]}
         state = {name: value for name, value in state.items() if name not in ours}
