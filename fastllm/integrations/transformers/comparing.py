@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import probes
+from . import model_outputs
 from .sides import Sides
 from .verification import Check
 
@@ -42,7 +42,7 @@ class Pair:
     shape: tuple[int, int]
 
 
-def output_checks(pair: Pair, batches: Mapping[str, probes.Batch]) -> list[Check]:
+def output_checks(pair: Pair, batches: Mapping[str, model_outputs.Batch]) -> list[Check]:
     """Logits, loss and gradients of every batch; of the gradients only the one that is worst.
 
     Args:
@@ -60,7 +60,7 @@ def output_checks(pair: Pair, batches: Mapping[str, probes.Batch]) -> list[Check
 
 
 def token_checks(
-    pair: Pair, batches: Mapping[str, probes.Batch], count: int, checks: Sequence[Check]
+    pair: Pair, batches: Mapping[str, model_outputs.Batch], count: int, checks: Sequence[Check]
 ) -> list[Check]:
     """Greedy tokens, and the scores they were chosen by, of every batch.
 
@@ -71,9 +71,9 @@ def token_checks(
     found = []
     for name, batch in batches.items():
         pair.sides.original()
-        ids, scores = probes.greedy(pair.model, batch, count)
+        ids, scores = model_outputs.greedy(pair.model, batch, count)
         pair.sides.patched()
-        ours, our_scores = probes.greedy(pair.model, batch, count)
+        ours, our_scores = model_outputs.greedy(pair.model, batch, count)
         equal = (ids == ours).long().cumprod(1).sum(1).tolist()
         found += [
             Check(
@@ -116,10 +116,10 @@ class _Own:
         if self._drawn >= _DRAWS:
             return False
         pair = self._pair
-        batch = probes.random_batch(pair.model, *pair.shape, padded=True, seed=self._drawn)
+        batch = model_outputs.random_batch(pair.model, *pair.shape, padded=True, seed=self._drawn)
         pair.sides.original()
-        exact = probes.outputs(pair.exact, batch, gradients=pair.gradients)
-        self.add(_errors(probes.outputs(pair.model, batch, gradients=pair.gradients), exact))
+        exact = model_outputs.outputs(pair.exact, batch, gradients=pair.gradients)
+        self.add(_errors(model_outputs.outputs(pair.model, batch, gradients=pair.gradients), exact))
         return True
 
     def of(self, name: str) -> float:
@@ -149,17 +149,19 @@ class _Comparison:
     units: _Errors
 
 
-def _compare(pair: Pair, batch: probes.Batch, own: _Own | None) -> _Comparison:
+def _compare(pair: Pair, batch: model_outputs.Batch, own: _Own | None) -> _Comparison:
     """Run a batch on every side; only the reference's tensors are kept for more than one run."""
     dtype = dtype_of(pair.model)
     pair.sides.original()
-    reference = probes.outputs(
+    reference = model_outputs.outputs(
         pair.model if pair.exact is None else pair.exact, batch, gradients=pair.gradients
     )
     if own is not None:
-        own.add(_errors(probes.outputs(pair.model, batch, gradients=pair.gradients), reference))
+        own.add(
+            _errors(model_outputs.outputs(pair.model, batch, gradients=pair.gradients), reference)
+        )
     pair.sides.patched()
-    ours = _errors(probes.outputs(pair.model, batch, gradients=pair.gradients), reference)
+    ours = _errors(model_outputs.outputs(pair.model, batch, gradients=pair.gradients), reference)
     unit = _unit(dtype, _largest(reference.logits))
     units = _Errors(
         logits=unit,
@@ -170,7 +172,7 @@ def _compare(pair: Pair, batch: probes.Batch, own: _Own | None) -> _Comparison:
     return _Comparison(ours, units)
 
 
-def _errors(got: probes.Outputs, reference: probes.Outputs) -> _Errors:
+def _errors(got: model_outputs.Outputs, reference: model_outputs.Outputs) -> _Errors:
     gradients = {
         name: _error(got.gradients[name], g) if name in got.gradients else math.inf
         for name, g in reference.gradients.items()

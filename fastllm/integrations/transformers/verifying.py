@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import probes
+from . import model_outputs
 from .comparing import Pair, dtype_of, output_checks, token_checks
 from .patching import OPS
 from .sides import Sides, heads_training, undisturbed
@@ -73,7 +73,7 @@ def verify(
             exact, notes = _float32_copy(model, measure_own)
             pair = Pair(model, exact, sides, gradients, shape)
             checks = output_checks(pair, batches)
-            if tokens and probes.generates(model):
+            if tokens and model_outputs.generates(model):
                 checks += token_checks(pair, batches, tokens, checks)
             speeds = _speeds(model, sides, shape, gradients, tokens) if speed else []
     finally:
@@ -92,7 +92,7 @@ def verify(
 def _batches(
     model: Any, inputs: Mapping[str, Any] | None, texts: Sequence[str] | None, tokenizer: Any,
     shape: tuple[int, int],
-) -> dict[str, probes.Batch]:  # fmt: skip
+) -> dict[str, model_outputs.Batch]:  # fmt: skip
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: a transformers model is needed, not {type(model).__name__}")
     if shape[0] < 1 or shape[1] < 4:
@@ -101,13 +101,15 @@ def _batches(
         raise ValueError("texts: they need a tokenizer (tokenizer=AutoTokenizer...)")
     if inputs is not None and texts is not None:
         raise ValueError("texts: give either texts or inputs")
-    batches: dict[str, probes.Batch] = {"random": probes.random_batch(model, *shape, padded=True)}
+    batches: dict[str, model_outputs.Batch] = {
+        "random": model_outputs.random_batch(model, *shape, padded=True)
+    }
     if inputs is not None:
         if "input_ids" not in inputs:
             raise ValueError("inputs: input_ids are needed, as the model's forward takes them")
         batches["real"] = inputs
     elif tokenizer is not None:
-        batches["real"] = probes.text_batch(model, tokenizer, texts or probes.TEXTS)
+        batches["real"] = model_outputs.text_batch(model, tokenizer, texts or model_outputs.TEXTS)
     return batches
 
 
@@ -138,8 +140,8 @@ def _name(dtype: torch.dtype) -> str:
 def _speeds(
     model: Any, sides: Sides, shape: tuple[int, int], gradients: bool, tokens: int
 ) -> list[Speed]:
-    batch = probes.random_batch(model, *shape, padded=False)
-    prompt = probes.random_batch(model, 1, 8, padded=False)
+    batch = model_outputs.random_batch(model, *shape, padded=False)
+    prompt = model_outputs.random_batch(model, 1, 8, padded=False)
     trained = [p for p in model.parameters() if p.requires_grad]
     size = f"{shape[0]} x {shape[1]}"
 
@@ -153,10 +155,10 @@ def _speeds(
         torch.autograd.grad(loss, trained, allow_unused=True)
 
     calls: dict[str, Callable[[], object]] = {f"forward, {size}": forward}
-    if gradients and trained and probes.takes_labels(model):
+    if gradients and trained and model_outputs.takes_labels(model):
         calls[f"forward+backward, {size}"] = step
-    if tokens and probes.generates(model):
-        calls[f"{tokens} tokens, 1 row"] = lambda: probes.greedy(model, prompt, tokens)
+    if tokens and model_outputs.generates(model):
+        calls[f"{tokens} tokens, 1 row"] = lambda: model_outputs.greedy(model, prompt, tokens)
     return [_alternate(sides, what, call, batch["input_ids"]) for what, call in calls.items()]
 
 
