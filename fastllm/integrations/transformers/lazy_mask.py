@@ -27,7 +27,7 @@ class LazyMask(Tensor):
         right: the same after it; 0 is causal attention.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     held: Tensor
     kind: str
     offset: int
@@ -58,7 +58,7 @@ class LazyMask(Tensor):
         return LazyMask(inner["held"], size, *context)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is torch.ops.aten.detach.default:  # checkpointing detaches what it passes on

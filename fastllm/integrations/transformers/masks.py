@@ -197,7 +197,7 @@ def _hidden_keys(
     """The part of a 2D padding mask that belongs to the keys, bool; None if it hides none."""
     if mask is None:
         return None
-    mask = their.prepare_padding_mask(mask.to(torch.bool), kv_length, kv_offset)
-    if not tracing and their.fast_all(mask[:, kv_offset : kv_offset + end]):
+    shown: Any = their.prepare_padding_mask(mask.to(torch.bool), kv_length, kv_offset)
+    if not tracing and their.fast_all(shown[:, kv_offset : kv_offset + end]):
         return None
-    return mask[:, kv_offset : kv_offset + kv_length]
+    return shown[:, kv_offset : kv_offset + kv_length]

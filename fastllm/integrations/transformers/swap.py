@@ -138,7 +138,7 @@ def _subclass(cls: type, part: str, forward: Callable[..., Any]) -> type:
 
 def _reduce_as_original(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
     """What pickle stores: an object of the original class, without our attributes."""
-    first = original(self)
+    first: Any = original(self)
     make, arguments, state, *rest = first.__reduce_ex__(self, max(int(protocol), 2))
     arguments = tuple(first if argument is type(self) else argument for argument in arguments)
     if make is copyreg.__newobj__:  # type: ignore[attr-defined]
