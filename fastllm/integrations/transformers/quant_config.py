@@ -38,6 +38,7 @@ class QuantConfig(QuantizationConfigMixin):
         formats: of every quantized module; of models that are quantized already.
         version: of the layout in files.
         quant_method: "fastllm", as config.json says it.
+        in_device_layout: weights come in a `state_dict`, packed for their device: `load_gguf`'s.
 
     Raises:
         ValueError: naming the argument that no format, mode or pattern has.
@@ -49,7 +50,7 @@ class QuantConfig(QuantizationConfigMixin):
         overrides: Mapping[str, str] | None = None, activation: str | None = None,
         embeddings: str | None = None, experts: bool = True,
         formats: Mapping[str, str] | None = None, version: int = fastllm_files.VERSION,
-        quant_method: str = METHOD,
+        quant_method: str = METHOD, in_device_layout: bool = False,
     ) -> None:  # fmt: skip
         if quant_method != METHOD:
             raise ValueError(f"quant_method must be {METHOD!r}, got {quant_method!r:.40}")
@@ -66,6 +67,7 @@ class QuantConfig(QuantizationConfigMixin):
         self.embeddings = embeddings
         self.experts = bool(experts)
         self.formats = {} if formats is None else dict(formats)
+        self.in_device_layout = in_device_layout
         self.post_init()
 
     def post_init(self) -> None:
@@ -73,7 +75,7 @@ class QuantConfig(QuantizationConfigMixin):
         if self.format is not None:
             _check("format", check_quantization, self.format)
         elif not self.formats:
-            raise ValueError("format is None and formats is empty: name a format, such as 'int4'")
+            raise ValueError("format is missing: name one, such as 'int4'")
         if self.activation not in (None, *ACTIVATIONS):
             raise ValueError(
                 f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r:.40}"

@@ -109,7 +109,7 @@ class QuantExperts(nn.Module):
 
     def _set(self, part: str, packed: PackedExperts) -> None:
         for name, tensor in (("codes", packed.data), ("scales", packed.scales)):
-            setattr(self, f"{part}_{name}", frozen(_expert_bytes(tensor)))
+            setattr(self, f"{part}_{name}", frozen(expert_bytes(tensor)))
 
     def to_device_layout(self, device: torch.device) -> None:
         """Bring codes and scales into the layout that the kernels of `device` read."""
@@ -142,7 +142,7 @@ class QuantExperts(nn.Module):
             for name, tensor in zip(
                 ("codes", "scales"), packing.canonical(self.packed(part)), strict=True
             ):
-                destination[f"{prefix}{part}_{name}"] = _expert_bytes(tensor)
+                destination[f"{prefix}{part}_{name}"] = expert_bytes(tensor)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         given = dict(state_dict)
@@ -160,7 +160,7 @@ class QuantExperts(nn.Module):
                 parts = packed.data, packed.scales
                 made = packing.from_canonical(format, *parts, n, k, device)
                 given[names[0]], given[names[1]] = (
-                    _expert_bytes(made.data), _expert_bytes(made.scales)
+                    expert_bytes(made.data), expert_bytes(made.scales)
                 )  # fmt: skip
         super()._load_from_state_dict(given, prefix, *rest)  # type: ignore[no-untyped-call]
 
@@ -171,23 +171,25 @@ class QuantExperts(nn.Module):
         )
 
 
-def meta_weight(format: str, n: int, k: int) -> PackedWeight:
-    """A weight on meta in the layout of files, which a module holds until they are read.
+def meta_weight(format: str, n: int, k: int, rows: int = 1) -> PackedWeight:
+    """A weight on meta, which a module holds until files are read.
+
+    rows: side by side in the layout; files have one.
 
     Raises ValueError if rows of k columns do not fit the format.
     """
     _check_columns(format, k)
     with torch.device("meta"):
-        data = torch.empty(layout.data_shape(format, n, k, 1), dtype=torch.uint8)
+        data = torch.empty(layout.data_shape(format, n, k, rows), dtype=torch.uint8)
         scales = torch.empty(
-            layout.scales_shape(format, n, k, 1), dtype=layout.scales_dtype(format)
+            layout.scales_shape(format, n, k, rows), dtype=layout.scales_dtype(format)
         )
     return PackedWeight(data, scales, format, n, k)
 
 
-def meta_experts(format: str, count: int, n: int, k: int) -> PackedExperts:
+def meta_experts(format: str, count: int, n: int, k: int, rows: int = 1) -> PackedExperts:
     """As `meta_weight`, of all experts of a layer."""
-    one = meta_weight(format, n, k)
+    one = meta_weight(format, n, k, rows)
     data, scales = (t.expand(count, *t.shape).contiguous() for t in (one.data, one.scales))
     return PackedExperts(data, scales, format, n, k)
 
@@ -210,7 +212,7 @@ def _row_bytes(format: str, k: int) -> int:
     return torch.Size(layout.data_shape(format, 1, k, 1)).numel()
 
 
-def _expert_bytes(tensor: Tensor) -> Tensor:
+def expert_bytes(tensor: Tensor) -> Tensor:
     """uint8 [E, groups of rows, bytes]."""
     flat = as_bytes(tensor.flatten(0, 1))
     return flat.view(tensor.shape[0], tensor.shape[1], -1)

@@ -43,8 +43,10 @@ class Swap:
 
     # models whose files are quantized
 
-    def put_empty(self, formats: dict[str, str]) -> None:
+    def put_empty(self, formats: dict[str, str], rows: int = 1) -> None:
         """Modules on meta for everything in `formats`; transformers fills them from the files.
+
+        rows: side by side in the layout of what comes.
 
         Raises ValueError naming a module that the format does not fit, or that is none of ours.
         """
@@ -55,23 +57,23 @@ class Swap:
                 halves.setdefault(owner, {})[part] = format
                 continue
             try:
-                self._put_empty(name, format_of(format).name)
+                self._put_empty(name, format_of(format).name, rows)
             except ValueError as error:
                 raise ValueError(f"{name}, {format} in config.json: {error}") from None
         for owner, parts in halves.items():
-            self._put_empty_experts(owner, parts)
+            self._put_empty_experts(owner, parts, rows)
         self.model._keys_to_ignore_on_load_missing = {
             *(self.model._keys_to_ignore_on_load_missing or ()), r"weight_format$",
         }  # fmt: skip
 
-    def _put_empty(self, name: str, format: str) -> None:
+    def _put_empty(self, name: str, format: str, rows: int) -> None:
         module = self.model.get_submodule(name)
         if not isinstance(module, nn.Linear | nn.Embedding):
             raise ValueError(f"a {type(module).__name__} is neither a linear layer nor a table")
         n, k = module.weight.shape
-        self.put(name, meta_weight(format, n, k), module.weight.dtype)
+        self.put(name, meta_weight(format, n, k, rows), module.weight.dtype)
 
-    def _put_empty_experts(self, owner: str, formats: dict[str, str]) -> None:
+    def _put_empty_experts(self, owner: str, formats: dict[str, str], rows: int) -> None:
         module: Any = self.model.get_submodule(owner)
         missing = [part for part in EXPERT_PARTS if part not in formats]
         if missing:
@@ -79,7 +81,7 @@ class Swap:
         packs = []
         for part in EXPERT_PARTS:
             count, n, k = getattr(module, part).shape
-            packs.append(meta_experts(format_of(formats[part]).name, count, n, k))
+            packs.append(meta_experts(format_of(formats[part]).name, count, n, k, rows))
         self._put_experts(owner, *packs, module.down_proj.dtype)
 
     # models that are rounded as they are read

@@ -116,7 +116,9 @@ class FastllmQuantizer(HfQuantizer):
                     "quantization_config.formats in config.json names no module of "
                     f"{type(model).__name__}: load it with the class that saved it"
                 )
-            self.swap.put_empty(self.formats)
+            of_device = self.quantization_config.in_device_layout
+            rows = layout.ROWS_PER_GROUP["cuda" if on_gpu else "cpu"] if of_device else 1
+            self.swap.put_empty(self.formats, rows)
             return
         self.work, self.formats = choose(model, self.quantization_config)
         self.work.report.bytes_before = _nbytes(model)
