@@ -219,14 +219,19 @@ struct RopeArgs {
 };
 RopeArgs rope_args(Tensor y, Tensor x, Tensor positions, Tensor cos, Tensor sin);
 
-// y[outer, inner, n] = silu(gate) * up.
+// How the two products of a gated feed-forward become one value (see cpu/gated_activation.h); the
+// order is that of fastllm/ops/gated_activation.py.
+enum class Gating : uint8_t { silu, gelu, gelu_tanh, swiglu_oai };
+
+// y[outer, inner, n] = act(gate) * up.
 struct SwigluArgs {
   void* y;
   const void *gate, *up;
   DType dtype;
+  Gating gating;
   int64_t outer, inner, n, gate_outer, gate_inner, up_outer, up_inner;
 };
-SwigluArgs swiglu_args(Tensor y, Tensor gate, Tensor up);
+SwigluArgs swiglu_args(Tensor y, Tensor gate, Tensor up, int64_t gating);
 
 // The gradients of gate and up, side by side in one row of 2 n. Bound by memory.
 struct SwigluBackwardArgs {
@@ -234,9 +239,11 @@ struct SwigluBackwardArgs {
   const void* dy;  // [outer, inner, n] contiguous
   const void *gate, *up;
   DType dtype;
+  Gating gating;
   int64_t outer, inner, n, gate_outer, gate_inner, up_outer, up_inner;
 };
-SwigluBackwardArgs swiglu_backward_args(Tensor both, Tensor dy, Tensor gate, Tensor up);
+SwigluBackwardArgs swiglu_backward_args(Tensor both, Tensor dy, Tensor gate, Tensor up,
+                                        int64_t gating);
 
 // Where the tokens of each sequence lie: rows of q, k, v and pages of the cache (see cpu/paging.h).
 struct Paging {

@@ -5,10 +5,6 @@
 
 namespace fastllm {
 
-// How gate and up of an expert become one value (see cpu/gated_activation.h); the order is that of
-// fastllm/ops/gated_activation.py.
-enum class Gating : uint8_t { silu, gelu, gelu_tanh, swiglu_oai };
-
 // The experts of each token, their weights, and sums over tokens (see cpu/moe_gate.cpp). Tokens are
 // taken in chunks; `partial` gets the sums of each where there are several.
 struct MoeGateArgs {

@@ -47,6 +47,7 @@ from . import (
     tuning,
 )
 from .attention_launches import attention_launches
+from .moe_activation import ACTIVATIONS
 from .moe_gate_launches import gate_launches
 from .moe_launches import moe_launches
 from .quant_launches import quant_launches
@@ -162,14 +163,10 @@ def shipped_launches() -> dict[str, Callable[[], Any]]:
         ),
         "rope": lambda: rope.rope(_meta(8, 32, 128), *_rope_tables(64)),
         "rope partial": lambda: rope.rope(_meta(8, 32, 128, dtype=f32), *_rope_tables(32)),
-        "swiglu": lambda: swiglu.swiglu(_meta(8, 14336), _meta(8, 14336)),
         "lora_add": lambda: lora_add.lora_add(
             _meta(8, 16), _meta(4096, 16), _meta(8, 4096, dtype=f32), 2.0
         ),
         "embedding": lambda: embedding.embedding(_ids(8), _meta(128256, 4096), f32),
-        "swiglu_backward": lambda: swiglu_backward.swiglu_backward(
-            *(_meta(2048, 14336) for _ in range(3))
-        ),
         "rms_norm_backward": lambda: rms_norm_backward.rms_norm_backward(
             _meta(2048, 4096), _meta(2048, 4096), _meta(4096), 1e-5, bf16
         ),
@@ -188,6 +185,11 @@ def shipped_launches() -> dict[str, Callable[[], Any]]:
         "top_log_probs": lambda: log_probs.top_log_probs(_meta(8, 128256, dtype=f32), 5),
         "log_probs": lambda: log_probs.log_probs(_meta(8, 128256, dtype=f32), _ids(8, 1)),
     }
+    for act in ACTIVATIONS:
+        row = _meta(8, 14336)
+        calls[f"swiglu {act}"] = lambda x=row, a=act: swiglu.swiglu(x, x, a)
+        backward = swiglu_backward.swiglu_backward
+        calls[f"swiglu_backward {act}"] = lambda f=backward, x=row, a=act: f(x, x, x, a)
     for m, x in x8.items():
         calls[f"linear bf16 m={m}"] = lambda x=x: linear.linear(x, _meta(4096, 4096))
     for m in (1, 64):

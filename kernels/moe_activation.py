@@ -1,4 +1,4 @@
-"""The gated activations between an expert's two products, and their derivatives, in fp32.
+"""The gated activations of feed-forwards and experts, and their derivatives, in fp32.
 
 "silu" is SwiGLU, "gelu" GEGLU with erf, "gelu_tanh" GEGLU with tanh, "swiglu_oai" GPT-OSS's clamped
 SwiGLU: min(gate, 7) * sigmoid(1.702 * min(gate, 7)) * (clamp(up, -7, 7) + 1). NaN stays NaN.

@@ -1,4 +1,4 @@
-"""SwiGLU: silu(gate) * up, in fp32 and rounded once. Memory-bound."""
+"""Gated activations: act(gate) * up, in fp32 and rounded once. Memory-bound."""
 
 from __future__ import annotations
 
@@ -8,24 +8,35 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
+from .moe_activation import activate
 from .triton_compat import cast
 
 
 @triton.jit
-def swiglu_kernel(y_ptr, gate_ptr, up_ptr, stride_gm, stride_um, n_cols, BLOCK: tl.constexpr):
+def swiglu_kernel(
+    y_ptr,
+    gate_ptr,
+    up_ptr,
+    stride_gm,
+    stride_um,
+    n_cols,
+    ACTIVATION: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = cols < n_cols
     gate = tl.load(gate_ptr + row * stride_gm + cols, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * stride_um + cols, mask=mask, other=0.0).to(tl.float32)
-    y = gate / (1.0 + tl.exp(-gate)) * up
+    y = activate(gate, up, ACTIVATION)
     tl.store(y_ptr + row * n_cols + cols, cast(y, y_ptr.dtype.element_ty), mask=mask)
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """y[..., I] = silu(gate) * up in gate's dtype, contiguous.
+def swiglu(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
+    """y[..., I] = act(gate) * up in gate's dtype, contiguous.
 
     gate, up [..., I]: f32 or bf16, last dimension contiguous; both may be views of one [..., 2I].
+    activation: one of `moe_activation.ACTIVATIONS`.
     """
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     if y.numel() == 0:
@@ -40,6 +51,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         gate2.stride(0),
         up2.stride(0),
         n_cols,
+        ACTIVATION=activation,
         BLOCK=block,
         num_warps=4,
     )

@@ -1,14 +1,10 @@
 // Checks of experts' weights that several ops share.
 #pragma once
+#include "api/gating.h"
 #include "api/packed.h"
 #include "ops_moe.h"
 
 namespace fastllm {
-
-inline Gating parse_gating(int64_t code, const char* op) {
-  check(code >= 0 && code <= static_cast<int64_t>(Gating::swiglu_oai), op, "unknown activation");
-  return static_cast<Gating>(code);
-}
 
 // gate_up [experts, 2 inner, hidden] and down [experts, hidden, inner] in rows, for x [m, hidden].
 inline void check_expert_rows(const Tensor& x, const Tensor& gate_up, const Tensor& down,

@@ -1,9 +1,8 @@
-#include "common/check.h"
-#include "ops_core.h"
+#include "api/gating.h"
 
 namespace fastllm {
 
-SwigluArgs swiglu_args(Tensor y, Tensor gate, Tensor up) {
+SwigluArgs swiglu_args(Tensor y, Tensor gate, Tensor up, int64_t gating) {
   const char* op = "swiglu";
   check(gate.ndim >= 1 && gate.ndim <= 3, op, "gate must have 1 to 3 dimensions here");
   check(is_float(gate) && up.dtype == gate.dtype && y.dtype == gate.dtype, op,
@@ -15,6 +14,7 @@ SwigluArgs swiglu_args(Tensor y, Tensor gate, Tensor up) {
           .gate = gate.data,
           .up = up.data,
           .dtype = gate.dtype,
+          .gating = parse_gating(gating, op),
           .outer = gate.inner(3),
           .inner = gate.inner(2),
           .n = gate.inner(1),

@@ -1,9 +1,9 @@
-#include "common/check.h"
-#include "ops_core.h"
+#include "api/gating.h"
 
 namespace fastllm {
 
-SwigluBackwardArgs swiglu_backward_args(Tensor both, Tensor dy, Tensor gate, Tensor up) {
+SwigluBackwardArgs swiglu_backward_args(Tensor both, Tensor dy, Tensor gate, Tensor up,
+                                        int64_t gating) {
   const char* op = "swiglu_backward";
   check(gate.ndim >= 1 && gate.ndim <= 3, op, "gate must have 1 to 3 dimensions here");
   check(is_float(gate) && up.dtype == gate.dtype && dy.dtype == gate.dtype &&
@@ -20,6 +20,7 @@ SwigluBackwardArgs swiglu_backward_args(Tensor both, Tensor dy, Tensor gate, Ten
           .gate = gate.data,
           .up = up.data,
           .dtype = gate.dtype,
+          .gating = parse_gating(gating, op),
           .outer = gate.inner(3),
           .inner = gate.inner(2),
           .n = gate.inner(1),

@@ -1,9 +1,9 @@
-// The gated activations of experts, act(gate) * up, and their derivatives; the formulas are those of
-// fastllm/ops/gated_activation.py. Forward and backward share them, so that an activation computed
-// again has the bits of the first one.
+// The gated activations of feed-forwards and experts, act(gate) * up, and their derivatives; the
+// formulas are those of fastllm/ops/gated_activation.py. Forward and backward share them, so that an
+// activation computed again has the bits of the first one.
 #pragma once
 #include "cpu/sigmoid.h"
-#include "ops_moe.h"
+#include "ops_core.h"
 
 namespace fastllm::FASTLLM_ISA {
 namespace {
@@ -85,6 +85,22 @@ FASTLLM_INLINE GatedSlopes gated_slopes(vf gate, vf up) {
     const vf d = 1.f + exp_minus(kClampSlope * g), s = 1.f / d, value = g / d;
     const vf slope = (u + 1.f) * (s * (1.f + kClampSlope * g * (1.f - s)));
     return {value * (u + 1.f), gate > limit ? zero : slope, vabs(up) > limit ? zero : value};
+  }
+}
+
+// What a gradient dy of act(gate) * up is for gate and for up.
+struct GatedGradients {
+  vf gate, up;
+};
+template <Gating gating>
+FASTLLM_INLINE GatedGradients gated_gradients(vf dy, vf gate, vf up) {
+  if constexpr (gating == Gating::silu) {
+    // Without the value, one division less than gated_slopes.
+    const vf s = 1.f / (1.f + exp_minus(gate));
+    return {dy * up * (s * (1.f + gate * (1.f - s))), dy * (gate * s)};
+  } else {
+    const GatedSlopes slopes = gated_slopes<gating>(gate, up);
+    return {dy * slopes.by_gate, dy * slopes.by_up};
   }
 }
 

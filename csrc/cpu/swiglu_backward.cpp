@@ -1,47 +1,36 @@
-// Gradients of silu(gate) * up: with s = 1 / (1 + e^-gate),
-//   dgate = dy * up * s (1 + gate (1 - s)),  dup = dy * gate * s.
-// The tail of a row goes through the same vector code, so that an element's bits do not depend on
-// its column.
-#include "cpu/sigmoid.h"
-#include "ops_core.h"
+// Gradients of act(gate) * up: dgate = dy * up * act'(gate), dup = dy * act(gate). The tail of a row
+// goes through the same vector code, so that an element's bits do not depend on its column.
+#include "cpu/gated_activation.h"
 
 namespace fastllm::FASTLLM_ISA {
 namespace {
 
-struct Gradients {
-  vf gate, up;
-};
-
-FASTLLM_INLINE Gradients gradients(vf dy, vf gate, vf up) {
-  const vf s = 1.f / (1.f + exp_minus(gate));
-  return {dy * up * (s * (1.f + gate * (1.f - s))), dy * (gate * s)};
-}
-
-template <class T>
+template <Gating gating, class T>
 void backward_columns(T* dgate, T* dup, const T* dy, const T* gate, const T* up, int64_t n) {
   int64_t c = 0;
   for (; c + VL <= n; c += VL) {
-    const Gradients d = gradients(load(dy + c), load(gate + c), load(up + c));
+    const GatedGradients d =
+        gated_gradients<gating>(load(dy + c), load(gate + c), load(up + c));
     store(dgate + c, d.gate);
     store(dup + c, d.up);
   }
   if (c < n) {
     const int64_t rest = n - c;
-    const Gradients d =
-        gradients(load_n(dy + c, rest), load_n(gate + c, rest), load_n(up + c, rest));
+    const GatedGradients d = gated_gradients<gating>(load_n(dy + c, rest), load_n(gate + c, rest),
+                                                     load_n(up + c, rest));
     store_n(dgate + c, d.gate, rest);
     store_n(dup + c, d.up, rest);
   }
 }
 
-template <class T>
+template <Gating gating, class T>
 void backward_runs(const SwigluBackwardArgs& a, int64_t columns, int64_t begin, int64_t end) {
   const int64_t runs = (a.n + columns - 1) / columns;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t row = i / runs, first = i % runs * columns;
     const int64_t outer = row / a.inner, inner = row % a.inner;
     T* both = static_cast<T*>(a.both) + row * 2 * a.n + first;
-    backward_columns(
+    backward_columns<gating>(
         both, both + a.n, static_cast<const T*>(a.dy) + row * a.n + first,
         static_cast<const T*>(a.gate) + outer * a.gate_outer + inner * a.gate_inner + first,
         static_cast<const T*>(a.up) + outer * a.up_outer + inner * a.up_inner + first,
@@ -55,8 +44,11 @@ void swiglu_backward(const SwigluBackwardArgs& a, const Team& team) {
   constexpr int64_t kColumns = 2048;  // wide rows are shared by the team too
   int64_t begin, end;
   my_share(team, a.outer * a.inner * ((a.n + kColumns - 1) / kColumns), 1, &begin, &end);
-  dispatch_float(a.dtype,
-                 [&](auto type) { backward_runs<decltype(type)>(a, kColumns, begin, end); });
+  dispatch_float(a.dtype, [&](auto type) {
+    dispatch_gating(a.gating, [&](auto gating) {
+      backward_runs<decltype(gating)::value, decltype(type)>(a, kColumns, begin, end);
+    });
+  });
 }
 
 }  // namespace fastllm::FASTLLM_ISA

@@ -1,4 +1,4 @@
-"""The gated activations of experts: act(gate) * up, and what they pass back.
+"""The gated activations of feed-forwards and experts: act(gate) * up, and what they pass back.
 
 - "silu": silu(gate) * up (SwiGLU; Shazeer, 2020)
 - "gelu", "gelu_tanh": GEGLU with the error function, or with its tanh approximation

@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import _C
 from . import packed_layout as layout
 from .gated_activation import ACTIVATIONS as GATED_ACTIVATIONS
-from .gated_activation import gated_activation, gated_gradients
+from .gated_activation import gated_activation
 from .linear import as_rows, check_output, contiguous_rows, prepared_rows
 from .quant_format import QUANT_FORMATS
 from .quant_matmul_cuda import CUDA_FORMATS, fits_cuda, launch
@@ -133,10 +133,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
 def _gated_backward(dy: Tensor, pre: Tensor, gated: str) -> Tensor:
     """The gradient of pre `[..., N]` in its dtype from that of the gated output."""
     gate, up = pre.chunk(2, dim=-1)
-    if gated == "silu":
-        return swiglu_backward(dy.contiguous(), gate, up)
-    by_gate, by_up = gated_gradients(gate.float(), up.float(), gated)
-    return torch.cat((dy.float() * by_gate, dy.float() * by_up), dim=-1).to(pre.dtype)
+    return swiglu_backward(dy.contiguous(), gate, up, gated)
 
 
 def _variant(

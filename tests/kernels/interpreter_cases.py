@@ -20,6 +20,9 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from fastllm.testing.infos.swiglu import away_from_limits
+from fastllm.testing.moe_problem import ACTIVATIONS, activate
+
 Case = Callable[[], float]
 BF16, F32 = torch.bfloat16, torch.float32
 NAMES = {BF16: "bf16", F32: "f32", torch.float16: "f16"}
@@ -98,13 +101,19 @@ def rope_case(dtype: torch.dtype, heads: int, dim: int, half: int) -> float:
     return excess(rope(x, positions, cos, sin), ref, dtype)
 
 
-def swiglu_case(shape: tuple[int, ...], dtype: torch.dtype) -> float:
+def swiglu_case(shape: tuple[int, ...], dtype: torch.dtype, activation: str) -> float:
     from fastllm.kernels.swiglu import swiglu
 
-    both = randn(*shape[:-1], 2 * shape[-1], dtype=dtype)
-    gate, up = both.chunk(2, -1)
-    g = gate.double()
-    return excess(swiglu(gate, up), g * torch.sigmoid(g) * up.double(), dtype)
+    gate, up = gate_and_up(shape, dtype)
+    return excess(
+        swiglu(gate, up, activation), activate(gate.double(), up.double(), activation), dtype
+    )
+
+
+def gate_and_up(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Halves of one tensor, some beyond the limits of "swiglu_oai" and none near them."""
+    both = away_from_limits(randn(*shape[:-1], 2 * shape[-1]) * 4).to(dtype)
+    return both[..., : shape[-1]], both[..., shape[-1] :]
 
 
 def embedding_case(dtype: torch.dtype, out: torch.dtype, ids_dtype: torch.dtype) -> float:
@@ -163,15 +172,13 @@ def add_rms_norm_backward_case(
     return max(errors)
 
 
-def swiglu_backward_case(shape: tuple[int, ...], dtype: torch.dtype) -> float:
+def swiglu_backward_case(shape: tuple[int, ...], dtype: torch.dtype, activation: str) -> float:
     from fastllm.kernels.swiglu_backward import swiglu_backward
 
-    both, dy = randn(*shape[:-1], 2 * shape[-1], dtype=dtype), randn(*shape, dtype=dtype, seed=1)
-    gate, up = both.chunk(2, -1)
-    g, d = gate.double(), dy.double()
-    s = torch.sigmoid(g)
-    ref = torch.cat((d * up.double() * s * (1 + g * (1 - s)), d * g * s), -1)
-    return excess(swiglu_backward(dy, gate, up), ref, dtype)
+    dy, (gate, up) = randn(*shape, dtype=dtype, seed=1), gate_and_up(shape, dtype)
+    leaves = [gate.double().requires_grad_(), up.double().requires_grad_()]
+    ref = torch.autograd.grad(activate(*leaves, activation), leaves, dy.double())
+    return excess(swiglu_backward(dy, gate, up, activation), torch.cat(ref, -1), dtype)
 
 
 def embedding_backward_case(dtype: torch.dtype, out: torch.dtype, ids_dtype: torch.dtype) -> float:
@@ -474,7 +481,7 @@ def quick_cases() -> dict[str, Case]:
         add(f"rope {d} partial", rope_case, dtype, 3, 20, 6)
         add(f"rope {d} whole", rope_case, dtype, 5, 64, 32)
         for shape in ((3, 100), (2, 2, 1030), (0, 4)):
-            add(f"swiglu {d} {shape}", swiglu_case, shape, dtype)
+            add(f"swiglu {d} {shape}", swiglu_case, shape, dtype, "silu")
         for m in (0, 1, 17, 40):
             add(f"linear {d} m={m}", linear_case, dtype, m)
         for sizes in ((3, 70, 8), (66, 33, 40)):
@@ -487,7 +494,9 @@ def quick_cases() -> dict[str, Case]:
         add(f"add_rms_norm_backward {d}", add_rms_norm_backward_case, (5, 64), dtype, True, False)
         alone = ((40, 100), dtype, False, d == "bf16")
         add(f"add_rms_norm_backward {d} alone", add_rms_norm_backward_case, *alone)
-        add(f"swiglu_backward {d}", swiglu_backward_case, (2, 2, 1030), dtype)
+        for name in ACTIVATIONS:
+            add(f"swiglu {d} {name}", swiglu_case, (2, 300), dtype, name)
+            add(f"swiglu_backward {d} {name}", swiglu_backward_case, (2, 2, 1030), dtype, name)
         add(f"sum_of_squares {d}", sum_of_squares_case, (3, 6000), dtype)
         add(f"adamw {d}", adamw_case, dtype, F32, True)
     wide = ((17, 9000), BF16, True, False)

@@ -62,7 +62,7 @@ void check_layer(const Routes& r, const Owned& x, const Owned& weights, const Ow
     Tensor gate = h, up = h;
     gate.shape[1] = up.shape[1] = inner;
     up.data = h.view.as<char>() + inner * size;
-    run_call(Call("swiglu", active_kernels().swiglu, swiglu_args(a, gate, up)));
+    run_call(Call("swiglu", active_kernels().swiglu, swiglu_args(a, gate, up, 0)));
     product(e, true, a, o);
     for (int64_t i = 0; i < m; ++i)
       outputs[slots[begin + i]].assign(o.view.as<float>() + i * hidden,

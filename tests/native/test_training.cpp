@@ -1,5 +1,6 @@
 // Gradients of the element-wise ops, the optimizer's step, the sum of squares: odd sizes, against
 // scalar formulas in double.
+#include "gated.h"
 #include "harness.h"
 
 namespace fastllm::test {
@@ -55,19 +56,21 @@ void norm_gradients() {
 void gate_gradients() {
   Random random(2);
   for (DType dtype : kFloats)
-    for (int64_t n : {1, 15, 33, 2100}) {
-      Owned dy = random.tensor(dtype, {3, n}), gate = random.tensor(dtype, {3, n}, 4);
-      Owned up = random.tensor(dtype, {3, n}), both(dtype, {3, 2 * n});
-      run_everywhere("swiglu_backward", &Kernels::swiglu_backward,
-                     swiglu_backward_args(both, dy, gate, up), {&both}, tolerance_of(dtype), [&] {
-                       for (int64_t i = 0; i < 3 * n; ++i) {
-                         const double g = gate.get(i), s = 1 / (1 + std::exp(-g)), d = dy.get(i);
-                         const int64_t at = i / n * 2 * n + i % n;
-                         CHECK(close(both.get(at), d * up.get(i) * s * (1 + g * (1 - s)), dtype));
-                         CHECK(close(both.get(at + n), d * g * s, dtype));
-                       }
-                     });
-    }
+    for (int64_t n : {1, 15, 33, 2100})
+      for (Gating gating : kGatings) {
+        Owned dy = random.tensor(dtype, {3, n}), gate = random.tensor(dtype, {3, n}, 9);
+        Owned up = random.tensor(dtype, {3, n}, 9), both(dtype, {3, 2 * n});
+        run_everywhere("swiglu_backward", &Kernels::swiglu_backward,
+                       swiglu_backward_args(both, dy, gate, up, static_cast<int64_t>(gating)),
+                       {&both}, tolerance_of(dtype), [&] {
+                         for (int64_t i = 0; i < 3 * n; ++i) {
+                           const Gated want = gated(gating, gate.get(i), up.get(i));
+                           const int64_t at = i / n * 2 * n + i % n;
+                           CHECK(close(both.get(at), dy.get(i) * want.by_gate, dtype));
+                           CHECK(close(both.get(at + n), dy.get(i) * want.by_up, dtype));
+                         }
+                       });
+      }
 }
 
 void table_gradients() {
