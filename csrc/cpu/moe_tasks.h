@@ -4,6 +4,7 @@
 #pragma once
 #include "cpu/experts.h"
 #include "cpu/matmul_tasks.h"
+#include "ops_moe.h"
 
 namespace fastllm::FASTLLM_ISA {
 namespace {
