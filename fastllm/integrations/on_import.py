@@ -1,29 +1,56 @@
-"""`attn_implementation="fastllm"` is known as soon as both packages are imported, in any order.
+"""What other packages must know of us is told as soon as both are imported, in any order.
 
-`import fastllm` must not import transformers (seconds, and it is optional). A finder waits for
-transformers' file of models; when that has run, our functions go into its registries.
+`attn_implementation="fastllm"`, `QuantConfig` and adapters of PEFT on packed layers work after
+`import fastllm` alone, which must not import transformers or PEFT (seconds, and they are optional).
+A finder waits for the file that defines what is added to; when that has run, our functions go in.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-_AWAITED = "transformers.modeling_utils"  # defines the attention interface, imports the other two
+
+def _register_transformers() -> None:
+    import transformers
+
+    if int(transformers.__version__.split(".")[0]) < 5:
+        return  # without these registries; `fastllm.patch` says so
+    from .transformers import quantizer, registry
+
+    registry.register()
+    quantizer.register()
+
+
+def _register_peft() -> None:
+    from . import peft
+
+    peft.register()
+
+
+# file -> what follows it. transformers' defines the attention interface and imports the other two;
+# PEFT's chooses the layers of LoRA.
+_AWAITED: Mapping[str, Callable[[], None]] = {
+    "transformers.modeling_utils": _register_transformers,
+    "peft.tuners.lora.model": _register_peft,
+}
 
 
 class _Finder:
     """Finds nothing by itself: it lets the others find, and adds a step after `exec_module`."""
 
+    def __init__(self) -> None:
+        self.pending: set[str] = set()
+
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name != _AWAITED:
+        if name not in self.pending:
             return None
-        stop_waiting()
+        self.pending.discard(name)
         spec = importlib.util.find_spec(name)
         if spec is None or spec.loader is None:
             return None
@@ -31,7 +58,7 @@ class _Finder:
 
         def exec_module(module: ModuleType) -> None:
             run(module)
-            _register()
+            _AWAITED[name]()
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
@@ -41,25 +68,18 @@ _FINDER = _Finder()
 
 
 def wait() -> None:
-    """Register now if transformers' models are loaded, else when they are; idempotent."""
-    if _AWAITED in sys.modules:
-        _register()
-    elif _FINDER not in sys.meta_path:
+    """Register now with what is loaded, with the rest when it is; idempotent."""
+    for name, register in _AWAITED.items():
+        if name in sys.modules:
+            register()
+        else:
+            _FINDER.pending.add(name)
+    if _FINDER.pending and _FINDER not in sys.meta_path:
         sys.meta_path.insert(0, _FINDER)  # type: ignore[arg-type]
 
 
 def stop_waiting() -> None:
     """Take the finder away."""
+    _FINDER.pending.clear()
     if _FINDER in sys.meta_path:
         sys.meta_path.remove(_FINDER)  # type: ignore[arg-type]
-
-
-def _register() -> None:
-    import transformers
-
-    if int(transformers.__version__.split(".")[0]) < 5:
-        return  # without these registries; `fastllm.patch` says so
-    from .transformers import quantizer, registry
-
-    registry.register()
-    quantizer.register()

@@ -105,11 +105,11 @@ class QuantLinear(PackedMatrix, nn.Linear):
         x = input if input.dtype == dtype else input.to(dtype)
         low_rank = self.low_rank
         if low_rank is None or not low_rank.enabled:
-            y = self._product(x, None if x.dtype == input.dtype else torch.float32)
+            y = self.product(x, None if x.dtype == input.dtype else torch.float32)
         elif torch.is_grad_enabled() and not low_rank.drops and not _trained(self.bias):
-            y = trained_products(x, self._frozen_base(), [low_rank])[0]
+            y = trained_products(x, self.frozen_base(), [low_rank])[0]
         else:
-            y = low_rank(x, self._product(x, torch.float32), x.dtype)
+            y = low_rank(x, self.product(x, torch.float32), x.dtype)
         return y if y.dtype == input.dtype else y.to(input.dtype)
 
     def _quick_product(self) -> BoundProduct | None:
@@ -137,7 +137,8 @@ class QuantLinear(PackedMatrix, nn.Linear):
             return own
         return given if given in (torch.bfloat16, torch.float32) else torch.float32
 
-    def _product(self, x: Tensor, out_dtype: torch.dtype | None) -> Tensor:
+    def product(self, x: Tensor, out_dtype: torch.dtype | None) -> Tensor:
+        """x W^T + b without adapter; x in `compute_dtype`, the result in out_dtype or x's."""
         packed = self.packed_weight()
         bias: Tensor | None = self.bias
         if bias is not None and bias.dtype not in (torch.bfloat16, torch.float32):
@@ -147,14 +148,16 @@ class QuantLinear(PackedMatrix, nn.Linear):
             x, packed.data, packed.scales, self.format, packed.n, bias, mode, out_dtype
         )
 
-    def _frozen_base(self) -> FrozenBase:
+    def frozen_base(self) -> FrozenBase:
+        """The product and its gradient, for adapters that are recorded with it."""
+
         def gradient(grads: Any) -> Tensor:
             packed = self.packed_weight()
             return packed_input_grad(
                 grads[0], packed.data, packed.scales, self.format, packed.n, packed.k
             )
 
-        return FrozenBase(lambda x: [self._product(x, torch.float32)], gradient)
+        return FrozenBase(lambda x: [self.product(x, torch.float32)], gradient)
 
     def extra_repr(self) -> str:
         return (

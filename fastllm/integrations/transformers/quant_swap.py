@@ -166,6 +166,8 @@ class Swap:
 
     def _place(self, name: str, old: nn.Module, new: nn.Module) -> None:
         new.train(old.training)
+        if isinstance(new, QuantLinear | QuantExperts):  # adapters ask, see integrations/peft.py
+            new.activation_is_default = self.activation is None  # type: ignore[assignment]
         new._is_hf_initialized = True  # type: ignore[assignment]  # nothing of it is drawn anew
         owner, _, attribute = name.rpartition(".")
         setattr(self.model.get_submodule(owner), attribute, new)

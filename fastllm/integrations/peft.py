@@ -1,0 +1,139 @@
+"""Adapters of PEFT on packed layers, with nothing to ask for: `get_peft_model` finds them.
+
+A `QuantLinear` is an `nn.Linear`, so every method of PEFT that wraps those works on it. LoRA gets a
+layer of its own, whose sum of base and B(A x) is rounded once and recorded as one operation, as in
+fastllm's own training; what that does not cover (dropout in training, DoRA and other variants,
+several adapters, mixed batches) goes to PEFT's forward.
+
+A model that was loaded with the default activation leaves "int8" when adapters go on, for all its
+layers: training and use of adapters have one arithmetic. PEFT has no registry for this, so
+`register` puts one function and one method of PEFT 0.21 in front of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from peft.tuners import tuners_utils
+from peft.tuners.lora import layer as peft_layers
+from peft.tuners.lora import model as peft_model
+from torch import Tensor, nn
+
+from fastllm.nn.low_rank import LowRank, trained_products
+from fastllm.nn.quant_linear import QuantLinear
+
+_MERGE = (
+    "adapters cannot be merged into packed weights: make the model plain first with "
+    "fastllm.dequantize_model(model), then merge, then quantize the merged model again"
+)
+
+
+class QuantLoraLinear(peft_layers.Linear):  # type: ignore[misc]
+    """LoRA on a `QuantLinear`: y = round(x W^T + b + scale * B(A x)), everything else PEFT's."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x [..., in_features] -> [..., out_features] in the dtype of x."""
+        low_rank = None if args or kwargs else self._term(x)
+        if low_rank is None:
+            made: Tensor = super().forward(x, *args, **kwargs)
+            return made
+        return _sum(self.get_base_layer(), x, low_rank)
+
+    def _term(self, x: Tensor) -> LowRank | None:
+        """The one plain adapter that is active, its factors in the dtype of the product."""
+        if self.disable_adapters or self.merged or len(self.active_adapters) != 1:
+            return None
+        name, base = self.active_adapters[0], self.get_base_layer()
+        if name not in self.lora_A or name in self.lora_variant or self.lora_bias[name]:
+            return None
+        dropout = self.lora_dropout[name]
+        if isinstance(dropout, nn.Dropout) and dropout.p and dropout.training:
+            return None
+        if base.low_rank is not None or (base.bias is not None and base.bias.requires_grad):
+            return None
+        if x.dtype not in (torch.float32, torch.bfloat16):
+            return None
+        dtype = x.dtype if base.activation == "int8" else base.compute_dtype
+        return _CastTerm(self.lora_A[name].weight, self.lora_B[name].weight,
+                         self.scaling[name], dtype)  # fmt: skip
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Raises RuntimeError naming the remedy: packed weights are not written."""
+        raise RuntimeError(_MERGE)
+
+
+class _CastTerm(LowRank):
+    """PEFT keeps factors in float32 beside a bfloat16 model; products are in the model's dtype."""
+
+    def __init__(self, a: Tensor, b: Tensor, scale: float, dtype: torch.dtype) -> None:
+        self.a, self.b = _Cast(a, dtype), _Cast(b, dtype)  # type: ignore[assignment]
+        self.scale, self.dropout, self.enabled = scale, 0.0, True
+
+
+class _Cast:
+    """What `LowRank` reads of a `Factor`."""
+
+    training = False
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        self.weight = weight if weight.dtype == dtype else weight.to(dtype)
+
+
+def _sum(base: QuantLinear, x: Tensor, low_rank: LowRank) -> Tensor:
+    given, dtype = x.dtype, low_rank.a.weight.dtype
+    x = x if given == dtype else x.to(dtype)
+    if torch.is_grad_enabled():
+        y = trained_products(x, base.frozen_base(), [low_rank])[0]
+    else:
+        y = low_rank(x, base.product(x, torch.float32), dtype)
+    return y if y.dtype == given else y.to(given)
+
+
+def use_own_dtype(model: nn.Module) -> int:
+    """Take layers whose activation nobody chose from "int8" to their dtype; returns how many."""
+    changed = 0
+    for module in model.modules():
+        if getattr(module, "activation_is_default", False) and module.activation == "int8":
+            module.activation = "fp32" if module.dtype == torch.float32 else "bf16"  # type: ignore[assignment]
+            changed += 1
+    return changed
+
+
+def register() -> None:
+    """Let PEFT put `QuantLoraLinear` on packed layers; idempotent."""
+    if not hasattr(peft_model.dispatch_default, "fastllm_original"):
+        peft_model.dispatch_default = _dispatching(peft_model.dispatch_default)
+    if not hasattr(tuners_utils.BaseTuner.inject_adapter, "fastllm_original"):
+        tuners_utils.BaseTuner.inject_adapter = _injecting(tuners_utils.BaseTuner.inject_adapter)
+
+
+def _dispatching(original: Any) -> Any:
+    @functools.wraps(original)
+    def dispatch_default(
+        target: nn.Module, adapter_name: str, config: Any, parameter_name: str | None = None,
+        **kwargs: Any,
+    ) -> nn.Module | None:  # fmt: skip
+        wrapped = isinstance(target, tuners_utils.BaseTunerLayer)
+        base = target.get_base_layer() if wrapped else target
+        if parameter_name is None and isinstance(base, QuantLinear):
+            config.fan_in_fan_out = False
+            return QuantLoraLinear(target, adapter_name, config=config, **kwargs)
+        made: nn.Module | None = original(
+            target, adapter_name, config=config, parameter_name=parameter_name, **kwargs
+        )
+        return made
+
+    dispatch_default.fastllm_original = original  # type: ignore[attr-defined]
+    return dispatch_default
+
+
+def _injecting(original: Any) -> Any:
+    @functools.wraps(original)
+    def inject_adapter(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        use_own_dtype(model)
+        return original(self, model, *args, **kwargs)
+
+    inject_adapter.fastllm_original = original  # type: ignore[attr-defined]
+    return inject_adapter
