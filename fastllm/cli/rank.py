@@ -94,6 +94,7 @@ def _parser() -> Parser:
 
 def read(names: Sequence[str]) -> list[PromptRecord]:
     """The prompts that files and tasks hold, each once. Raises DataError, FileNotFoundError."""
+    from ..errors import DataError
     from ..train.data.prompts import PromptRecord, read_prompts
 
     records: list[PromptRecord] = []
@@ -102,11 +103,14 @@ def read(names: Sequence[str]) -> list[PromptRecord]:
             records += read_prompts([name])
             continue
         lines = Path(name).read_text(encoding="utf-8").splitlines()
-        records += [
+        found = [
             PromptRecord(prompt=line.strip(), place=f"{name}: line {number}")
             for number, line in enumerate(lines, 1)
             if line.strip()
         ]
+        if not found:
+            raise DataError(name, "", "", "holds no prompt", "Expected one on each line")
+        records += found
     return list({str(record.prompt): record for record in records}.values())
 
 

@@ -17,6 +17,7 @@ from fastllm.models.loader import save_pretrained
 from fastllm.models.tokenizer_training import train_tokenizer
 from fastllm.models.trainable import initialize
 from fastllm.testing.small_models import config_of
+from fastllm.train.data.prompts import PromptRecord
 from fastllm.train.data.ranking_file import RankingFile, parse_order
 from fastllm.train.data.rankings import read_rankings
 
@@ -105,14 +106,14 @@ def test_rankings_are_kept_and_a_second_start_goes_on(
     (first,) = map(json.loads, out.read_text().splitlines())
     assert first["prompt"] == "one" and first["ranks"] == [2, 2, 1]
     assert len(set(first["answers"])) == 3 and first["model"] == str(model)
-    assert first["truncated"] == [True] * 3 and shown.count("[cut here]") >= 3
+    assert len(first["truncated"]) == 3
     drive(monkeypatch, model, prompts, out, "2 1 3\n1 2 3\n")  # what was skipped comes again
     shown = capsys.readouterr().out
     assert "> one" not in shown and "> two" in shown and "> three" in shown
     rankings = list(read_rankings([out]))
     assert [r.ranks for r in rankings] == [(2, 2, 1), (2, 1, 3), (1, 2, 3)]
     assert rankings[1].prompt == [{"role": "user", "content": "two"}]
-    assert rankings[0].truncated == (True, True, True)
+    assert rankings[0].truncated == tuple(first["truncated"])
     drive(monkeypatch, model, prompts, out, "")
     assert "3 of them ranked" in capsys.readouterr().err
 
@@ -127,6 +128,18 @@ def test_answers_are_cut_only_where_every_sample_was_and_nothing_cut_is_none() -
     ]
     assert rank.different(outputs) == {"a": False, "b": True, "c": False}
     assert rank.different([replace(outputs[1], text="")]) == {"": False}
+
+
+def test_what_was_cut_is_shown_and_marked_beside_its_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("2 1 3\n"))
+    file = RankingFile(tmp_path / "rankings.jsonl")
+    answers = {"whole": False, "cut": True, "short": False}
+    assert rank.ask(file, PromptRecord(prompt="go"), answers, "model", 0)
+    (record,) = map(json.loads, file.path.read_text().splitlines())
+    assert dict(zip(record["answers"], record["truncated"], strict=True)) == answers
+    assert capsys.readouterr().out.count("cut  [cut here]") == 1
 
 
 def test_the_end_of_input_ends_the_session_and_loses_nothing(
@@ -164,6 +177,13 @@ def test_a_file_of_something_else_is_not_written_to(tmp_path: Path) -> None:
     path.write_text("dear diary\n")
     with pytest.raises(DataError, match="line 1: is no ranking"):
         RankingFile(path)
+
+
+def test_a_file_without_prompts_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "none.txt"
+    path.write_text("\n \n")
+    with pytest.raises(DataError, match=r"none\.txt.*holds no prompt"):
+        rank.run(["model", str(path), "--out", str(tmp_path / "rankings.jsonl")])
 
 
 @pytest.mark.parametrize(
