@@ -27,7 +27,7 @@ class LiteralTokens:
         self._special = {token.content: i for i, token in added.items() if token.special}
         longest_first = sorted(filter(None, self._special), key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        self._twins: dict[str, tokenizers.Tokenizer] = {}
+        self._twins: dict[str, tuple[tokenizers.Tokenizer, dict[int, int]]] = {}
 
     def spelled(self, text: str, spans: Spans) -> bool:
         """Whether special tokens are spelled in a span of characters."""
@@ -36,7 +36,7 @@ class LiteralTokens:
     def encode(self, text: str, spans: Spans) -> tuple[list[int], list[tuple[int, int]]]:
         """(ids, place of each in `text`). Within `spans`, in order, no special token is one."""
         mark = next(chr(code) for code in _NAMES if chr(code) not in text)
-        twin = self._twin(mark)
+        twin, meant = self._twin(mark)
         parts: list[str] = []
         ends: list[int] = []  # of names, in the changed text
         shifts = [0]  # of places behind so many names
@@ -51,7 +51,6 @@ class LiteralTokens:
             ends.append(length)
             shifts.append(done - length)
         encoding = twin.encode("".join([*parts, text[done:]]), add_special_tokens=False)
-        meant = {twin.token_to_id(_name(mark, i)): i for i in self._special.values()}
 
         def place(at: int) -> int:
             return at + shifts[bisect_right(ends, at)]
@@ -59,8 +58,9 @@ class LiteralTokens:
         ids = [meant.get(i, i) for i in encoding.ids]
         return ids, [(place(start), place(end)) for start, end in encoding.offsets]
 
-    def _twin(self, mark: str) -> tokenizers.Tokenizer:
-        """Reads special tokens as text, and the names of special tokens as tokens."""
+    def _twin(self, mark: str) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
+        """What reads special tokens as text, and their names as tokens; and what its ids of added
+        tokens and names mean, since it counts them anew."""
         if mark not in self._twins:
             source, added = self._backend, self._backend.get_added_tokens_decoder()
             twin = tokenizers.Tokenizer(source.model)
@@ -71,7 +71,9 @@ class LiteralTokens:
             twin.add_tokens([added[i] for i in sorted(added)])
             twin.add_tokens([_named(added[i], mark, i) for i in self._special.values()])
             twin.encode_special_tokens = True
-            self._twins[mark] = twin
+            meant = {twin.token_to_id(token.content): i for i, token in added.items()}
+            meant |= {twin.token_to_id(_name(mark, i)): i for i in self._special.values()}
+            self._twins[mark] = twin, meant
         return self._twins[mark]
 
 
