@@ -27,7 +27,7 @@ class LiteralTokens:
         self._special = {token.content: i for i, token in added.items() if token.special}
         longest_first = sorted(filter(None, self._special), key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        self._twins: dict[str, tuple[tokenizers.Tokenizer, dict[int, int]]] = {}
+        self._twins: dict[str, tuple[tokenizers.Tokenizer, dict[int | None, int]]] = {}
 
     def spelled(self, text: str, spans: Spans) -> bool:
         """Whether special tokens are spelled in a span of characters."""
@@ -58,7 +58,7 @@ class LiteralTokens:
         ids = [meant.get(i, i) for i in encoding.ids]
         return ids, [(place(start), place(end)) for start, end in encoding.offsets]
 
-    def _twin(self, mark: str) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
+    def _twin(self, mark: str) -> tuple[tokenizers.Tokenizer, dict[int | None, int]]:
         """What reads special tokens as text, and their names as tokens; and what its ids of added
         tokens and names mean, since it counts them anew."""
         if mark not in self._twins:
