@@ -104,6 +104,7 @@ def test_padded_batches_gradients_and_generation_equal_unpatched(family: str, ca
 
 
 @pytest.mark.parametrize("family", SOME)
+@torch.no_grad()
 def test_bfloat16_is_as_near_to_float32_as_unpatched(family: str) -> None:
     batch = inputs(padding="right")
     valid = batch["attention_mask"].bool()
@@ -339,10 +340,19 @@ def test_short_decoding_in_float32_stays_with_torch(monkeypatch: pytest.MonkeyPa
     assert (calls.ours, calls.theirs) == (3, 1)
 
 
-def test_attention_weights_are_asked_of_transformers(calls: Calls) -> None:
-    _, ours = pair("llama")
-    ours(**inputs(), output_attentions=True)
-    assert calls.ours == 0
+@pytest.mark.parametrize("family", SOME)
+def test_attention_weights_come_from_eager_attention(family: str, calls: Calls) -> None:
+    eager = tiny(family, attn_implementation="eager")
+    ours = tiny(family, attn_implementation="fastllm")
+    batch = inputs((20, 20))
+    with torch.no_grad():
+        wanted, found = (m(**batch, output_attentions=True) for m in (eager, ours))
+    assert error(found.logits, wanted.logits) < TIGHT and calls.ours == 0
+    assert len(found.attentions) == 2
+    assert all(map(torch.equal, found.attentions, wanted.attentions))
+    default = tiny("llama")
+    fastllm.patch(default=True)
+    assert not default(**batch, output_attentions=True).attentions  # as sdpa: none, and a warning
 
 
 def test_soft_caps_without_an_eager_twin_are_refused_with_the_remedy() -> None:

@@ -17,6 +17,7 @@ from ... import ops
 from ...ops.checks import MAX_HEAD_DIM
 from ...ops.registry import FLOATS
 from . import registry
+from .implementations import NAME
 from .lazy_mask import LazyMask
 
 
@@ -58,8 +59,8 @@ def attention_forward(
         kwargs: `softcap`, `s_aux` (sinks, `[H]`), `sliding_window`, `cu_seq_lens_q` and others.
 
     Returns:
-        `[B, Tq, H, Dv]`, contiguous, and None (attention weights are never made, except by a
-        model's own eager function).
+        `[B, Tq, H, Dv]`, contiguous, and None; with `output_attentions` the weights
+        `[B, H, Tq, Tk]` too, from the model's own eager function.
     """
     paged = cache is not None and type(cache).__name__ == "PagedAttentionCache"
     if paged:
@@ -74,7 +75,7 @@ def attention_forward(
             view = _paged_view(query, kwargs)
         else:
             view = _view(module, query, key, attention_mask, is_causal, kwargs)
-    if view is None or kwargs.get("output_attentions"):
+    if view is None or _weights_wanted(module, kwargs):
         return _theirs(
             module, query, key, value, attention_mask, dropout, scaling, is_causal,
             position_bias, kwargs,
@@ -211,12 +212,13 @@ def _theirs(
     """What transformers would have run with this mask's booleans."""
     if isinstance(mask, LazyMask):
         mask = mask.dense()
-    if kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
+    eager = getattr(sys.modules.get(type(module).__module__), "eager_attention_forward", None)
+    weights = eager is not None and _weights_wanted(module, kwargs) and _by_our_name(module)
+    if kwargs.get("softcap") is None and kwargs.get("s_aux") is None and not weights:
         return registry.original("attention")(
             module, query, key, value, mask, dropout=dropout, scaling=scaling,
             is_causal=is_causal, position_bias=position_bias, **kwargs,
         )  # fmt: skip
-    eager = getattr(sys.modules.get(type(module).__module__), "eager_attention_forward", None)
     if eager is None:
         raise ValueError(
             f"{type(module).__name__} wants soft-capped logits or sinks, with a mask or dropout "
@@ -228,6 +230,17 @@ def _theirs(
     return eager(
         module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs
     )  # fmt: skip
+
+
+def _weights_wanted(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether the caller wants attention weights, which only eager attention makes."""
+    wanted = kwargs.get("output_attentions")
+    return getattr(getattr(module, "config", None), "output_attentions", False) or bool(wanted)
+
+
+def _by_our_name(module: nn.Module) -> bool:
+    """Whether "fastllm" was asked for: under the name "sdpa" weights stay unknown, as they were."""
+    return getattr(getattr(module, "config", None), "_attn_implementation", None) == NAME
 
 
 def _additive(mask: Tensor | None, query: Tensor, key: Tensor, causal: bool) -> Tensor | None:

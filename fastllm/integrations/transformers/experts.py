@@ -67,6 +67,9 @@ def offer(name: str, module: nn.Module, model: nn.Module) -> Offer | None:
     reason = refusal(module)
     if reason is not None:
         return Offer(reason=reason)
+    config = getattr(module, "config", None)
+    if getattr(config, "_experts_implementation", None) == implementations.NAME:
+        return Offer(replaced=True, reason="already replaced")
     return Offer(replaced=True, install=partial(implementations.choose, model, "experts"))
 
 

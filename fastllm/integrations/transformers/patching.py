@@ -150,8 +150,8 @@ def _offer(part: ModuleType, name: str, module: nn.Module, model: nn.Module) -> 
     if part.NAME in swapped(module):
         return Offer(replaced=True, reason="already replaced")
     offer: Offer | None = part.offer(name, module, model)
-    if offer is None or not offer.replaced:
-        return offer
+    if offer is None:
+        return None
     reason = left_alone(module)
     return Offer(reason=reason) if reason else offer
 
