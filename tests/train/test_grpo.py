@@ -303,6 +303,17 @@ def test_a_run_resumed_within_a_rollout_has_the_bits_of_the_whole_one(
     assert metrics == [m for m in records(whole) if m["step"] > step]
 
 
+def test_lines_of_several_steps_are_the_same_after_a_resume_between_them(
+    base: Callable[[str], Path], files: Path, tmp_path: Path
+) -> None:
+    more = [*RESUMED, "--loop.metrics.every=3", "--loop.keep=9", "--steps=6"]
+    _, lines = train(base("llama"), files, tmp_path / "whole", *more)
+    middle = tmp_path / "whole" / "checkpoints" / "step-000002"
+    _, resumed = train(base("llama"), files, tmp_path / "run", *more, f"--resume={middle}")
+    assert [line["step"] for line in lines] == [3, 6]
+    assert resumed == lines and lines[0]["reward"] > 0
+
+
 def test_a_run_killed_at_random_moments_gives_the_bits_of_the_whole_one(
     whole: Path, base: Callable[[str], Path], files: Path, runner: Any, tmp_path: Path
 ) -> None:
@@ -415,6 +426,19 @@ def test_a_reward_that_raises_names_the_sample_and_keeps_what_was_done(
     assert result_is_that_of(newest(out), out / result) and (out / "report.html").exists()
     said = capsys.readouterr().err
     assert f"stopped after step {done[-1]}, saved" in said and "--resume auto" in said
+
+
+def test_a_rollout_that_failed_is_in_no_line_of_a_resumed_run(
+    base: Callable[[str], Path], files: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    more = [f"--reward={files / 'rewards.py'}:fails", "--steps=9", "--loop.save_every=0"]
+    more += ["--prompts_per_rollout=1", "--seed=1", "--loop.metrics.every=50"]
+    with pytest.raises(RewardError, match="seven"):
+        train(base("llama"), files, out, *more)
+    saved = json.loads((newest(out) / "trainer.json").read_text())
+    rollouts = saved["batches"]["collect"]["metrics"]["sums"]["completions/mean_length"][1]
+    assert rollouts == saved["step"] > 0
 
 
 def test_a_reward_that_fails_at_once_leaves_no_result(

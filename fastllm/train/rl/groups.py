@@ -85,6 +85,10 @@ class GroupCollector:
     def __call__(self, step: int) -> list[Sample]:
         """Samples of the next rollout. Raises what rewards and generation raise, and NothingToLearn
         if nothing is left to train on of `MAX_ROUNDS` rollouts."""
+        with self.metrics.undone_if_raised():
+            return self._collect(step)
+
+    def _collect(self, step: int) -> list[Sample]:
         drawn, groups = self._drawn, list[Group]()
         for tried in range(1, MAX_ROUNDS + 1):
             numbers = range(drawn, drawn + self.prompts)
@@ -108,8 +112,11 @@ class GroupCollector:
         return samples
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream is."""
-        return {"prompts": self._drawn, "seed": self.rollouts.seed, "data": self._fingerprint}
+        """Where the stream is, and what the next line of metrics has so far."""
+        return {
+            "prompts": self._drawn, "seed": self.rollouts.seed, "data": self._fingerprint,
+            "metrics": self.metrics.state_dict(),
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go there. Raises ValueError naming what does not fit."""
@@ -120,6 +127,7 @@ class GroupCollector:
                     "data, template and seed of before"
                 )
         self._drawn = int(state["prompts"])
+        self.metrics.load_state_dict(state.get("metrics") or {"sums": {}, "ends": {}})
 
     def _round(self, numbers: Sequence[int]) -> list[Group]:
         """Completions of the prompts of these numbers, with their rewards."""

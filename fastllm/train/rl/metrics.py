@@ -76,6 +76,29 @@ class RlMetrics:
         self._seconds = dict.fromkeys(PHASES, 0.0)
         return found
 
+    @contextmanager
+    def undone_if_raised(self) -> Iterator[None]:
+        """What is added inside counts if nothing is raised: a rollout that failed is made again."""
+        before, done = (dict(self._sums), dict(self._ends)), False
+        try:
+            yield
+            done = True
+        finally:
+            if not done:
+                self._sums, self._ends = before
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next line will tell of the steps so far, seconds left out: JSON values."""
+        return {
+            "sums": {name: [float(total), count] for name, (total, count) in self._sums.items()},
+            "ends": {name: float(value) for name, value in self._ends.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self._sums = {name: (total, count) for name, (total, count) in state["sums"].items()}
+        self._ends = dict(state["ends"])
+
     def rollout(self, trajectories: Sequence[Trajectory]) -> None:
         """Lengths of a rollout's completions."""
         lengths = [len(t.completion_ids) for t in trajectories]

@@ -54,7 +54,7 @@ class PpoCollector(GroupCollector):
         self._episodes = 0
         self._warned = rewards.missing_eos_penalty is not None
 
-    def __call__(self, step: int) -> list[Sample]:
+    def _collect(self, step: int) -> list[Sample]:
         """Samples of the next rollout. Raises what rewards and generation raise."""
         numbers = range(self._drawn, self._drawn + self.prompts)
         samples = self._samples(step, self._round(numbers))
