@@ -55,12 +55,14 @@ MoeDispatchArgs moe_dispatch_args(Tensor offsets, Tensor slots, Tensor counts, T
 int64_t moe_dispatch_scratch(int64_t count, int64_t experts);  // int32 of `counts`
 constexpr int64_t kDispatchChunk = 4096;                       // slots; one: nothing is shared
 
-// The weights of all experts, in rows or in panels of 16 rows.
+// The weights of all experts: in rows, in columns (transposed), or in panels of 16 rows.
 struct ExpertWeights {
   const char *data, *scales;
   int64_t expert_bytes, expert_scales;  // bytes from one expert to the next
-  int64_t row_bytes;                    // of rows: from one to the next
+  int64_t row_bytes;                    // of rows or columns: from one to the next
   Format format;                        // of panels
+  bool columns = false;                 // [k, n] lies there, not [n, k]
+  bool paired = false;                  // of columns: gate and up alternate
 };
 
 // A layer of experts (see fastllm/ops/moe.py): y = the weighted sum of the experts of each token.
@@ -82,7 +84,7 @@ struct MoeArgs {
 };
 MoeArgs moe_args(Tensor y, Tensor pre, Tensor x, Tensor gate_up, Tensor down, Tensor weights,
                  Tensor offsets, Tensor slots, Tensor gate_up_bias, Tensor down_bias, Tensor base,
-                 int64_t gating, Tensor scratch);
+                 int64_t gating, bool paired, Tensor scratch);
 MoeArgs quant_moe_args(Tensor y, Tensor pre, Tensor x, Tensor gate_up, Tensor gate_up_scales,
                        int64_t gate_up_format, Tensor down, Tensor down_scales, int64_t down_format,
                        int64_t inner, Tensor weights, Tensor offsets, Tensor slots,
@@ -156,6 +158,7 @@ struct MoeRows {
   int64_t tokens, per_token, hidden, inner, experts;
   int64_t rows;  // that dpre holds; rows past it are not read
   int64_t dy_stride, down_bias_stride;
+  bool paired = false;  // gate and up alternate in dpre, as they do in the weight
 };
 struct MoeBackwardArgs {
   MoeRows rows;
@@ -165,12 +168,14 @@ struct MoeBackwardArgs {
   float *dgate_up_bias, *ddown_bias;  // [experts, 2 inner], [experts, hidden], or null
   DType dgate_up_type, ddown_type;
   int64_t x_stride, gate_up_stride, down_stride, gate_up_expert, down_expert;
+  bool gate_up_columns = false, down_columns = false;  // the weight and its gradient lie transposed
 };
 MoeBackwardArgs moe_backward_args(Tensor dx, Tensor dgate_up, Tensor ddown, Tensor dw,
                                   Tensor dgate_up_bias, Tensor ddown_bias, Tensor dy, Tensor x,
                                   Tensor gate_up, Tensor down, Tensor w, Tensor offsets,
                                   Tensor slots, Tensor pre, Tensor down_bias, Tensor dpre,
-                                  Tensor weighted, Tensor dx_rows, Tensor row_of, int64_t gating);
+                                  Tensor weighted, Tensor dx_rows, Tensor row_of, int64_t gating,
+                                  bool paired);
 
 struct QuantMoeBackwardArgs {
   MoeRows rows;

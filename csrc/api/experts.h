@@ -1,21 +1,39 @@
 // Checks of experts' weights that several ops share.
 #pragma once
+#include <utility>
+
 #include "api/gating.h"
 #include "api/packed.h"
 #include "ops_moe.h"
 
 namespace fastllm {
 
-// gate_up [experts, 2 inner, hidden] and down [experts, hidden, inner] in rows, for x [m, hidden].
-inline void check_expert_rows(const Tensor& x, const Tensor& gate_up, const Tensor& down,
-                              const char* op) {
-  check(gate_up.ndim == 3 && gate_up.dtype == x.dtype && rows_contiguous(gate_up) &&
-            gate_up.shape[1] % 2 == 0 && gate_up.shape[2] == x.shape[1],
-        op, "gate_up must be [experts, 2 inner, hidden] in the dtype of x, rows contiguous");
-  check(down.ndim == 3 && down.dtype == x.dtype && rows_contiguous(down) &&
-            down.shape[0] == gate_up.shape[0] && down.shape[1] == x.shape[1] &&
-            2 * down.shape[2] == gate_up.shape[1],
-        op, "down must be [experts, hidden, inner] in the dtype of x, rows contiguous");
+// [experts, n, k] seen as [experts, k, n].
+inline Tensor transposed(Tensor t) {
+  std::swap(t.shape[1], t.shape[2]);
+  std::swap(t.stride[1], t.stride[2]);
+  return t;
+}
+
+// Whether a weight [experts, n, k] lies in columns; one whose gates and ups alternate always does.
+inline bool in_columns(const Tensor& weight, bool paired = false) {
+  return paired || !rows_contiguous(weight);
+}
+
+// gate_up [experts, 2 inner, hidden] and down [experts, hidden, inner], for x [m, hidden]: each in
+// rows or in columns.
+inline void check_experts(const Tensor& x, const Tensor& gate_up, const Tensor& down, bool paired,
+                          const char* op) {
+  check(gate_up.ndim == 3 && gate_up.dtype == x.dtype && gate_up.shape[1] % 2 == 0 &&
+            gate_up.shape[2] == x.shape[1],
+        op, "gate_up must be [experts, 2 inner, hidden] in the dtype of x");
+  check(down.ndim == 3 && down.dtype == x.dtype && down.shape[0] == gate_up.shape[0] &&
+            down.shape[1] == x.shape[1] && 2 * down.shape[2] == gate_up.shape[1],
+        op, "down must be [experts, hidden, inner] in the dtype of x");
+  check(!in_columns(gate_up, paired) || rows_contiguous(transposed(gate_up)), op,
+        "gate_up must have contiguous rows, or columns; columns if gate and up alternate");
+  check(!in_columns(down) || rows_contiguous(transposed(down)), op,
+        "down must have contiguous rows, or columns");
 }
 
 // data and scales hold the packs of n rows of k columns of all experts.

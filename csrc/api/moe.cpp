@@ -70,14 +70,17 @@ MoeArgs layer(const char* op, const Tensor& y, const Tensor& pre, const Tensor& 
           .mode = Activation::fp32};
 }
 
-ExpertWeights plain(const Tensor& weight) {
+ExpertWeights plain(const Tensor& weight, bool paired) {
   const int64_t size = float_bytes(weight.dtype);
+  const bool columns = in_columns(weight, paired);
   return {.data = weight.as<char>(),
           .scales = nullptr,
           .expert_bytes = weight.stride[0] * size,
           .expert_scales = 0,
-          .row_bytes = weight.stride[1] * size,
-          .format = weight.dtype == DType::bf16 ? Format::bf16 : Format::f32};
+          .row_bytes = weight.stride[columns ? 2 : 1] * size,
+          .format = weight.dtype == DType::bf16 ? Format::bf16 : Format::f32,
+          .columns = columns,
+          .paired = paired};
 }
 
 ExpertWeights packed(const char* op, const Tensor& data, const Tensor& scales, int64_t code,
@@ -99,15 +102,15 @@ int64_t moe_scratch(int64_t tokens, int64_t hidden, int64_t count, int64_t inner
 
 MoeArgs moe_args(Tensor y, Tensor pre, Tensor x, Tensor gate_up, Tensor down, Tensor weights,
                  Tensor offsets, Tensor slots, Tensor gate_up_bias, Tensor down_bias, Tensor base,
-                 int64_t gating, Tensor scratch) {
+                 int64_t gating, bool paired, Tensor scratch) {
   const char* op = "moe";
   check_rows(x, op);
-  check_expert_rows(x, gate_up, down, op);
+  check_experts(x, gate_up, down, paired, op);
   const int64_t experts = gate_up.shape[0], inner = gate_up.shape[1] / 2;
   MoeArgs a = layer(op, y, pre, x, weights, offsets, slots, gate_up_bias, down_bias, base, gating,
                     scratch, experts, inner);
-  a.gate_up = plain(gate_up);
-  a.down = plain(down);
+  a.gate_up = plain(gate_up, paired);
+  a.down = plain(down, false);
   return a;
 }
 

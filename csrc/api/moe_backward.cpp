@@ -76,9 +76,12 @@ MoeRows moe_rows(const char* op, Sizes n, Tensor dx, Tensor dw, Tensor dy, Tenso
               down_bias.given() ? down_bias.stride[0] * float_bytes(down_bias.dtype) : 0};
 }
 
-void check_gradient(const Tensor& grad, const Tensor& of, const char* op) {
-  check(!grad.given() || (is_float(grad) && same_shape(grad, of) && grad.contiguous()), op,
-        "a weight's gradient must be contiguous f32 or bf16, of the shape of the weight");
+void check_gradient(const Tensor& grad, const Tensor& of, bool columns, const char* op) {
+  if (!grad.given()) return;
+  check(is_float(grad) && same_shape(grad, of), op,
+        "a weight's gradient must be f32 or bf16, of the shape of the weight");
+  check((columns ? transposed(grad) : grad).contiguous(), op,
+        "a weight's gradient must be contiguous in the order of the weight");
 }
 
 void check_bias_gradient(const Tensor& grad, const Tensor& weight, const char* op) {
@@ -93,23 +96,27 @@ MoeBackwardArgs moe_backward_args(Tensor dx, Tensor dgate_up, Tensor ddown, Tens
                                   Tensor dgate_up_bias, Tensor ddown_bias, Tensor dy, Tensor x,
                                   Tensor gate_up, Tensor down, Tensor w, Tensor offsets,
                                   Tensor slots, Tensor pre, Tensor down_bias, Tensor dpre,
-                                  Tensor weighted, Tensor dx_rows, Tensor row_of, int64_t gating) {
+                                  Tensor weighted, Tensor dx_rows, Tensor row_of, int64_t gating,
+                                  bool paired) {
   const char* op = "moe_backward";
   check_rows(x, op);
   check(dy.dtype == x.dtype && rows_contiguous(dy) && same_shape(dy, x), op,
         "dy must have the dtype and shape of x, rows contiguous");
-  check_expert_rows(x, gate_up, down, op);
+  check_experts(x, gate_up, down, paired, op);
+  const bool gate_up_columns = in_columns(gate_up, paired), down_columns = in_columns(down);
   check(w.ndim == 2 && w.shape[0] == x.shape[0], op, "the gate weights must be [tokens, k]");
-  check_gradient(dgate_up, gate_up, op);
-  check_gradient(ddown, down, op);
+  check_gradient(dgate_up, gate_up, gate_up_columns, op);
+  check_gradient(ddown, down, down_columns, op);
   check_bias_gradient(dgate_up_bias, gate_up, op);
   check_bias_gradient(ddown_bias, down, op);
   check(!ddown.given() || weighted.given(), op,
         "the gradient of down needs the weighted activations");
   const Sizes n{x.shape[0], w.shape[1], x.shape[1], down.shape[2], down.shape[0]};
   const int64_t bytes = float_bytes(x.dtype);
-  return {.rows = moe_rows(op, n, dx, dw, dy, w, offsets, slots, pre, down_bias, dpre, weighted,
-                           dx_rows, row_of, gating),
+  MoeRows rows = moe_rows(op, n, dx, dw, dy, w, offsets, slots, pre, down_bias, dpre, weighted,
+                          dx_rows, row_of, gating);
+  rows.paired = paired;
+  return {.rows = rows,
           .x = x.data,
           .gate_up = gate_up.as<char>(),
           .down = down.as<char>(),
@@ -120,10 +127,12 @@ MoeBackwardArgs moe_backward_args(Tensor dx, Tensor dgate_up, Tensor ddown, Tens
           .dgate_up_type = dgate_up.dtype,
           .ddown_type = ddown.dtype,
           .x_stride = x.stride[0],
-          .gate_up_stride = gate_up.stride[1],
-          .down_stride = down.stride[1],
+          .gate_up_stride = gate_up.stride[gate_up_columns ? 2 : 1],
+          .down_stride = down.stride[down_columns ? 2 : 1],
           .gate_up_expert = gate_up.stride[0] * bytes,
-          .down_expert = down.stride[0] * bytes};
+          .down_expert = down.stride[0] * bytes,
+          .gate_up_columns = gate_up_columns,
+          .down_columns = down_columns};
 }
 
 QuantMoeBackwardArgs quant_moe_backward_args(Tensor dx, Tensor dw, Tensor dy, Tensor gate_up,

@@ -13,19 +13,29 @@ template <class D>
 struct DenseExperts {
   const MoeBackwardArgs& a;
 
-  void strip(const char* weight, int64_t expert_bytes, int64_t stride, int64_t k, int64_t n,
-             int64_t expert, int64_t panel, int count, uint32_t* to) const {
+  // Panels of the columns of a weight [k, n], where they are strips of rows, or lie in rows
+  // themselves.
+  void strip(const char* weight, int64_t expert_bytes, int64_t stride, bool columns, int64_t k,
+             int64_t n, int64_t expert, int64_t panel, int count, uint32_t* to) const {
     const auto* w = reinterpret_cast<const Element<D>*>(weight + expert * expert_bytes);
-    const int64_t column = panel * kPanelRows;
-    pack_row_strip<D>([&](int64_t c) { return w + c * stride + column; }, n - column, count, k, to);
+    const int64_t column = panel * kPanelRows, words = words_of<D>(k);
+    if (!columns)
+      return pack_row_strip<D>([&](int64_t c) { return w + c * stride + column; }, n - column,
+                               count, k, to);
+    const int64_t size = sizeof(Element<D>);
+    for (int64_t p = 0; p < count; ++p, to += words * kPanelRows) {
+      const int64_t first = column + p * kPanelRows;
+      pack_panel(reinterpret_cast<const char*>(w + first * stride), stride * size,
+                 smaller(n - first, kPanelRows), k * size, words, to);
+    }
   }
   void down(int64_t expert, int64_t panel, int count, uint32_t* to) const {
-    strip(a.down, a.down_expert, a.down_stride, a.rows.hidden, a.rows.inner, expert, panel, count,
-          to);
+    strip(a.down, a.down_expert, a.down_stride, a.down_columns, a.rows.hidden, a.rows.inner, expert,
+          panel, count, to);
   }
   void gate_up(int64_t expert, int64_t panel, int count, uint32_t* to) const {
-    strip(a.gate_up, a.gate_up_expert, a.gate_up_stride, 2 * a.rows.inner, a.rows.hidden, expert,
-          panel, count, to);
+    strip(a.gate_up, a.gate_up_expert, a.gate_up_stride, a.gate_up_columns, 2 * a.rows.inner,
+          a.rows.hidden, expert, panel, count, to);
   }
 };
 
@@ -47,28 +57,43 @@ struct MoeBackward {
   };
   Counts counts(int64_t expert) const {
     const int64_t mine = rows.rows_of(expert).size();
-    return {a.dgate_up ? weight_grad_tasks(2 * r.inner, mine, r.rows, team) : 0,
-            a.ddown ? weight_grad_tasks(r.hidden, mine, r.rows, team) : 0, a.dgate_up_bias ? 1 : 0,
-            a.ddown_bias ? 1 : 0};
+    return {a.dgate_up ? weight_grad_tasks(gate_up_rows(), mine, r.rows, team) : 0,
+            a.ddown ? weight_grad_tasks(down_rows(), mine, r.rows, team) : 0,
+            a.dgate_up_bias ? 1 : 0, a.ddown_bias ? 1 : 0};
   }
+  // The rows of an expert's gradients, as they lie.
+  int64_t gate_up_rows() const { return a.gate_up_columns ? r.hidden : 2 * r.inner; }
+  int64_t down_rows() const { return a.down_columns ? r.inner : r.hidden; }
 
   template <class Y>
   void gate_up_grad(Y* y, int64_t expert, Span out) const {
     const Span mine = rows.rows_of(expert);
     const auto* x = static_cast<const T*>(a.x);
     const int64_t m = 2 * r.inner;
-    weight_grad<D>(
-        y + expert * m * r.hidden, m, r.hidden, out, mine.size(),
-        [&](int64_t i) -> const T* { return rows.dpre + (mine.begin + i) * m; },
-        [&](int64_t i) { return x + rows.token_of(mine.begin + i) * a.x_stride; });
+    y += expert * m * r.hidden;
+    const auto pre = [&](int64_t i) -> const T* { return rows.dpre + (mine.begin + i) * m; };
+    const auto row = [&](int64_t i) -> const T* {
+      return x + rows.token_of(mine.begin + i) * a.x_stride;
+    };
+    if (a.gate_up_columns)
+      weight_grad<D>(y, r.hidden, m, out, mine.size(), row, pre);
+    else
+      weight_grad<D>(y, m, r.hidden, out, mine.size(), pre, row);
   }
   template <class Y>
   void down_grad(Y* y, int64_t expert, Span out) const {
     const Span mine = rows.rows_of(expert);
-    weight_grad<D>(
-        y + expert * r.hidden * r.inner, r.hidden, r.inner, out, mine.size(),
-        [&](int64_t i) { return rows.dy + rows.token_of(mine.begin + i) * r.dy_stride; },
-        [&](int64_t i) -> const T* { return rows.weighted + (mine.begin + i) * r.inner; });
+    y += expert * r.hidden * r.inner;
+    const auto row = [&](int64_t i) -> const T* {
+      return rows.dy + rows.token_of(mine.begin + i) * r.dy_stride;
+    };
+    const auto weighted = [&](int64_t i) -> const T* {
+      return rows.weighted + (mine.begin + i) * r.inner;
+    };
+    if (a.down_columns)
+      weight_grad<D>(y, r.inner, r.hidden, out, mine.size(), weighted, row);
+    else
+      weight_grad<D>(y, r.hidden, r.inner, out, mine.size(), row, weighted);
   }
 
   // The sum of w * row over an expert's rows; the product is rounded first. Chains of 32 rows are
@@ -100,14 +125,14 @@ struct MoeBackward {
     const Counts n = counts(expert);
     const Span mine = rows.rows_of(expert);
     if (index < n.gate_up) {
-      const Span out = weight_grad_rows(2 * r.inner, n.gate_up, index);
+      const Span out = weight_grad_rows(gate_up_rows(), n.gate_up, index);
       if (a.dgate_up_type == DType::bf16)
         return gate_up_grad(reinterpret_cast<uint16_t*>(a.dgate_up), expert, out);
       return gate_up_grad(reinterpret_cast<float*>(a.dgate_up), expert, out);
     }
     index -= n.gate_up;
     if (index < n.down) {
-      const Span out = weight_grad_rows(r.hidden, n.down, index);
+      const Span out = weight_grad_rows(down_rows(), n.down, index);
       if (a.ddown_type == DType::bf16)
         return down_grad(reinterpret_cast<uint16_t*>(a.ddown), expert, out);
       return down_grad(reinterpret_cast<float*>(a.ddown), expert, out);

@@ -12,6 +12,15 @@ namespace {
 FASTLLM_INLINE vf rounded_to(vf x, const float*) { return x; }
 FASTLLM_INLINE vf rounded_to(vf x, const uint16_t*) { return vround_bf16(x); }
 
+// n pairs (gate, up) of two vectors, each rounded once.
+template <class T>
+FASTLLM_INLINE void store_pairs(T* to, vf gate, vf up, int64_t n) {
+  T g[VL], u[VL];
+  store(g, gate);
+  store(u, up);
+  for (int64_t i = 0; i < n; ++i) to[2 * i] = g[i], to[2 * i + 1] = u[i];
+}
+
 // 16 lanes, whatever a vector holds, so that every level sums in the same order.
 FASTLLM_INLINE float sum_of_lanes(const float* lanes) {
   float total = 0.f;
@@ -59,7 +68,8 @@ struct RowsBackward {
   void through_activation(int64_t row, int64_t column, int64_t columns, const float* da, float w,
                           float* lanes) const {
     const T *gate = pre + row * 2 * a.inner + column, *up = gate + a.inner;
-    T *dgate = dpre + row * 2 * a.inner + column, *dup = dgate + a.inner;
+    T* to = dpre + row * 2 * a.inner;
+    T *dgate = to + column, *dup = dgate + a.inner, *pairs = to + 2 * column;
     T* wa = weighted ? weighted + row * a.inner + column : nullptr;
     int64_t c = 0;
     for (; c + VL <= columns; c += VL) {
@@ -68,8 +78,12 @@ struct RowsBackward {
       const vf value = rounded_to(s.value, gate);
       float* lane = lanes + c % kPanelRows;
       vstore(lane, vfma(d, value, vload(lane)));
-      store(dgate + c, s.by_gate * wd);
-      store(dup + c, s.by_up * wd);
+      if (a.paired) {
+        store_pairs(pairs + 2 * c, s.by_gate * wd, s.by_up * wd, VL);
+      } else {
+        store(dgate + c, s.by_gate * wd);
+        store(dup + c, s.by_up * wd);
+      }
       if (wa) store(wa + c, w * value);
     }
     if (const int64_t rest = columns - c; rest > 0) {
@@ -78,8 +92,12 @@ struct RowsBackward {
       const vf value = rounded_to(s.value, gate);
       float* lane = lanes + c % kPanelRows;
       vstore(lane, vfma(d, value, vload(lane)));
-      store_n(dgate + c, s.by_gate * wd, rest);
-      store_n(dup + c, s.by_up * wd, rest);
+      if (a.paired) {
+        store_pairs(pairs + 2 * c, s.by_gate * wd, s.by_up * wd, rest);
+      } else {
+        store_n(dgate + c, s.by_gate * wd, rest);
+        store_n(dup + c, s.by_up * wd, rest);
+      }
       if (wa) store_n(wa + c, w * value, rest);
     }
   }

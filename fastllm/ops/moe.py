@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .. import _C
 from .checks import values_readable
+from .expert_layout import laid_out, native_layout, split_pairs
 from .gated_activation import ACTIVATIONS, check_activation, gated_activation
 from .grouped_matmul import expert_ranges
 from .linear import contiguous_rows
@@ -47,6 +48,7 @@ def moe_ref(
     activation: str,
     keep: bool,
     out_dtype: torch.dtype | None = None,
+    interleaved: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Plain PyTorch definition of `moe`: (y `[T, H]`, pre `[T * k, 2 I]` sorted, or `[0, 2 I]`)."""
     k = topk_weights.shape[1]
@@ -56,6 +58,7 @@ def moe_ref(
     for e, at in expert_ranges(offsets, slots.shape[0]):
         slot = slots[at].long()
         h = _product(x[slot // k], gate_up[e], gate_up_bias, e).to(x.dtype)
+        h = split_pairs(h) if interleaved else h
         pre[at] = h.detach()
         rows[slot] = _product(activated(h, activation), down[e], down_bias, e)
         served[slot] = True
@@ -97,13 +100,28 @@ def _fake(
     activation: str,
     keep: bool,
     out_dtype: torch.dtype | None = None,
+    interleaved: bool = False,
 ) -> tuple[Tensor, Tensor]:
     y = x.new_empty((x.shape[0], down.shape[1]), dtype=out_dtype or x.dtype)
     return y, x.new_empty((slots.shape[0] if keep else 0, gate_up.shape[1]))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, gate_up, down, weights, offsets, slots, b1, b2, base, activation, keep, _ = inputs
+    (
+        x,
+        gate_up,
+        down,
+        weights,
+        offsets,
+        slots,
+        b1,
+        b2,
+        base,
+        activation,
+        keep,
+        _,
+        ctx.interleaved,
+    ) = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, gate_up, down, weights, offsets, slots, output[1], b1, b2)
@@ -114,7 +132,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _grads(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Any, ...]:
     if dy is None:
-        return (None,) * 12
+        return (None,) * 13
     needs = ctx.needs_input_grad
     dbase = dy.to(ctx.base_dtype) if ctx.base_dtype is not None and needs[8] else None
     wanted = [needs[i] for i in (0, 1, 2, 3, 6, 7)]
@@ -125,11 +143,11 @@ def _grads(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Any, ...]:
         x, gate_up, down, weights, offsets, slots, pre, b1, b2 = ctx.saved_tensors
         found = moe_backward(
             dy, x, gate_up, down, weights, offsets, slots, pre, b1, b2,
-            ctx.activation, wanted, *ctx.weight_gradients,
+            ctx.activation, wanted, *ctx.weight_gradients, ctx.interleaved,
         )  # fmt: skip
         grads = tuple(g if want else None for g, want in zip(found, wanted, strict=True))
     dx, dgate_up, ddown, dweights, db1, db2 = grads
-    return dx, dgate_up, ddown, dweights, None, None, db1, db2, dbase, None, None, None
+    return dx, dgate_up, ddown, dweights, None, None, db1, db2, dbase, *[None] * 4
 
 
 def _variant(*args: Any) -> str:
@@ -139,7 +157,7 @@ def _variant(*args: Any) -> str:
 _moe = Op(
     "moe(Tensor x, Tensor gate_up, Tensor down, Tensor topk_weights, Tensor offsets, Tensor slots,"
     " Tensor? gate_up_bias, Tensor? down_bias, Tensor? base, str activation, bool keep,"
-    " ScalarType? out_dtype=None) -> (Tensor, Tensor)",
+    " ScalarType? out_dtype=None, bool interleaved=False) -> (Tensor, Tensor)",
     moe_ref,
     fake=_fake,
     backward=_grads,
@@ -150,11 +168,15 @@ _moe = Op(
 
 def _native_layout(
     x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, offsets: Tensor, slots: Tensor,
-    gate_up_bias: Tensor | None, down_bias: Tensor | None, base: Tensor | None, *_: Any,
+    gate_up_bias: Tensor | None, down_bias: Tensor | None, base: Tensor | None,
+    activation: str, keep: bool, out_dtype: torch.dtype | None = None, interleaved: bool = False,
 ) -> bool:  # fmt: skip
     whole = (weights, offsets, slots, gate_up_bias, down_bias)
-    return all(t.stride(-1) == 1 for t in (x, gate_up, down, base) if t is not None) and all(
-        t.is_contiguous() for t in whole if t is not None
+    return (
+        all(t.stride(-1) == 1 for t in (x, base) if t is not None)
+        and native_layout(gate_up, interleaved)
+        and native_layout(down)
+        and all(t.is_contiguous() for t in whole if t is not None)
     )
 
 
@@ -162,15 +184,17 @@ def _native_layout(
 def _moe_cpu(
     x: Tensor, gate_up: Tensor, down: Tensor, topk_weights: Tensor, offsets: Tensor, slots: Tensor,
     gate_up_bias: Tensor | None, down_bias: Tensor | None, base: Tensor | None,
-    activation: str, keep: bool, out_dtype: torch.dtype | None = None,
+    activation: str, keep: bool, out_dtype: torch.dtype | None = None, interleaved: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if interleaved and gate_up_bias is not None:
+        gate_up_bias = split_pairs(gate_up_bias)
     y = torch.empty((x.shape[0], down.shape[1]), dtype=out_dtype or x.dtype)
     pre = torch.empty((slots.shape[0] if keep else 0, gate_up.shape[1]), dtype=x.dtype)
     size = _C.moe_scratch(x.shape[0], x.shape[1], slots.shape[0], down.shape[2])
     scratch = large_empty((size,), torch.uint8, "cpu")
     _C.moe(
         y, pre, x, gate_up, down, topk_weights, offsets, slots, gate_up_bias, down_bias, base,
-        ACTIVATIONS.index(activation), scratch,
+        ACTIVATIONS.index(activation), interleaved, scratch,
     )  # fmt: skip
     return y, pre
 
@@ -179,7 +203,7 @@ def _moe_cpu(
 def _moe_triton(*args: Any) -> tuple[Tensor, Tensor]:
     from ..kernels import moe as kernel
 
-    return kernel.moe(*args)
+    return kernel.moe(*args[:12])
 
 
 def moe(
@@ -196,6 +220,7 @@ def moe(
     first_expert: int | None = None,
     dispatch: tuple[Tensor, Tensor] | None = None,
     out_dtype: torch.dtype | None = None,
+    interleaved: bool = False,
 ) -> Tensor:
     """The weighted sum of each token's experts; no capacity, no token dropped; differentiable.
 
@@ -204,7 +229,9 @@ def moe(
 
     Args:
         x: `[T, H]`, float32 or bfloat16.
-        gate_up: `[E, 2 I, H]`, the dtype of `x`: I rows of the gate, then I of the value.
+        gate_up: `[E, 2 I, H]`, the dtype of `x`: I rows of the gate, then I of the value. A
+            transposed view of `[E, H, 2 I]` is read where it lies on the CPU (and copied on GPUs),
+            with the same bits; its gradient lies as it does. The same holds for `down`.
         down: `[E, H, I]`, the dtype of `x`.
         topk_ids: int32 `[T, k]`, the experts of each token; -1: none.
         topk_weights: float32 `[T, k]`.
@@ -217,6 +244,8 @@ def moe(
             contributions of these experts alone; None: all experts are here.
         dispatch: what `moe_dispatch` gave for `topk_ids`, where it is known already.
         out_dtype: float32 or bfloat16; default that of `x`.
+        interleaved: rows of `gate_up`, and values of its bias, alternate: gate, value, gate, value.
+            On the CPU it is read where it lies if it is a transposed view, else copied.
 
     Returns:
         Contiguous `[T, H]`.
@@ -230,7 +259,11 @@ def moe(
         activation, first_expert, dispatch, out_dtype,
     )  # fmt: skip
     offsets, slots = dispatch or moe_dispatch(topk_ids, gate_up.shape[0], first_expert or 0)
-    x, gate_up, down = (contiguous_rows(t) for t in (x, gate_up, down))
+    gate_up, down = laid_out(gate_up, interleaved), laid_out(down)
+    if interleaved and x.device.type != "cpu":
+        gate_up_bias = None if gate_up_bias is None else split_pairs(gate_up_bias)
+        interleaved = False
+    x = contiguous_rows(x)
     base = None if base is None else contiguous_rows(base)
     gate_up_bias, down_bias = (
         None if t is None else t.contiguous() for t in (gate_up_bias, down_bias)
@@ -238,7 +271,7 @@ def moe(
     learned = (x, gate_up, down, topk_weights, gate_up_bias, down_bias)
     y, _ = _moe(
         x, gate_up, down, topk_weights.contiguous(), offsets, slots, gate_up_bias, down_bias, base,
-        activation, records_gradient(learned), out_dtype,
+        activation, records_gradient(learned), out_dtype, interleaved,
     )  # fmt: skip
     return y
 

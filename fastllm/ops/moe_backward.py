@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from .expert_layout import empty_gradient, join_pairs, native_layout, room
 from .gated_activation import ACTIVATIONS, gated_activation, gated_gradients
 from .grouped_matmul import expert_ranges
 from .linear import contiguous_rows
@@ -92,6 +93,7 @@ def moe_backward_ref(
     wanted: list[bool],
     gate_up_dtype: torch.dtype,
     down_dtype: torch.dtype,
+    interleaved: bool = False,
 ) -> Gradients:
     """Plain PyTorch definition of `moe_backward`."""
     dtype, (t, k) = x.dtype, topk_weights.shape
@@ -101,13 +103,14 @@ def moe_backward_ref(
     dgate_up_bias, ddown_bias = torch.zeros_like(dgate_up[..., 0]), torch.zeros_like(ddown[..., 0])
     for e, rows in expert_ranges(offsets, slots.shape[0]):
         r = expert_rows(g, down[e].float(), topk_weights, slots, pre, rows, activation)
+        dpre = join_pairs(r.dpre) if interleaved else r.dpre
         dw[r.slots] = (r.da * r.a).sum(-1)
         if down_bias is not None:
             dw[r.slots] += r.g @ down_bias[e].float()
-        dx_slots[r.slots] = r.dpre @ gate_up[e].float()
+        dx_slots[r.slots] = dpre @ gate_up[e].float()
         ddown[e] = r.g.T @ (r.w * r.a).to(dtype).float()
-        dgate_up[e] = r.dpre.T @ x[r.tokens].float()
-        dgate_up_bias[e] = r.dpre.sum(0)
+        dgate_up[e] = dpre.T @ x[r.tokens].float()
+        dgate_up_bias[e] = dpre.sum(0)
         ddown_bias[e] = (r.w * r.g).sum(0)
     dx = slot_sums(dx_slots.view(t, k, x.shape[1]), dtype)
     everything = (
@@ -137,31 +140,37 @@ def _fake(
     wanted: list[bool],
     gate_up_dtype: torch.dtype,
     down_dtype: torch.dtype,
+    interleaved: bool = False,
 ) -> Gradients:
-    shapes = _shapes(x, gate_up, down, topk_weights, gate_up_dtype, down_dtype)
-    kept = [
-        x.new_empty(shape if want else (0,), dtype=dtype)
-        for (shape, dtype), want in zip(shapes, wanted, strict=True)
-    ]
-    return kept[0], kept[1], kept[2], kept[3], kept[4], kept[5]
+    return _empty(x, gate_up, down, topk_weights, wanted, gate_up_dtype, down_dtype, interleaved)
 
 
-def _shapes(
+def _empty(
     x: Tensor,
     gate_up: Tensor,
     down: Tensor,
     topk_weights: Tensor,
+    wanted: list[bool],
     gate_up_dtype: torch.dtype,
     down_dtype: torch.dtype,
-) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    return [
-        (x.shape, x.dtype),
-        (gate_up.shape, gate_up_dtype),
-        (down.shape, down_dtype),
-        (topk_weights.shape, torch.float32),
-        (gate_up.shape[:2], torch.float32),
-        (down.shape[:2], torch.float32),
-    ]
+    interleaved: bool,
+) -> Gradients:
+    """Memory for the gradients that are wanted, those of weights in the weights' own layout."""
+
+    def some(shape: torch.Size, dtype: torch.dtype, want: bool) -> Tensor:
+        return room(tuple(shape) if want else (0,), dtype, x)
+
+    def weight(of: Tensor, dtype: torch.dtype, want: bool, pairs: bool = False) -> Tensor:
+        return empty_gradient(of, dtype, pairs) if want else room((0,), dtype, x)
+
+    return (
+        some(x.shape, x.dtype, wanted[0]),
+        weight(gate_up, gate_up_dtype, wanted[1], interleaved),
+        weight(down, down_dtype, wanted[2]),
+        some(topk_weights.shape, torch.float32, wanted[3]),
+        some(gate_up.shape[:2], torch.float32, wanted[4]),
+        some(down.shape[:2], torch.float32, wanted[5]),
+    )
 
 
 def _variant(*args: Any) -> str:
@@ -171,7 +180,8 @@ def _variant(*args: Any) -> str:
 _moe_backward = Op(
     "moe_backward(Tensor dy, Tensor x, Tensor gate_up, Tensor down, Tensor topk_weights, "
     "Tensor offsets, Tensor slots, Tensor pre, Tensor? gate_up_bias, Tensor? down_bias, "
-    "str activation, bool[] wanted, ScalarType gate_up_dtype, ScalarType down_dtype) "
+    "str activation, bool[] wanted, ScalarType gate_up_dtype, ScalarType down_dtype, "
+    "bool interleaved=False) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     moe_backward_ref,
     fake=_fake,
@@ -179,8 +189,9 @@ _moe_backward = Op(
 )
 
 
-def _native_layout(dy: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, *_: Any) -> bool:
-    return gate_up.stride(-1) == 1 and down.stride(-1) == 1
+def _native_layout(dy: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, *rest: Any) -> bool:
+    interleaved = len(rest) > 10 and rest[10]
+    return native_layout(gate_up, interleaved) and native_layout(down)
 
 
 @_moe_backward.impl("native", "cpu", variants=ACTIVATIONS, when=_native_layout)
@@ -199,13 +210,9 @@ def _moe_backward_cpu(
     wanted: list[bool],
     gate_up_dtype: torch.dtype,
     down_dtype: torch.dtype,
+    interleaved: bool = False,
 ) -> Gradients:
-    # Huge pages: the first touch of 100 MB of fp32 gradients took each of two threads 15 ms, not 1.
-    shapes = _shapes(x, gate_up, down, topk_weights, gate_up_dtype, down_dtype)
-    found = [
-        large_empty(shape if want else (0,), dtype, "cpu")
-        for (shape, dtype), want in zip(shapes, wanted, strict=True)
-    ]
+    found = _empty(x, gate_up, down, topk_weights, wanted, gate_up_dtype, down_dtype, interleaved)
     rows = min(max(int(offsets[-1]), 0), slots.shape[0])
     hidden, inner = down.shape[1:]
     _C.moe_backward(
@@ -224,15 +231,16 @@ def _moe_backward_cpu(
         large_empty((rows, hidden), torch.float32, "cpu") if wanted[0] else None,  # dx of slots
         slots.new_empty(slots.shape) if wanted[0] else None,  # rows of slots
         ACTIVATIONS.index(activation),
+        interleaved,
     )
-    return found[0], found[1], found[2], found[3], found[4], found[5]
+    return found
 
 
 @_moe_backward.impl("triton", "cuda", variants=ACTIVATIONS)
 def _moe_backward_cuda(*args: Any) -> Gradients:
     from ..kernels import moe_backward as kernel
 
-    return kernel.moe_backward(*args)
+    return kernel.moe_backward(*args[:14])
 
 
 def moe_backward(
@@ -250,6 +258,7 @@ def moe_backward(
     wanted: list[bool],
     gate_up_dtype: torch.dtype,
     down_dtype: torch.dtype,
+    interleaved: bool = False,
 ) -> Gradients:
     """Gradients of `moe`, whose arguments the caller has checked.
 
@@ -267,6 +276,7 @@ def moe_backward(
         activation: one of `gated_activation.ACTIVATIONS`.
         wanted: which of the six results are made; the others are empty tensors `[0]`.
         gate_up_dtype, down_dtype: of the gradients of gate_up and down.
+        interleaved: rows of gate_up alternate (see `moe`); `pre` holds gates, then values anyway.
 
     Returns:
         Gradients of x (its dtype), gate_up, down, topk_weights (float32), gate_up_bias and
@@ -274,5 +284,5 @@ def moe_backward(
     """
     return _moe_backward(
         dy, x, gate_up, down, topk_weights, offsets, slots, pre, gate_up_bias, down_bias,
-        activation, wanted, gate_up_dtype, down_dtype,
+        activation, wanted, gate_up_dtype, down_dtype, interleaved,
     )  # fmt: skip
