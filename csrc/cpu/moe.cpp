@@ -26,8 +26,7 @@ void run(const MoeArgs& a, const Team& team) {
         l, gate_up, [&](int64_t token) { return a.x + token * stride; }, team,
         [&] { clear_row_of(l, team); });
   });
-  with_experts<D>(a.down, a.hidden, a.inner, 1,
-                  [&](auto& down) { second_product(l, down, team); });
+  with_experts<D>(a.down, a.hidden, a.inner, 1, [&](auto& down) { second_product(l, down, team); });
   fill_row_of(l, team);
   team_sync(team);
   combine_experts(l, team);

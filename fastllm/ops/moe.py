@@ -143,7 +143,7 @@ def _grads(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Any, ...]:
         x, gate_up, down, weights, offsets, slots, pre, b1, b2 = ctx.saved_tensors
         found = moe_backward(
             dy, x, gate_up, down, weights, offsets, slots, pre, b1, b2,
-            ctx.activation, wanted, *ctx.weight_gradients, ctx.interleaved,
+            ctx.activation, wanted, *ctx.weight_gradients, interleaved=ctx.interleaved,
         )  # fmt: skip
         grads = tuple(g if want else None for g, want in zip(found, wanted, strict=True))
     dx, dgate_up, ddown, dweights, db1, db2 = grads

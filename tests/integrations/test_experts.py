@@ -15,7 +15,7 @@ from transformers.integrations.moe import grouped_mm_experts_forward
 from fastllm.integrations.transformers import experts, registry
 from fastllm.integrations.transformers.experts import experts_forward, is_experts, refusal
 
-SERVED = ("mixtral", "qwen3_moe", "olmoe", "deepseek_v3")
+SERVED = ("mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss")
 HIDDEN = 64
 
 

@@ -79,10 +79,11 @@ def _served(hidden_states: Tensor) -> bool:
 
 def _run(layer: Any, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     gate_up, down = layer.gate_up_proj, layer.down_proj
+    transposed = layer.is_transposed  # [E, H, 2 I] and [E, I, H]: read where they lie
     return moe(
         x.to(gate_up.dtype),
-        gate_up,
-        down,
+        gate_up.mT if transposed else gate_up,
+        down.mT if transposed else down,
         top_k_index.int(),
         top_k_weights.float(),
         gate_up_bias=layer.gate_up_proj_bias if layer.has_bias else None,
@@ -90,6 +91,7 @@ def _run(layer: Any, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> T
         activation=gating(layer) or "",
         first_expert=0 if layer._is_expert_parallel else None,
         out_dtype=x.dtype,
+        interleaved=not layer.is_concatenated,
     )
 
 
@@ -104,8 +106,6 @@ def refusal(layer: Any) -> str | None:
         return "its experts have no gate: fastllm's have gate and up"
     if layer.has_post_expert_norm:
         return "it normalizes the output of each expert before the weighted sum"
-    if layer.is_transposed:
-        return "its weights are transposed"
     if gating(layer) is None:
         return f"its gate ({_gate_name(layer)}) is none of fastllm's gated activations"
     for name in _weights(layer):
