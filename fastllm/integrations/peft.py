@@ -39,13 +39,15 @@ class QuantLoraLinear(peft_layers.Linear):  # type: ignore[misc]
         if low_rank is None:
             made: Tensor = super().forward(x, *args, **kwargs)
             return made
-        return _sum(self.get_base_layer(), x, low_rank)
+        base: Any = self.get_base_layer()
+        return _sum(base, x, low_rank)
 
     def _term(self, x: Tensor) -> LowRank | None:
         """The one plain adapter that is active, its factors in the dtype of the product."""
         if self.disable_adapters or self.merged or len(self.active_adapters) != 1:
             return None
-        name, base = self.active_adapters[0], self.get_base_layer()
+        name = self.active_adapters[0]
+        base: Any = self.get_base_layer()
         if name not in self.lora_A or name in self.lora_variant or self.lora_bias[name]:
             return None
         dropout = self.lora_dropout[name]
@@ -56,8 +58,9 @@ class QuantLoraLinear(peft_layers.Linear):  # type: ignore[misc]
         if x.dtype not in (torch.float32, torch.bfloat16):
             return None
         dtype = x.dtype if base.activation == "int8" else base.compute_dtype
-        return _CastTerm(self.lora_A[name].weight, self.lora_B[name].weight,
-                         self.scaling[name], dtype)  # fmt: skip
+        a: Any = self.lora_A[name]
+        b: Any = self.lora_B[name]
+        return _CastTerm(a.weight, b.weight, self.scaling[name], dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Raises RuntimeError naming the remedy: packed weights are not written."""
@@ -106,13 +109,14 @@ def register() -> None:
     if not hasattr(peft_model.dispatch_default, "fastllm_original"):
         peft_model.dispatch_default = _dispatching(peft_model.dispatch_default)
     if not hasattr(tuners_utils.BaseTuner.inject_adapter, "fastllm_original"):
-        tuners_utils.BaseTuner.inject_adapter = _injecting(tuners_utils.BaseTuner.inject_adapter)
+        inject = _injecting(tuners_utils.BaseTuner.inject_adapter)
+        setattr(tuners_utils.BaseTuner, "inject_adapter", inject)  # noqa: B010  # mypy forbids =
 
 
 def _dispatching(original: Any) -> Any:
     @functools.wraps(original)
     def dispatch_default(
-        target: nn.Module, adapter_name: str, config: Any, parameter_name: str | None = None,
+        target: Any, adapter_name: str, config: Any, parameter_name: str | None = None,
         **kwargs: Any,
     ) -> nn.Module | None:  # fmt: skip
         wrapped = isinstance(target, tuners_utils.BaseTunerLayer)

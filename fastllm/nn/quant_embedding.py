@@ -12,7 +12,7 @@ from fastllm.quantize.packed import PackedWeight
 _OUTPUTS = (torch.float32, torch.bfloat16)
 
 
-class QuantEmbedding(PackedMatrix, nn.Embedding):
+class QuantEmbedding(PackedMatrix, nn.Embedding):  # type: ignore[override]
     """Rows of a quantized table, each dequantized in fp32 and rounded once; the table is frozen.
 
     `weight`, `state_dict` and moves are `PackedMatrix`'s. A `QuantLinear` may hold the very same

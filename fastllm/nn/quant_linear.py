@@ -23,7 +23,7 @@ from fastllm.quantize.packed import PackedWeight, quantize_weight
 _COMPUTE = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-class QuantLinear(PackedMatrix, nn.Linear):
+class QuantLinear(PackedMatrix, nn.Linear):  # type: ignore[override]
     """y = x W^T + b with a quantized W; differentiable in x and b, W is frozen.
 
     `weight`, `state_dict` and moves are `PackedMatrix`'s.
@@ -114,7 +114,7 @@ class QuantLinear(PackedMatrix, nn.Linear):
 
     def _quick_product(self) -> BoundProduct | None:
         """The product of the weight where it lies now, without checks; None: there is none such."""
-        parameters = self._parameters
+        parameters: dict[str, Any] = self._parameters
         codes, scales = parameters["weight_codes"], parameters["weight_scales"]
         bias = parameters["bias"]
         known: _Bound | None = self.__dict__.get("_bound")

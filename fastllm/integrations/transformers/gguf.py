@@ -121,7 +121,7 @@ def _filled(
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     if device.type != "cpu":
         options["device_map"] = {"": str(device)}
-    kind = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    kind: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     model: PreTrainedModel = kind.from_pretrained(
         None, config=config, state_dict=state, dtype=dtype, **options
     )

@@ -44,8 +44,13 @@ class QuantExperts(nn.Module):
     activation: as of `QuantLinear`. gating: the activation of `fastllm.ops.quant_moe`.
     """
 
+    gate_up_proj_codes: nn.Parameter
+    gate_up_proj_bias: nn.Parameter | None
+    down_proj_bias: nn.Parameter | None
+    _is_expert_parallel: bool
+
     def __init__(
-        self, experts: nn.Module, gate_up: PackedExperts, down: PackedExperts, activation: str,
+        self, experts: Any, gate_up: PackedExperts, down: PackedExperts, activation: str,
         gating: str, dtype: torch.dtype,
     ) -> None:  # fmt: skip
         super().__init__()

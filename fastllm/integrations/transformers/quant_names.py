@@ -7,7 +7,7 @@ way. Formats in config.json have the files' names, which fastllm's reader needs,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -59,8 +59,9 @@ def of_files(model: PreTrainedModel, formats: Mapping[str, str]) -> dict[str, st
 
 def keep_conversions(model: PreTrainedModel, quantizer: Any) -> None:
     """Let `save_pretrained` undo to codes and scales what reading did to weights."""
-    used = model._weight_conversions or []
-    model._weight_conversions = quantizer.update_weight_conversions(
+    holder: Any = model  # a list, which is no attribute of modules to mypy
+    used = holder._weight_conversions or []
+    holder._weight_conversions = quantizer.update_weight_conversions(
         [c for c in used if not _names_suffix(c)], model
     )
 
@@ -89,17 +90,17 @@ def _file_names(model: PreTrainedModel, names: list[str]) -> dict[str, list[str]
     transformers tells where weights go in terms of tensors alone, so it is asked with small ones
     that carry a number.
     """
-    stacks = _stacks(model)
+    stacks, holder = _stacks(model), cast(Any, model)
     kept = model.__dict__.get("_weight_conversions")
     with torch.device("cpu"):  # models are made on meta
         probes = dict(_probe(model, name, n, name in stacks) for n, name in enumerate(names))
         try:
-            model._weight_conversions = [
+            holder._weight_conversions = [
                 c for c in get_model_conversion_mapping(model, add_legacy=False) if not _prefixes(c)
             ]
             files = revert_weight_conversion(model, probes)
         finally:
-            model._weight_conversions = kept
+            holder._weight_conversions = kept
     found: dict[str, list[str]] = {}
     for file, probe in files.items():
         name = names[int(probe.flatten()[0])]

@@ -82,6 +82,8 @@ def _rule(model: PreTrainedModel, config: QuantConfig, shapes: dict[str, Any]) -
         format = _overridden(config, name)
         if format is not None and format not in _PLAIN:
             raised[name] = format
+    if config.embeddings is not None:
+        raised[embedding_name(model)] = format_of(config.embeddings).name
     return QuantRule(base, skip=skip, mix=label, raised=raised)
 
 
@@ -119,7 +121,7 @@ def _leave(
     """Note what stays plain whatever its format would be."""
     tied = {key.removesuffix(".weight") for key in _tied(model)}
     unconverted = HfQuantizer.get_modules_to_not_convert(
-        model, config.modules_to_not_convert, model._keep_in_fp32_modules
+        model, config.modules_to_not_convert, list(model._keep_in_fp32_modules or ())
     )
     for name in shapes:
         reason = None
@@ -155,3 +157,9 @@ def _keep_halves(quantizer: Quantizer, formats: dict[str, str], stacked: Sequenc
         if name in formats and others:
             del formats[name]
             quantizer.report.keep(name, f"one product reads it and {others[0]}, which stays plain")
+
+
+def embedding_name(model: PreTrainedModel) -> str:
+    """The name of the embedding table."""
+    table = model.get_input_embeddings()
+    return next(name for name, module in model.named_modules() if module is table)

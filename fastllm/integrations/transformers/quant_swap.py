@@ -19,6 +19,7 @@ from fastllm.quantize.quantizer import Quantizer
 
 from . import experts
 from .quant_linear import EXPERT_PARTS, QuantExperts, meta_experts, meta_weight
+from .quant_plan import embedding_name
 
 _OWN = {torch.float32: "fp32"}  # what inputs are multiplied in; of other dtypes bf16
 
@@ -78,11 +79,11 @@ class Swap:
         missing = [part for part in EXPERT_PARTS if part not in formats]
         if missing:
             raise ValueError(f"{owner}.{missing[0]} is not quantized in config.json: both are")
-        packs = []
+        packs: list[PackedExperts] = []
         for part in EXPERT_PARTS:
             count, n, k = getattr(module, part).shape
             packs.append(meta_experts(format_of(formats[part]).name, count, n, k, rows))
-        self._put_experts(owner, *packs, module.down_proj.dtype)
+        self._put_experts(owner, packs[0], packs[1], module.down_proj.dtype)
 
     # models that are rounded as they are read
 
@@ -119,8 +120,7 @@ class Swap:
 
         Raises ValueError if no quantized format takes its rows.
         """
-        table = self.model.get_input_embeddings()
-        name = next(n for n, module in self.model.named_modules() if module is table)
+        table, name = self.model.get_input_embeddings(), embedding_name(self.model)
         if type(table) is not nn.Embedding:
             raise ValueError(f"embeddings: {name} is a {type(table).__name__}, no plain table")
         weight = table.weight.detach()

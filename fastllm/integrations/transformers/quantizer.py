@@ -7,7 +7,7 @@ another in fastllm's own layout (`fastllm.quantize.fastllm_files`), never a layo
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,8 @@ from transformers.quantizers.base import HfQuantizer
 from fastllm.nn.packed_matrix import PackedMatrix
 from fastllm.nn.quant_linear import QuantLinear
 from fastllm.ops import packed_layout as layout
-from fastllm.ops.quant_format import QUANT_FORMATS, format_of
+from fastllm.ops.quant_format import format_of
+from fastllm.quantize.mixes import MIXES
 from fastllm.quantize.quantizer import Quantizer
 from fastllm.quantize.rule import QuantReport
 
@@ -39,7 +40,9 @@ class FastllmQuantizer(HfQuantizer):
 
     quantization_config: QuantConfig
     requires_calibration = False
-    serialized_names: ClassVar[dict[str, list[str]]] = {"weight": ["weight_codes", "weight_scales"]}
+    serialized_names = {  # noqa: RUF012  # no ClassVar in the base class
+        "weight": ["weight_codes", "weight_scales"]
+    }
 
     def __init__(self, quantization_config: QuantConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -71,9 +74,9 @@ class FastllmQuantizer(HfQuantizer):
     @property
     def quantized_element_size(self) -> float | None:
         """Bytes a weight, about, for `device_map="auto"`."""
-        name = self.quantization_config.format
-        kind = QUANT_FORMATS.get(format_of(name).name) if name in QUANT_FORMATS else None
-        return 1.0 if kind is None else kind.bits / 8
+        name = (self.quantization_config.format or "q8_0").lower()
+        mix = MIXES.get(name)
+        return format_of(name if mix is None else mix.base).bits / 8
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Raises ValueError for placements that packed weights do not have."""
@@ -182,7 +185,7 @@ class _Rounding(ConversionOps):
     def __init__(self, quantizer: FastllmQuantizer) -> None:
         self.quantizer = quantizer
 
-    def convert(
+    def convert(  # type: ignore[override]
         self, input_dict: dict[str, Any], model: Any = None, missing_keys: Any = None,
         **kwargs: Any,
     ) -> dict[str, Tensor]:  # fmt: skip
