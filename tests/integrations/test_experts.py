@@ -102,9 +102,9 @@ def test_a_gradient_of_frozen_weights_is_not_made(monkeypatch: pytest.MonkeyPatc
     module: Any = sys.modules["fastllm.ops.moe"]  # the package has its function by that name
     real = module.moe_backward
 
-    def spy(*args: Any) -> Any:
+    def spy(*args: Any, **options: Any) -> Any:
         asked.append(args[11])
-        return real(*args)
+        return real(*args, **options)
 
     monkeypatch.setattr(module, "moe_backward", spy)
     x, ids, weights = batch(layer, torch.float32)
