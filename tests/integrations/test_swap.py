@@ -144,6 +144,15 @@ def test_rebind_changes_a_global_for_one_function_only() -> None:
     x = torch.ones(3)
     assert module(x).tolist() == [10, 10, 10] and other(x).tolist() == [2, 2, 2]
     assert forward.__qualname__ == Scale.forward.__qualname__
+    assert forward.__module__ == Scale.forward.__module__
+
+
+def test_a_compiled_module_sees_the_globals_of_its_rebound_forward() -> None:
+    module = Scale()
+    swap(module, "norm", rebind(Scale.forward, {"FACTOR": 10.0}))
+    outer = nn.Sequential(module)
+    compiled = torch.compile(outer, fullgraph=True, backend="eager")
+    assert compiled(torch.ones(3)).tolist() == [10, 10, 10]
 
 
 @pytest.mark.parametrize(

@@ -105,9 +105,13 @@ def rebind(forward: Callable[..., Any], names: Mapping[str, Any]) -> Callable[..
     )
     if missing:
         raise ValueError(f"names: {forward.__qualname__} reads no global {', '.join(missing)}")
+    scope = {**forward.__globals__, **names}
+    # torch.compile looks the globals of an inlined function up in the module that `__name__` names,
+    # and would find the old values; without it, it takes the function's own.
+    scope.pop("__name__", None)
     bound = types.FunctionType(
         forward.__code__,
-        {**forward.__globals__, **names},
+        scope,
         forward.__name__,
         forward.__defaults__,
         forward.__closure__,
