@@ -91,7 +91,7 @@ def _native_shape(x: Tensor, weight: Tensor, *_: Any) -> bool:
 def _rms_norm_cpu(
     x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype | None = None
 ) -> Tensor:
-    y = torch.empty(x.shape, dtype=out_dtype or x.dtype)
+    y = torch.empty_like(x, dtype=out_dtype, memory_format=torch.contiguous_format)
     _C.rms_norm(y, x, weight, None, None, eps)
     return y
 

@@ -62,7 +62,7 @@ def tables_contiguous(cos: Tensor, sin: Tensor) -> bool:
 
 @_rope.impl("native", "cpu", dtypes=FLOATS, when=_native_rope)
 def _rope_cpu(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     _C.rope(y, x, positions, cos, sin)
     return y
 

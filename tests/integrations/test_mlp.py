@@ -18,6 +18,12 @@ F32, BF16 = torch.float32, torch.bfloat16
 WITH_MLP = [f for f in FAMILIES if f not in ("mixtral", "qwen3_moe", "olmoe", "gpt_oss")]
 
 
+@pytest.fixture(autouse=True)
+def everything_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small inputs too, which otherwise take the module's own operations."""
+    monkeypatch.setattr(mlp, "_FROM", dict.fromkeys(mlp._FROM, (0, 0)))
+
+
 def feed_forwards(family: str) -> dict[str, nn.Module]:
     """The feed-forwards of a model, those that are shared experts too."""
     modules = tiny(family).named_modules()
@@ -116,6 +122,25 @@ def test_the_projections_are_called_as_modules_and_once() -> None:
         calls.clear()
         ours.to(dtype)(torch.randn(3, 16, dtype=dtype))
         assert calls[0:2] == ["gate_proj", "up_proj"] and calls.count("down_proj") == 1
+
+
+def test_few_rows_take_the_modules_own_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    kernel = mlp.swiglu
+    monkeypatch.setattr(mlp, "swiglu", lambda *args: (calls.append(1), kernel(*args))[1])
+    monkeypatch.setattr(mlp, "_FROM", {"silu": (5 * 24, 7 * 24)})
+    module = _Gated()
+    ours = replaced(module)
+    for rows in (4, 5, 6, 7):
+        calls.clear()
+        x = torch.randn(rows, 16)
+        with torch.no_grad():
+            assert rows >= 5 or torch.equal(ours(x), module(x))
+            ours(x)
+        assert bool(calls) == (rows >= 5)
+        calls.clear()
+        ours(x)
+        assert bool(calls) == (rows >= 7)
 
 
 def test_mixed_dtypes_and_many_dimensions_are_the_modules_own() -> None:

@@ -133,8 +133,9 @@ def test_tables_are_made_once_per_forward_and_again_after_a_change() -> None:
     ours = rope.rotate_with(rotation, theirs)
     q, k, cos, sin = tensors(F32, repeated=True)
     ours(q, k, cos, sin)
-    first = rope._rows(cos, sin, True, 3)
-    assert rope._rows(cos, sin, True, 3)[1] is first[1]
+    first = rope._rows(cos, sin, True, 3, 5)
+    again = rope._rows(cos, sin, True, 3, 5)
+    assert first is not None and again is not None and again[1] is first[1]
     cos.mul_(2.0)
     torch.testing.assert_close(ours(q, k, cos, sin), theirs(q, k, cos, sin))
     other = sin.neg()

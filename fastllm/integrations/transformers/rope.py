@@ -140,7 +140,7 @@ def _tables_of(module: nn.Module, layer_type: str | None) -> Any:
 
 def halves_of_pairs(x: Tensor) -> Tensor:
     """`x` `[..., 2 n]` with its even columns first, then its odd ones, contiguous."""
-    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+    return x.view(*x.shape[:-1], -1, 2).mT.flatten(-2)
 
 
 @functools.cache
@@ -162,48 +162,59 @@ def rotate_with(rotation: Rotation, theirs: Callable[..., Any]) -> Callable[...,
     known = dict(rotation.results)
 
     def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **named: Any) -> Any:
-        out = known.get((q.dtype, cos.dtype))
-        if out is None or rest or named or k.dtype != q.dtype or not _fits(q, k, cos, sin):
+        out = None if rest or named else known.get((q.dtype, cos.dtype))
+        if out is None or not _fits(q, k):
             return theirs(q, k, cos, sin, *rest, **named)
-        rows = _rows(cos, sin, rotation.repeated, q.shape[0])
-        return tuple(_rotated(x.to(out), rotation.interleaved, *rows) for x in (q, k))
+        batch, _, tokens, _ = q.shape
+        rows = _rows(cos, sin, rotation.repeated, batch, tokens)
+        if rows is None:
+            return theirs(q, k, cos, sin)
+        if out is not q.dtype:
+            q, k = q.to(out), k.to(out)
+        return _rotated(q, rotation.interleaved, *rows), _rotated(k, rotation.interleaved, *rows)
 
     return rotate
 
 
-def _fits(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    plain = type(q) is Tensor and type(k) is Tensor and type(cos) is Tensor and type(sin) is Tensor
+def _fits(q: Tensor, k: Tensor) -> bool:
+    """Whether q and k are plain tensors `[B, H, S, D]` that share B, S and a dtype."""
     return (
-        plain
+        type(q) is Tensor
+        and type(k) is Tensor
         and q.ndim == k.ndim == 4
-        and cos.ndim == 3
-        and cos.shape == sin.shape
-        and cos.dtype == sin.dtype
-        and cos.shape[1] == q.shape[2] == k.shape[2]
-        and cos.shape[0] in (1, q.shape[0])
+        and k.dtype == q.dtype
         and k.shape[0] == q.shape[0]
-        and not cos.requires_grad
+        and k.shape[2] == q.shape[2]
     )
 
 
-def _rows(cos: Tensor, sin: Tensor, repeated: bool, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The row of each token and the float32 tables of the angles, as `ops.rope` takes them."""
+def _rows(
+    cos: Tensor, sin: Tensor, repeated: bool, batch: int, tokens: int
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The row of each token and the float32 tables of the angles, as `ops.rope` takes them.
+
+    None where cos and sin are not tables of that many sequences and tokens, or want a gradient.
+    """
     if is_compiling() or cos.is_inference():  # an inference tensor does not count its changes
-        return _new_rows(cos, sin, repeated, batch)
-    key = (cos._version, sin._version, id(sin), batch)
+        return _new_rows(cos, sin, repeated, batch, tokens)
+    key = (cos._version, sin._version, id(sin), batch, tokens)
     kept = getattr(cos, _KEPT, None)
     if kept is None or kept[0] != key:
         # `sin` is kept too: its id stays its own.
-        kept = (key, sin, _new_rows(cos, sin, repeated, batch))
+        kept = (key, sin, _new_rows(cos, sin, repeated, batch, tokens))
         setattr(cos, _KEPT, kept)
-    rows: tuple[Tensor, Tensor, Tensor] = kept[2]
+    rows: tuple[Tensor, Tensor, Tensor] | None = kept[2]
     return rows
 
 
 def _new_rows(
-    cos: Tensor, sin: Tensor, repeated: bool, batch: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    sequences, tokens, columns = cos.shape
+    cos: Tensor, sin: Tensor, repeated: bool, batch: int, tokens: int
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    plain = type(cos) is Tensor and type(sin) is Tensor and sin.dtype == cos.dtype
+    fits = cos.ndim == 3 and sin.shape == cos.shape and cos.shape[1] == tokens
+    if not (plain and fits and cos.shape[0] in (1, batch)) or cos.requires_grad:
+        return None
+    sequences, _, columns = cos.shape
     half = columns // 2 if repeated else columns
     tables = [t[..., :half].reshape(-1, half).float().contiguous() for t in (cos, sin)]
     rows = torch.arange(sequences * tokens, dtype=torch.int32, device=cos.device)
