@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, tiny
+from tiny_models import FAMILIES, inputs, tiny
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from fastllm.integrations.transformers import mlp
+from fastllm.integrations.transformers.patching import patch
 from fastllm.integrations.transformers.swap import swapped, unswap
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -174,6 +175,24 @@ def test_lora_inside_a_feed_forward_is_trained() -> None:
     assert module.gate_proj.lora_A.default.weight.grad.abs().sum() > 0
     unswap(module)
     assert torch.equal(module(x), expected)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at it
+@pytest.mark.parametrize("family", ["llama", pytest.param("deepseek_v3", marks=pytest.mark.full)])
+def test_norm_rotation_and_feed_forward_compile_into_one_graph(family: str) -> None:
+    model, batch = tiny(family), inputs(padding="right")
+    expected = model(**batch)
+    gradients = torch.autograd.grad(expected.loss, list(model.model.layers.parameters()))
+    patch(model, ops=("norm", "rope", "mlp"))
+    for part in ("self_attn", "mlp", "input_layernorm"):
+        layer = model.model.layers[0].get_submodule(part)
+        assert swapped(layer)
+        layer.compile(backend="aot_eager", fullgraph=True)
+    found = model(**batch)
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-4)
+    again = torch.autograd.grad(found.loss, list(model.model.layers.parameters()))
+    for mine, theirs in zip(again, gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
 
 
 def test_layers_of_another_kind_are_not_feed_forwards() -> None:
