@@ -43,11 +43,9 @@ LEFT_OUT = (
 )  # fmt: skip
 COMPILED = ("compil",)  # minutes each
 # part of a test's id -> why a failure with fastllm that is none without it is right
-_WEIGHTS = "it asks an eager model for attention weights; patch(model) takes eager's place as well"
 REASONS = {
-    "test_attention_outputs": _WEIGHTS,
-    "test_retain_grad_hidden_states_attentions": _WEIGHTS,
-    "test_assisted_decoding_sample": _WEIGHTS,
+    "test_attention_outputs": "config.output_attentions may be set only while the attention is "
+    'named "eager"; patch(model) names another. The argument of the call works',
     "test_can_set_attention_dynamically": "it asks for the name of the attention that it had set",
 }
 NEEDED = ("transformers", "pytest", "parameterized", "httpx")
