@@ -32,6 +32,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # of ops that take halv
 _PLAIN_TYPES = frozenset({int, float, bool, str, type(None), torch.dtype})
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _functorch_level = torch._C._functorch.maybe_current_level
+_jit_tracing = torch._C._get_tracing_state  # torch.jit.trace records torch ops, nothing else
 # What a choice needs of an Impl: function, variants, when.
 _Row = tuple[Callable[..., Any], frozenset[str], Callable[..., bool] | None]
 
@@ -45,6 +46,7 @@ def is_eager(x: Tensor) -> bool:
         and type(x) is Tensor
         and not _dispatch_modes()
         and not _functorch_level()
+        and not _jit_tracing()
     )
 
 
@@ -183,7 +185,7 @@ class Op:
         return self.ref
 
     def __call__(self, *args: Any) -> Any:
-        if is_compiling() or _dispatch_modes() or _functorch_level():
+        if is_compiling() or _dispatch_modes() or _functorch_level() or _jit_tracing():
             return self.overload(*args)
         first = None
         floating = needs_grad = False
