@@ -221,6 +221,7 @@ def moe(
     dispatch: tuple[Tensor, Tensor] | None = None,
     out_dtype: torch.dtype | None = None,
     interleaved: bool = False,
+    allow_nan: bool = False,
 ) -> Tensor:
     """The weighted sum of each token's experts; no capacity, no token dropped; differentiable.
 
@@ -246,6 +247,8 @@ def moe(
         out_dtype: float32 or bfloat16; default that of `x`.
         interleaved: rows of `gate_up`, and values of its bias, alternate: gate, value, gate, value.
             On the CPU it is read where it lies if it is a transposed view, else copied.
+        allow_nan: NaN or infinite `topk_weights` give such outputs; else they are an error on the
+            CPU.
 
     Returns:
         Contiguous `[T, H]`.
@@ -256,7 +259,7 @@ def moe(
     _check_weights(x, gate_up, down)
     check_moe(
         x, gate_up.shape[0], down.shape[2], topk_ids, topk_weights, gate_up_bias, down_bias, base,
-        activation, first_expert, dispatch, out_dtype,
+        activation, first_expert, dispatch, out_dtype, allow_nan,
     )  # fmt: skip
     offsets, slots = dispatch or moe_dispatch(topk_ids, gate_up.shape[0], first_expert or 0)
     gate_up, down = laid_out(gate_up, interleaved), laid_out(down)
@@ -315,6 +318,7 @@ def check_moe(
     first_expert: int | None,
     dispatch: tuple[Tensor, Tensor] | None,
     out_dtype: torch.dtype | None,
+    allow_nan: bool = False,
 ) -> None:
     """Raise ValueError unless everything but the weights fits x `[T, H]` and the experts."""
     tokens, width = x.shape
@@ -354,7 +358,8 @@ def check_moe(
     ):
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device} and x on {x.device}")
-    if values_readable(topk_weights) and not math.isfinite(float(topk_weights.detach().sum())):
-        raise ValueError("topk_weights holds NaN or infinite values")
+    if not allow_nan and values_readable(topk_weights):
+        if not math.isfinite(float(topk_weights.detach().sum())):
+            raise ValueError("topk_weights holds NaN or infinite values")
     if dispatch is not None:
         check_dispatch(*dispatch, experts, topk_ids.numel())

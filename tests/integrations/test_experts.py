@@ -121,6 +121,14 @@ def test_mixed_dtypes_compute_in_that_of_the_weights_as_grouped_mm_does() -> Non
     assert found.dtype == torch.float32 and torch.equal(found.bfloat16(), rounded)
 
 
+def test_a_diverged_router_gives_nan_and_no_error() -> None:
+    layer = layer_of("mixtral")
+    x, ids, weights = batch(layer, torch.float32)
+    weights[3] = torch.nan
+    y = experts_forward(layer, x, ids, weights)
+    assert y[3].isnan().all() and y[:3].isfinite().all() and y[4:].isfinite().all()
+
+
 def test_a_whole_graph_compiles_forward_and_backward() -> None:
     layer = layer_of("qwen3_moe")
     x, ids, weights = batch(layer, torch.float32)
@@ -190,6 +198,14 @@ def test_what_the_op_does_not_know_is_refused_with_a_reason(change: Any, word: s
     assert word in str(refusal(layer))
     answer = experts.offer("mlp.experts", layer, layer)
     assert answer is not None and not answer.replaced and word in answer.reason
+
+
+@pytest.mark.parametrize("name", ["alpha", "limit"])
+def test_a_clamped_gate_with_other_constants_is_refused(name: str) -> None:
+    layer = layer_of("gpt_oss")
+    assert refusal(layer) is None
+    setattr(layer, name, 3.0)
+    assert "_apply_gate" in str(refusal(layer))
 
 
 def test_a_refused_layer_gets_transformers_own_function() -> None:

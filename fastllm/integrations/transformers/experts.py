@@ -54,10 +54,33 @@ def experts_forward(
     Returns:
         `[T, H]` in the dtype of hidden_states.
     """
-    if refusal(self) is not None or not _served(hidden_states):
+    layer: Any = self
+    activation = None if structure_refusal(layer) else gating(layer)
+    weights = None if activation is None else _weights(layer)
+    if (
+        activation is None
+        or weights is None
+        or weights_refusal(weights) is not None
+        or not _served(hidden_states)
+    ):
         original = registry.original("experts")
         return original(self, hidden_states, top_k_index, top_k_weights)
-    return _run(self, hidden_states, top_k_index, top_k_weights)
+    gate_up, down = weights["gate_up_proj"], weights["down_proj"]
+    transposed = layer.is_transposed  # [E, H, 2 I] and [E, I, H]: read where they lie
+    return moe(
+        hidden_states.to(gate_up.dtype),
+        gate_up.mT if transposed else gate_up,
+        down.mT if transposed else down,
+        top_k_index.int(),
+        top_k_weights.float(),
+        gate_up_bias=weights.get("gate_up_proj_bias"),
+        down_bias=weights.get("down_proj_bias"),
+        activation=activation,
+        first_expert=0 if layer._is_expert_parallel else None,
+        out_dtype=hidden_states.dtype,
+        interleaved=not layer.is_concatenated,
+        allow_nan=True,
+    )
 
 
 def offer(name: str, module: nn.Module, model: nn.Module) -> Offer | None:
@@ -77,24 +100,6 @@ def _served(hidden_states: Tensor) -> bool:
     return hidden_states.dtype in _DTYPES and hidden_states.dim() == 2
 
 
-def _run(layer: Any, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    gate_up, down = layer.gate_up_proj, layer.down_proj
-    transposed = layer.is_transposed  # [E, H, 2 I] and [E, I, H]: read where they lie
-    return moe(
-        x.to(gate_up.dtype),
-        gate_up.mT if transposed else gate_up,
-        down.mT if transposed else down,
-        top_k_index.int(),
-        top_k_weights.float(),
-        gate_up_bias=layer.gate_up_proj_bias if layer.has_bias else None,
-        down_bias=layer.down_proj_bias if layer.has_bias else None,
-        activation=gating(layer) or "",
-        first_expert=0 if layer._is_expert_parallel else None,
-        out_dtype=x.dtype,
-        interleaved=not layer.is_concatenated,
-    )
-
-
 def is_experts(module: nn.Module) -> bool:
     """Whether a module is a layer that transformers' experts functions serve."""
     return hasattr(module, "_is_expert_parallel") and hasattr(type(module), "_apply_gate")
@@ -102,30 +107,45 @@ def is_experts(module: nn.Module) -> bool:
 
 def refusal(layer: Any) -> str | None:
     """Why `ops.moe` cannot serve a layer for which `is_experts` holds, or None if it can."""
+    return structure_refusal(layer) or weights_refusal(_weights(layer))
+
+
+def structure_refusal(layer: Any) -> str | None:
+    """The part of `refusal` that asks what the layer computes."""
     if not layer.has_gate:
         return "its experts have no gate: fastllm's have gate and up"
     if layer.has_post_expert_norm:
         return "it normalizes the output of each expert before the weighted sum"
     if gating(layer) is None:
         return f"its gate ({_gate_name(layer)}) is none of fastllm's gated activations"
-    for name in _weights(layer):
-        weight = getattr(layer, name)
+    return None
+
+
+def weights_refusal(weights: dict[str, Tensor]) -> str | None:
+    """The part of `refusal` that asks in what its weights are stored."""
+    for name, weight in weights.items():
         if type(weight) not in (Tensor, nn.Parameter):
             return f"{name} is a {type(weight).__name__}, not a plain tensor"
         if weight.dtype not in _DTYPES:
             return f"{name} is {weight.dtype}: fastllm's experts are float32 or bfloat16"
+    if weights["gate_up_proj"].dtype != weights["down_proj"].dtype:
+        return "gate_up_proj and down_proj have different dtypes"
     return None
 
 
-def _weights(layer: Any) -> tuple[str, ...]:
+def _weights(layer: Any) -> dict[str, Tensor]:
+    # Read once a call: an adapter on them makes the sum of weight and update at every reading.
+    names = ["gate_up_proj", "down_proj"]
     if layer.has_bias:
-        return "gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias"
-    return "gate_up_proj", "down_proj"
+        names += ["gate_up_proj_bias", "down_proj_bias"]
+    return {name: getattr(layer, name) for name in names}
 
 
 def gating(layer: Any) -> str | None:
     """The activation of `ops.moe` that is the layer's `_apply_gate`, or None."""
     gate = type(layer)._apply_gate
+    if "_apply_gate" in layer.__dict__:  # somebody's own
+        return None
     if gate is transformers_moe._default_apply_gate:
         return _GATED.get(type(layer.act_fn)) if layer.is_concatenated else None
     names = set(gate.__code__.co_names)
