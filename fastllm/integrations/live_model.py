@@ -13,22 +13,28 @@ import torch
 from torch import Tensor, nn
 
 from fastllm.errors import ModelFileError
+from fastllm.integrations.transformers.quant_linear import QuantExperts
 from fastllm.models.config import MODEL_TYPES, ModelConfig
 from fastllm.models.decoder import Decoder
 from fastllm.models.mla_config import half_split_index
+from fastllm.nn.embedding import Embedding
 from fastllm.nn.linear import Linear
 from fastllm.nn.low_rank import Factor, LowRank
+from fastllm.nn.moe import Experts
+from fastllm.nn.packed_matrix import PackedMatrix
 from fastllm.nn.quant_linear import QuantLinear
 
 _COMPUTE = (torch.float32, torch.bfloat16)
+Packed = PackedMatrix | QuantExperts
 
 
 class LiveModel:
     """`decoder` on the parameters of `model`, a transformers causal language model or a PEFT model
     with one LoRA adapter around one.
 
-    Parameters are shared: float32 or bfloat16, whole, on one device; layers may be our
-    `QuantLinear`. LoRA factors of another dtype than the base are copied by `refresh`.
+    Parameters are shared: float32 or bfloat16, whole, on one device. Layers that we have quantized
+    (`QuantConfig`, `load_gguf`, `quantize_model`) stay packed, with their activation. LoRA factors
+    of another dtype than the base are copied by `refresh`.
 
     Args:
         model: as it is trained; DDP and torch.compile are unwrapped by the caller.
@@ -45,8 +51,7 @@ class LiveModel:
         most = config.max_position_embeddings
         self._copied: list[tuple[nn.Parameter, nn.Parameter]] = []  # (ours, theirs)
         found = list(_weights(base, config))
-        dense = [t for _, t in found if isinstance(t, Tensor)]
-        dtype, device = _one_kind(dense, found)
+        dtype, device = _one_kind(found)
         self.decoder = Decoder(
             config,
             dtype=dtype,
@@ -57,7 +62,7 @@ class LiveModel:
         for name, weight in found:
             self._set(name, weight)
         if config.tie_word_embeddings:
-            self.decoder.lm_head.weight = self.decoder.model.embed_tokens.weight
+            self._tie(base)
         for name, layer in _adapted(base):
             self._adapt(name, layer)
         self._signature = self._state()
@@ -79,16 +84,33 @@ class LiveModel:
         parameters = self.model.named_parameters(remove_duplicate=False)
         return [(name, p.data_ptr(), p.dtype) for name, p in parameters]
 
-    def _set(self, name: str, weight: Tensor | QuantLinear) -> None:
+    def _set(self, name: str, weight: Tensor | Packed) -> None:
         owner, _, attribute = name.rpartition(".")
         module = self.decoder.get_submodule(owner)
-        if isinstance(weight, QuantLinear):
-            if not isinstance(module, Linear):
-                raise ValueError(f"{owner} is quantized, and the engine wants its weight plain")
-            module.weight, module.packed = None, weight.packed_weight()
+        if isinstance(weight, QuantExperts) and isinstance(module, Experts):
+            if weight.gating != "silu":
+                raise ValueError(f"{owner} has the gating {weight.gating!r}: the engine has silu")
+            setattr(module, attribute, None)
+            setattr(module, f"packed_{attribute.removesuffix('_proj')}", weight.packed(attribute))
             module.activation = weight.activation
-        else:
+        elif isinstance(weight, PackedMatrix) and isinstance(module, Linear | Embedding):
+            module.weight, module.packed = None, weight.packed_weight()
+            if isinstance(module, Linear) and isinstance(weight, QuantLinear):
+                module.activation = weight.activation
+        elif isinstance(weight, Tensor):
             setattr(module, attribute, weight)
+        else:
+            raise ValueError(f"{owner} is quantized, and the engine wants its weight plain")
+        if name == "lm_head.weight":  # losses and log-probabilities ask the model, not the layer
+            self.decoder.activation = self.decoder.lm_head.activation
+
+    def _tie(self, base: nn.Module) -> None:
+        """The LM head that is the embedding; a packed one has an activation of its own."""
+        head = _unwrapped(_descend(base, "lm_head"))
+        if isinstance(head, QuantLinear):
+            self._set("lm_head.weight", head)
+        else:
+            self.decoder.lm_head.weight = self.decoder.model.embed_tokens.weight
 
     def _adapt(self, name: str, layer: Any) -> None:
         ours = self.decoder.get_submodule(name)
@@ -148,8 +170,8 @@ def decoder_config(base: nn.Module) -> ModelConfig:
         raise ValueError(f"{name} is not what the engine represents: {error}") from error
 
 
-def _weights(base: nn.Module, config: ModelConfig) -> Iterator[tuple[str, Tensor | QuantLinear]]:
-    """Every weight of the decoder by name: the model's own tensor, or its quantized layer."""
+def _weights(base: nn.Module, config: ModelConfig) -> Iterator[tuple[str, Tensor | Packed]]:
+    """Every weight of the decoder by name: the model's own tensor, or its packed module."""
     for name, shape in config.weight_shapes().items():
         if (
             config.mla is not None
@@ -161,7 +183,7 @@ def _weights(base: nn.Module, config: ModelConfig) -> Iterator[tuple[str, Tensor
             )
         owner, _, attribute = name.rpartition(".")
         layer = _unwrapped(_descend(base, owner))
-        if isinstance(layer, QuantLinear) and attribute == "weight":
+        if isinstance(layer, Packed) and attribute != "bias":
             yield name, layer
             continue
         weight = getattr(layer, attribute, None)
@@ -176,15 +198,14 @@ def _weights(base: nn.Module, config: ModelConfig) -> Iterator[tuple[str, Tensor
         yield name, weight
 
 
-def _one_kind(
-    dense: list[Tensor], found: list[tuple[str, Tensor | QuantLinear]]
-) -> tuple[torch.dtype, torch.device]:
+def _one_kind(found: list[tuple[str, Tensor | Packed]]) -> tuple[torch.dtype, torch.device]:
     """The dtype of the matrices and the device of all."""
-    matrices = {t.dtype for t in dense if t.ndim > 1}
+    dense = [t for _, t in found if isinstance(t, Tensor)]
+    dtypes = {t.dtype for _, t in found if isinstance(t, Packed) or t.ndim > 1}
     devices = {t.device for t in dense}
-    dtype = next(iter(matrices))
-    if len(matrices) > 1 or dtype not in _COMPUTE:
-        names = ", ".join(sorted(map(str, matrices)))
+    dtype = next(iter(dtypes))
+    if len(dtypes) > 1 or dtype not in _COMPUTE:
+        names = ", ".join(sorted(map(str, dtypes)))
         raise ValueError(f"the matrices are {names}: the engine wants all float32 or all bfloat16")
     if len(devices) > 1 or next(iter(devices)).type not in ("cpu", "cuda"):
         names = ", ".join(sorted(map(str, devices)))

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny_models import tiny
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
+import fastllm
 from fastllm import LLM, SamplingParams
 from fastllm.integrations.live_model import LiveModel
 from fastllm.nn import QuantLinear
 from fastllm.nn.batch import Documents
+from fastllm.nn.linear import Linear
 
 # PEFT reads a name that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -139,6 +143,29 @@ def test_a_quantized_base_stays_packed_under_its_adapter() -> None:
     )
     llm = LLM.from_model(live.decoder)
     assert len(llm.generate([PROMPT], GREEDY)[0].outputs[0].token_ids) == 6
+
+
+@pytest.mark.parametrize(
+    ("family", "embeddings"),
+    [("llama", None), ("llama", "int8"), ("smollm", "int8"), ("mixtral", None)],
+)
+def test_a_model_that_is_loaded_quantized_is_served_packed(
+    family: str, embeddings: str | None, tmp_path: Path
+) -> None:
+    tiny(family).save_pretrained(tmp_path)
+    config = fastllm.QuantConfig("int8", activation="fp32", embeddings=embeddings)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    live = LiveModel(model.eval())
+    linears = [m for m in live.decoder.modules() if isinstance(m, Linear)]
+    assert sum(m.packed is not None for m in linears) >= 8
+    assert (live.decoder.model.embed_tokens.packed is not None) == (embeddings is not None)
+    torch.testing.assert_close(
+        our_logits(live, PROMPT), their_logits(model, PROMPT), rtol=1e-3, atol=1e-3
+    )
+    answer = LLM.from_model(live.decoder).generate([PROMPT], GREEDY)[0].outputs[0].token_ids
+    ids = torch.tensor([PROMPT])
+    theirs = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    assert answer == theirs[0, len(PROMPT) :].tolist()
 
 
 def test_replaced_parameters_are_noticed() -> None:
