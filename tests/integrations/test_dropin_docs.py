@@ -11,6 +11,9 @@ from tiny_models import tiny
 from tiny_tokenizer import tiny_tokenizer
 
 import fastllm
+from fastllm.models.gguf_export import export_gguf, weights_of
+from fastllm.models.tokenizer_training import train_tokenizer
+from fastllm.models.weights import open_weights
 
 PAGE = Path(__file__).parents[2] / "docs" / "dropin.md"
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -37,6 +40,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made.generation_config.eos_token_id = 2
     made.save_pretrained(path)
     tiny_tokenizer().save_pretrained(path)
+    tokenizer = train_tokenizer(["Once upon a time, twice upon a time"], 300, allow_smaller=True)
+    tiny("llama", vocab_size=tokenizer.vocab_size).save_pretrained(path / "llama")
+    export_gguf(weights_of(open_weights(path / "llama")), path / "model.gguf", "q8_0", tokenizer)
     return path
 
 
@@ -49,6 +55,7 @@ def test_the_block_runs(
         if re.search(rf"^(import|from) {package}\b", source, re.MULTILINE):
             pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.gguf").symlink_to(model / "model.gguf")
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "0")  # a block may set it: it is set back
     code = compile("\n" * (line - 1) + source.replace(MODEL, str(model)), str(PAGE), "exec")
     try:
@@ -60,7 +67,8 @@ def test_the_block_runs(
 def test_the_page_has_blocks_for_all_that_it_names() -> None:
     text = "\n".join(block.values[1] for block in blocks())
     for name in ("patch(", "verify(", "rollout_func(", "FastLM(", "sdpa(", "RMSNorm(", "MoE(",
-                 "QuantLinear.", "LinearCrossEntropyLoss(", "fuse_head("):  # fmt: skip
+                 "QuantLinear.", "LinearCrossEntropyLoss(", "fuse_head(", "QuantConfig(",
+                 "load_gguf(", "get_peft_model("):  # fmt: skip
         assert name in text, f"docs/dropin.md shows no {name}"
 
 
