@@ -146,7 +146,10 @@ def _tied(model: PreTrainedModel) -> set[str]:
 def _experts_reason(model: nn.Module, config: QuantConfig, name: str) -> str | None:
     if not config.experts:
         return "experts=False"
-    return experts.refusal(model.get_submodule(name.rpartition(".")[0]))
+    layer = model.get_submodule(name.rpartition(".")[0])
+    if getattr(layer, "is_transposed", False):
+        return "its weights are transposed: packed experts lie in rows"
+    return experts.refusal(layer)
 
 
 def _keep_halves(quantizer: Quantizer, formats: dict[str, str], stacked: Sequence[str]) -> None:
