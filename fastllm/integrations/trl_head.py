@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastllm.integrations.live_model import base_model
+from fastllm.nn.quantized_values import QuantizedValues
 from fastllm.ops.linear import linear
 from fastllm.ops.linear_logprob import linear_logprob
 
@@ -105,9 +106,13 @@ def _scores_or(theirs: Any) -> Any:
         ):
             return theirs(x, weight, bias, labels, temperature, chunk, softcap, scale, outputs)
         temperature = temperature / scale
+        head = weight.packed() if isinstance(weight, QuantizedValues) else weight
         log_probs, entropy = linear_logprob(
-            x, weight, labels, bias, temperature=temperature, softcap=cap
-        )
+            x, head, labels, bias, temperature=temperature,
+            softcap=cap, activation="fp32" if x.dtype == torch.float32 else "bf16",
+        )  # fmt: skip
+        if head is not weight and not {"mean_logits", "is_top1"}.isdisjoint(outputs):
+            weight = weight.dequantize()
         mean = top = None
         with torch.no_grad():
             if "mean_logits" in outputs:

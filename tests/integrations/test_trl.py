@@ -20,6 +20,7 @@ from fastllm.integrations.trl import (
     sampling_params,
     unfuse_head,
 )
+from fastllm.nn import QuantLinear
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
@@ -309,6 +310,21 @@ def test_grpo_with_our_head_takes_the_same_steps(tmp_path: Path) -> None:
         trainer.train()
     for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_a_packed_head_stays_packed_under_trls_forward(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    found = []
+    for fused in (False, True):
+        model = tiny("llama")
+        model.lm_head = QuantLinear.from_linear(model.lm_head, "int8", activation="fp32")
+        torch.manual_seed(0)
+        config = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+        trainer = sft(peft.get_peft_model(model, config), tmp_path)
+        if fused:
+            assert fuse_head(trainer) == 1
+        found.append(torch.tensor(losses(trainer)))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
 
 
 def test_what_our_head_does_not_compute_is_trls(tmp_path: Path) -> None:
