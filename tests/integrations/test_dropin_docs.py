@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import tiny
+from tiny_models import FAMILIES, tiny
 from tiny_tokenizer import tiny_tokenizer
 
 import fastllm
+from fastllm.integrations.live_model import LiveModel
 from fastllm.models.gguf_export import export_gguf, weights_of
 from fastllm.models.tokenizer_training import train_tokenizer
 from fastllm.models.weights import open_weights
@@ -78,3 +79,32 @@ def test_examples_of_plain_pytorch_have_few_lines() -> None:
     for source in plain:
         lines = [x for x in source.splitlines() if x and not x.startswith(("import ", "from "))]
         assert len(lines) <= 5, source
+
+
+def table() -> dict[str, set[str]]:
+    """The table of families: class -> the columns that say yes."""
+    lines = [x for x in PAGE.read_text(encoding="utf-8").splitlines() if x.startswith("| ")]
+    first = next(i for i, line in enumerate(lines) if line.startswith("| transformers class"))
+    columns = [cell.strip() for cell in lines[first].split("|")[2:-1]]
+    found = {}
+    for line in lines[first + 1 :]:
+        if not line.startswith("| `"):
+            break
+        name, *cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        said = {c for c, cell in zip(columns, cells, strict=True) if cell.startswith("yes")}
+        found[name.split("`")[1]] = said
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_table_of_families_is_what_the_report_says(family: str) -> None:
+    model = tiny(family)
+    said = table()[type(model).__name__]
+    report = fastllm.patch(model, strict=True)
+    assert said - {"rollouts"} == set(report.counts())
+    try:
+        LiveModel(model)
+        served = True
+    except ValueError:
+        served = False
+    assert served == ("rollouts" in said)
