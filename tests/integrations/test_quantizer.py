@@ -273,6 +273,66 @@ def test_damaged_directories_and_impossible_placements_are_named(tmp_path: Path)
         load(tmp_path / "packed")
 
 
+def test_shards_other_heads_and_weights_that_files_lack(tmp_path: Path) -> None:
+    folder = saved("qwen3", tmp_path)
+    plain = tiny("qwen3", torch.bfloat16)
+    plain.save_pretrained(tmp_path / "shards", max_shard_size="50KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 3
+    wanted = logits(load(folder, format="q8_0"))
+    assert torch.equal(logits(load(tmp_path / "shards", format="q8_0")), wanted)
+    config = QuantConfig("q8_0")
+    body = transformers.AutoModel.from_pretrained(folder, quantization_config=config)
+    judge = transformers.AutoModelForSequenceClassification.from_pretrained(
+        folder, quantization_config=QuantConfig("q8_0"), num_labels=3
+    )
+    for model in (body, judge):
+        assert sum(isinstance(m, QuantLinear) for m in model.modules()) == 14
+    assert type(judge.score) is torch.nn.Linear and judge(IDS).logits.shape == (2, 3)
+    load(folder, format="q8_0").save_pretrained(tmp_path / "packed")
+    again = transformers.AutoModel.from_pretrained(tmp_path / "packed")  # without the head
+    assert torch.equal(again(IDS).last_hidden_state, body(IDS).last_hidden_state)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.weight"]  # which transformers then draws anew
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    drawn = load(folder, format="q8_0")
+    assert isinstance(drawn.model.layers[0].mlp.up_proj, QuantLinear)
+    assert torch.isfinite(logits(drawn)).all()
+
+
+def test_a_weight_that_cannot_be_rounded_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = saved("qwen3", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RuntimeError, match="conversion of the weights"):  # transformers' own words
+        with caplog.at_level("WARNING", logger="transformers"):
+            transformers.utils.logging.enable_propagation()
+            try:
+                load(folder, format="q8_0")
+            finally:
+                transformers.utils.logging.disable_propagation()
+    assert "model.layers.0.mlp.up_proj" in caplog.text and "NaN" in caplog.text
+
+
+def test_no_second_copy_of_the_model_is_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When a weight is rounded, those before it are packed already."""
+    folder, seen = saved("qwen3_moe", tmp_path), []
+    original = quantizer.FastllmQuantizer.round
+
+    def watched(self: Any, model: Any, name: str, weight: Tensor) -> None:
+        original(self, model, name, weight)
+        plain = [p for n, p in model.named_parameters() if self.param_needs_quantization(model, n)]
+        seen.append(sum(not p.is_meta for p in plain))
+
+    monkeypatch.setattr(quantizer.FastllmQuantizer, "round", watched)
+    load(folder, format="q8_0")
+    assert len(seen) == 12 and not any(seen)
+
+
 def test_importing_both_packages_has_registered_it_and_twice_changes_nothing() -> None:
     for _ in range(2):
         assert AUTO_QUANTIZATION_CONFIG_MAPPING["fastllm"] is QuantConfig
