@@ -48,6 +48,8 @@ class QuantLoraLinear(peft_layers.Linear):  # type: ignore[misc]
             return None
         name = self.active_adapters[0]
         base: Any = self.get_base_layer()
+        if not isinstance(base, QuantLinear):  # `dequantize_model` has been called
+            return None
         if name not in self.lora_A or name in self.lora_variant or self.lora_bias[name]:
             return None
         dropout = self.lora_dropout[name]
@@ -63,8 +65,10 @@ class QuantLoraLinear(peft_layers.Linear):  # type: ignore[misc]
         return _CastTerm(a.weight, b.weight, self.scaling[name], dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Raises RuntimeError naming the remedy: packed weights are not written."""
-        raise RuntimeError(_MERGE)
+        """PEFT's, of a layer that is plain by now; else raises RuntimeError naming the remedy."""
+        if isinstance(self.get_base_layer(), QuantLinear):
+            raise RuntimeError(_MERGE)
+        super().merge(safe_merge, adapter_names)
 
 
 class _CastTerm(LowRank):

@@ -174,6 +174,10 @@ def test_merging_is_refused_until_the_model_is_plain(base: Path) -> None:
     with pytest.raises(RuntimeError, match=r"fastllm\.dequantize_model"):
         model.merge_and_unload()
     assert torch.equal(logits(model), wanted)
+    assert fastllm.dequantize_model(model) == 14
+    merged = model.merge_and_unload()
+    assert not any(isinstance(m, QuantLinear) for m in merged.modules())
+    assert float((logits(merged) - wanted).norm() / wanted.norm()) < 0.03
 
 
 def test_registering_twice_wraps_once() -> None:

@@ -1,0 +1,129 @@
+"""QuantEmbedding, and the product that a QuantLinear binds to its weight for calls without grad."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fastllm.nn import QuantLinear
+from fastllm.nn.quant_embedding import QuantEmbedding
+from fastllm.ops import packed_layout as layout
+from fastllm.ops.bound_product import bound_product
+from fastllm.ops.quant_format import QUANT_FORMATS
+from fastllm.ops.quant_matmul import quant_matmul
+from fastllm.quantize.packed import quantize_weight, unpack
+
+V, K, N = 37, 256, 40
+IDS = torch.tensor([[0, 36, 5], [7, 7, 1]])
+
+
+def table(format: str = "q8_0", dtype: torch.dtype = torch.bfloat16) -> QuantEmbedding:
+    torch.manual_seed(0)
+    return QuantEmbedding(quantize_weight(torch.randn(V, K), format), dtype)
+
+
+def linear(format: str = "q8_0", activation: str = "bf16", bias: bool = True) -> QuantLinear:
+    torch.manual_seed(0)
+    return QuantLinear.from_linear(nn.Linear(K, N, bias).bfloat16(), format, activation)
+
+
+@pytest.mark.parametrize("format", ["q4_0", "q4_k", "int4_g64", "nf4", "fp8", "q6_k"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_are_those_of_the_dequantized_table(format: str, dtype: torch.dtype) -> None:
+    embedding = table(format, dtype)
+    values = unpack(embedding.packed_weight())
+    assert torch.equal(embedding(IDS), values[IDS].to(dtype))
+    assert torch.equal(embedding.dequantize()(IDS), embedding(IDS))
+    assert isinstance(embedding, nn.Embedding) and embedding.weight.shape == (V, K)
+    with pytest.raises(ValueError, match=r"ids must be in \[0, 37\), found 37"):
+        embedding(torch.tensor([37]))
+
+
+def test_it_is_saved_row_by_row_and_loads_again(tmp_path: Path) -> None:
+    embedding = table("q4_1")
+    save_file(embedding.state_dict(), tmp_path / "table.safetensors")
+    state = load_file(tmp_path / "table.safetensors")
+    assert state["weight_codes"].shape[0] == V
+    assert bytes(state["weight_format"].tolist()) == b"q4_1"
+    torch.manual_seed(1)
+    other = QuantEmbedding(quantize_weight(torch.randn(V, K), "q4_1"), torch.bfloat16)
+    assert not torch.equal(other(IDS), embedding(IDS))
+    other.load_state_dict(state)
+    assert torch.equal(other(IDS), embedding(IDS))
+    with pytest.raises(ValueError, match="format 'bf16' is not quantized: keep the plain module"):
+        QuantEmbedding(quantize_weight(torch.randn(V, K), "bf16"), torch.bfloat16)
+
+
+@pytest.mark.parametrize("format", [f for f in QUANT_FORMATS if f in layout.QUANTIZED])
+def test_a_bound_product_has_the_bits_of_the_op(format: str) -> None:
+    packed = quantize_weight(torch.randn(N, K), format)
+    for mode in QUANT_FORMATS[format].modes:
+        bound = bound_product(packed.data, packed.scales, format, N, None, mode)
+        assert bound is not None
+        for dtype in bound.dtypes:
+            for shape in ((K,), (1, 1, K), (3, 5, K), (0, K), (40, K)):
+                x = torch.randn(shape).to(dtype)
+                wanted = quant_matmul(x, packed.data, packed.scales, format, N, None, mode)
+                assert torch.equal(bound(x), wanted) and bound(x).shape == wanted.shape
+    with pytest.raises(ValueError, match="x has 255 columns, the weight 256"):
+        bound(torch.randn(2, 255).to(bound.dtypes[0]))
+
+
+def both(layer: QuantLinear, x: Tensor) -> Tensor:
+    """The output without grad, which is that of the recorded product."""
+    with torch.no_grad():
+        quick = layer(x)
+    assert torch.equal(quick, layer(x.clone().requires_grad_()).detach())
+    return quick
+
+
+def test_what_is_bound_follows_the_layer() -> None:
+    layer, x = linear(), torch.randn(2, K).bfloat16()
+    first = both(layer, x)
+    layer.activation = "int8"
+    assert not torch.equal(both(layer, x), first)
+    layer.activation = "bf16"
+    assert torch.equal(both(layer, x), first)
+    assert layer.bias is not None
+    with torch.no_grad():
+        layer.bias += 1
+    shifted = both(layer, x)
+    assert not torch.equal(shifted, first)
+    layer.bias = nn.Parameter(layer.bias.detach() - 1)
+    assert not torch.equal(both(layer, x), shifted)
+    torch.manual_seed(7)
+    other = QuantLinear.from_linear(nn.Linear(K, N).bfloat16(), "q8_0")
+    wanted = both(other, x)
+    layer.load_state_dict(other.state_dict())
+    assert torch.equal(both(layer, x), wanted)
+    layer.weight_codes.data = linear().weight_codes.data.clone()
+    assert not torch.equal(both(layer, x), wanted)
+    layer.float()
+    assert both(layer, x.float()).dtype == torch.float32
+
+
+def test_copies_and_pickles_do_not_share_what_is_bound() -> None:
+    layer, x = linear(), torch.randn(2, K).bfloat16()
+    wanted = both(layer, x)
+    assert "_bound" in layer.__dict__ and "_bound" not in layer.__getstate__()
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(both(other, x), wanted)
+        other.weight_codes.data.zero_()
+        assert not torch.equal(both(other, x), wanted)
+    assert torch.equal(both(layer, x), wanted)
+
+
+def test_views_and_other_dtypes_take_the_usual_road() -> None:
+    layer = linear()
+    x = torch.randn(4, 2 * K).bfloat16()
+    with torch.no_grad():
+        assert torch.equal(layer(x[:, ::2]), layer(x[:, ::2].contiguous()))
+        assert torch.equal(layer(x[:, :K]), layer(x[:, :K].contiguous()))
+        assert layer(x[:, :K].half()).dtype == torch.float16
+        assert torch.equal(torch.vmap(layer)(x[:, :K]), layer(x[:, :K]))
