@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -19,10 +20,17 @@ def _register_transformers() -> None:
 
     if int(transformers.__version__.split(".")[0]) < 5:
         return  # without these registries; `fastllm.patch` says so
-    from .transformers import quantizer, registry
+    try:
+        from .transformers import quantizer, registry
 
-    registry.register()
-    quantizer.register()
+        registry.register()
+        quantizer.register()
+    except (ImportError, AttributeError) as error:  # theirs must not fail for a name they renamed
+        warnings.warn(
+            f"fastllm does not fit transformers {transformers.__version__} ({error}): "
+            'attn_implementation="fastllm" and QuantConfig stay unknown',
+            stacklevel=2,
+        )
 
 
 def _register_peft() -> None:

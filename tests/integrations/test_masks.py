@@ -75,11 +75,22 @@ def test_a_mask_hides_what_transformers_booleans_hide(kind: str, padded: str) ->
     assert lazy or (kind, padded) == ("full", "no")
 
 
-def test_packed_documents_become_their_starts() -> None:
-    position = torch.stack([torch.tensor([0, 1, 2, 0, 1, 0]), torch.arange(6)])
+def packing(inner: Any, position: Tensor, remapped: bool) -> Any:
+    """The mask function of packed documents, as transformers makes it since 5.23 or before."""
     same = masking_utils.find_packed_sequence_indices(position)
+    if remapped:
+        return masking_utils.packed_sequence_compatibility_function(inner, position, same)
+    return masking_utils.and_masks(inner, masking_utils.packed_sequence_mask_function(same))
+
+
+FORMS = [False, *[True] * hasattr(masking_utils, "packed_sequence_compatibility_function")]
+
+
+@pytest.mark.parametrize("remapped", FORMS)
+def test_packed_documents_become_their_starts(remapped: bool) -> None:
+    position = torch.stack([torch.tensor([0, 1, 2, 0, 1, 0]), torch.arange(6)])
     for inner, local in (FUNCTIONS["causal"], FUNCTIONS["window"]):
-        function = masking_utils.packed_sequence_compatibility_function(inner, position, same)
+        function = packing(inner, position, remapped)
         ours, theirs = both(
             batch_size=2, q_length=6, kv_length=6, mask_function=function, local_size=local
         )
@@ -152,9 +163,8 @@ def test_a_full_padding_mask_and_a_wide_window_hide_nothing() -> None:
 
 def test_a_traced_mask_is_described_too() -> None:
     def packed(position: Tensor, x: Tensor) -> Tensor:
-        same = masking_utils.find_packed_sequence_indices(position)
-        function = masking_utils.packed_sequence_compatibility_function(
-            masking_utils.sliding_window_causal_mask_function(3), position, same
+        function = packing(
+            masking_utils.sliding_window_causal_mask_function(3), position, FORMS[-1]
         )
         mask = make_mask(2, 6, 6, mask_function=function, local_size=3, allow_is_causal_skip=False)
         assert isinstance(mask, LazyMask)

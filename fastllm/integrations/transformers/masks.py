@@ -37,9 +37,14 @@ _AND = their.and_masks(their.causal_mask_function).__code__
 _WINDOW = their.sliding_window_overlay(1).__code__
 _NEAR = their.sliding_window_bidirectional_overlay(1).__code__
 _SAME = their.packed_sequence_mask_function(torch.zeros(1, 1)).__code__
-_REMAPPED = their.remap_positions_for_packed_sequence(
-    their.causal_mask_function, torch.zeros(1, 1)
-).__code__
+# Since 5.23 positions are counted inside a document, which changes nothing of what is hidden.
+_REMAPPED = (
+    their.remap_positions_for_packed_sequence(
+        their.causal_mask_function, torch.zeros(1, 1)
+    ).__code__
+    if hasattr(their, "remap_positions_for_packed_sequence")
+    else None
+)
 
 
 def make_mask(
@@ -133,18 +138,25 @@ def _pattern(function: Callable[..., Any]) -> Pattern | None:
     if len(parts) != 2:
         return None
     first, second = parts
-    code = getattr(first, "__code__", None)
-    if code is _SAME and getattr(second, "__code__", None) is _REMAPPED:
-        inner = _pattern(_cells(second)["mask_function"])
-        if inner is None or inner.right != 0 or inner.packed is not None:
-            return None
-        return Pattern(inner.left, 0, _cells(first)["packed_sequence_mask"])
+    code, last = (getattr(part, "__code__", None) for part in parts)
+    if code is _SAME and last is not None and last is _REMAPPED:
+        return _packed(_cells(second)["mask_function"], first)
+    if last is _SAME:
+        return _packed(first, second)
     if code is _WINDOW and second is their.causal_mask_function:
         return Pattern(left=_cells(first)["sliding_window"] - 1, right=0)
     if code is _NEAR and second is their.bidirectional_mask_function:
         near = _cells(first)["sliding_window"]
         return Pattern(left=near, right=near)
     return None
+
+
+def _packed(inner: Callable[..., Any], same: Callable[..., Any]) -> Pattern | None:
+    """`inner`, inside each document that `same` tells apart."""
+    pattern = _pattern(inner)
+    if pattern is None or pattern.right != 0 or pattern.packed is not None:
+        return None
+    return Pattern(pattern.left, 0, _cells(same)["packed_sequence_mask"])
 
 
 def _traced_pattern(
