@@ -28,7 +28,7 @@ from fastllm.quantize.packed import quantize_weight, unpack
 from fastllm.quantize.rule import FallbackWarning
 
 MIXTURES = ("mixtral", "qwen3_moe", "olmoe", "deepseek_v3")
-OURS = ("smollm", "qwen3", "mixtral", "qwen3_moe")  # which fastllm.LLM reads
+OURS = ("smollm", "qwen3", "mixtral", "qwen3_moe", "deepseek_v3")  # which fastllm.LLM reads
 IDS = inputs((12, 9))["input_ids"]
 
 
