@@ -56,8 +56,8 @@ def make_model(side: str, name: str, dtype: torch.dtype, device: str) -> Any:
 
     if name == DENSE:
         chosen = {}
-        if side == QUANTIZED:
-            chosen["quantization_config"] = fastllm.QuantConfig("int4")
+        if side == QUANTIZED:  # rows of 576 are no whole groups of 128
+            chosen["quantization_config"] = fastllm.QuantConfig("int4_g64")
         path = model_path("random-135m")
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **chosen)
     else:
