@@ -148,6 +148,19 @@ def test_frozen_models_have_no_gradients_to_compare() -> None:
     assert len(found.speeds) == 1
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT asks transformers by an old name
+@pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
+def test_adapters_of_peft_are_compared_by_their_gradients(task: str | None) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        r=4, target_modules="all-linear", init_lora_weights=False, task_type=task
+    )
+    found = verify(peft.get_peft_model(tiny("llama"), config), **QUICK)
+    assert found.ok and found.report.replaced("attention")
+    (gradients,) = [check for check in found.checks if check.what == "gradients"]
+    assert "lora_" in gradients.worst
+
+
 def test_bad_arguments_are_named() -> None:
     model = tiny("llama")
     for match, arguments in {

@@ -66,8 +66,10 @@ def text_batch(model: Any, tokenizer: Any, texts: Sequence[str]) -> dict[str, Te
 
 
 def takes_labels(model: Any) -> bool:
-    """Whether the model computes a loss."""
-    return "labels" in inspect.signature(model.forward).parameters
+    """Whether the model, or the one that PEFT wrapped, computes a loss."""
+    inside = getattr(model, "get_base_model", None)
+    forward = model.forward if inside is None else inside().forward
+    return "labels" in inspect.signature(forward).parameters
 
 
 def generates(model: Any) -> bool:
