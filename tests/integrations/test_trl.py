@@ -51,9 +51,9 @@ def grpo(
 ) -> Any:
     settings = {
         "per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 8,
-        "max_steps": 3, "learning_rate": 1e-2, "temperature": TEMPERATURE, **options,
+        "max_steps": 3, "learning_rate": 1e-2, "temperature": TEMPERATURE, **QUIET, **options,
     }  # fmt: skip
-    args = trl.GRPOConfig(output_dir=str(out), **settings, **QUIET)
+    args = trl.GRPOConfig(output_dir=str(out), **settings)
     return trl.GRPOTrainer(
         model=model,
         args=args,
@@ -123,6 +123,22 @@ def test_grpo_rolls_out_on_the_weights_of_every_step(family: str, tmp_path: Path
     logged = [entry for entry in trainer.state.log_history if "reward" in entry]
     assert [entry["step"] for entry in logged] == [1, 2, 3]
     assert all(entry["grad_norm"] > 0 for entry in logged)
+
+
+def test_evaluation_accumulation_and_autocast_run_on_rollouts_too(tmp_path: Path) -> None:
+    calls: list[int] = []
+    rollout = rollout_func()
+
+    def counted(prompts: list[Any], trainer: Any) -> dict[str, list[Any]]:
+        calls.append(len(prompts))
+        return rollout(prompts, trainer)
+
+    options = {"gradient_accumulation_steps": 2, "max_steps": 1, "bf16": True}
+    trainer = grpo(tiny("llama"), tmp_path, counted, **options)
+    trainer.train()
+    assert calls == [8]  # two groups of one step
+    found = trainer.evaluate(datasets.Dataset.from_dict({"prompt": PROMPTS}))
+    assert sum(calls[1:]) == 4 * len(PROMPTS) and "eval_reward" in found
 
 
 def test_grpo_of_a_lora_adapter_never_merges(tmp_path: Path) -> None:
