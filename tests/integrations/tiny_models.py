@@ -112,6 +112,8 @@ def tiny(
     """
     torch.manual_seed(seed)
     config = tiny_config(family, **changes)
+    if family == "gemma2" and attn_implementation is None:
+        attn_implementation = "eager"  # before 5.22 sdpa is chosen, which drops the soft cap
     chosen = {
         "attn_implementation": attn_implementation,
         "experts_implementation": experts_implementation,
