@@ -97,6 +97,18 @@ def test_results_are_views_of_tokens_first_and_inputs_are_not_copied() -> None:
             assert y.transpose(1, 2).is_contiguous() and torch.equal(y, x)
 
 
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize(("batch", "tokens"), [(0, 3), (2, 0), (0, 1)])
+def test_nothing_to_rotate_is_nothing(family: str, batch: int, tokens: int) -> None:
+    theirs = functions(family)[-1]
+    rotation = rope.rotation_of(theirs)
+    assert rotation is not None
+    q, k = (torch.randn(batch, heads, tokens, 16) for heads in (4, 2))
+    cos = torch.randn(batch, tokens, 16 if rotation.repeated else 8)
+    for y, x in zip(rope.rotate_with(rotation, theirs)(q, k, cos, cos), (q, k), strict=True):
+        assert y.shape == x.shape
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_with_our_rotation_equals_itself(family: str) -> None:
     model, batch = tiny(family, attn_implementation="eager"), inputs(padding="right")

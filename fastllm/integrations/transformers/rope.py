@@ -140,7 +140,7 @@ def _tables_of(module: nn.Module, layer_type: str | None) -> Any:
 
 def halves_of_pairs(x: Tensor) -> Tensor:
     """`x` `[..., 2 n]` with its even columns first, then its odd ones, contiguous."""
-    return x.view(*x.shape[:-1], -1, 2).mT.flatten(-2)
+    return x.view(*x.shape[:-1], x.shape[-1] // 2, 2).mT.flatten(-2)
 
 
 @functools.cache
@@ -195,7 +195,9 @@ def _rows(
 
     None where cos and sin are not tables of that many sequences and tokens, or want a gradient.
     """
-    if is_compiling() or cos.is_inference():  # an inference tensor does not count its changes
+    # An inference tensor does not count its changes, and a CUDA graph changes it without us.
+    capturing = cos.is_cuda and torch.cuda.is_current_stream_capturing()
+    if is_compiling() or cos.is_inference() or capturing:
         return _new_rows(cos, sin, repeated, batch, tokens)
     key = (cos._version, sin._version, id(sin), batch, tokens)
     kept = getattr(cos, _KEPT, None)
@@ -212,7 +214,9 @@ def _new_rows(
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     plain = type(cos) is Tensor and type(sin) is Tensor and sin.dtype == cos.dtype
     fits = cos.ndim == 3 and sin.shape == cos.shape and cos.shape[1] == tokens
-    if not (plain and fits and cos.shape[0] in (1, batch)) or cos.requires_grad:
+    if not (plain and fits and cos.shape[0] in (1, batch)):
+        return None
+    if cos.requires_grad or sin.requires_grad:
         return None
     sequences, _, columns = cos.shape
     half = columns // 2 if repeated else columns
