@@ -76,7 +76,7 @@ def experts_forward(
         gate_up_bias=weights.get("gate_up_proj_bias"),
         down_bias=weights.get("down_proj_bias"),
         activation=activation,
-        first_expert=0 if layer._is_expert_parallel else None,
+        first_expert=0 if is_parallel(layer) else None,
         out_dtype=hidden_states.dtype,
         interleaved=not layer.is_concatenated,
         allow_nan=True,
@@ -102,7 +102,12 @@ def _served(hidden_states: Tensor) -> bool:
 
 def is_experts(module: nn.Module) -> bool:
     """Whether a module is a layer that transformers' experts functions serve."""
-    return hasattr(module, "_is_expert_parallel") and hasattr(type(module), "_apply_gate")
+    return hasattr(module, "is_concatenated") and hasattr(type(module), "_apply_gate")
+
+
+def is_parallel(layer: Any) -> bool:
+    """Whether a layer holds a rank's slice of the experts; transformers 5.17 does not say."""
+    return bool(getattr(layer, "_is_expert_parallel", False))
 
 
 def refusal(layer: Any) -> str | None:
@@ -114,7 +119,7 @@ def structure_refusal(layer: Any) -> str | None:
     """The part of `refusal` that asks what the layer computes."""
     if not layer.has_gate:
         return "its experts have no gate: fastllm's have gate and up"
-    if layer.has_post_expert_norm:
+    if getattr(layer, "has_post_expert_norm", False):  # came after 5.17
         return "it normalizes the output of each expert before the weighted sum"
     if gating(layer) is None:
         return f"its gate ({_gate_name(layer)}) is none of fastllm's gated activations"

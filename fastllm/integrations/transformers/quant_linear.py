@@ -24,6 +24,8 @@ from fastllm.quantize import packed_experts as packing
 from fastllm.quantize.packed import PackedWeight, rows_per_group
 from fastllm.quantize.packed_experts import PackedExperts
 
+from .experts import is_parallel
+
 EXPERT_PARTS = ("gate_up_proj", "down_proj")
 _COMPUTE = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # What others read of an experts module: routers, expert parallelism, fastllm's own parts.
@@ -47,7 +49,6 @@ class QuantExperts(nn.Module):
     gate_up_proj_codes: nn.Parameter
     gate_up_proj_bias: nn.Parameter | None
     down_proj_bias: nn.Parameter | None
-    _is_expert_parallel: bool
 
     def __init__(
         self, experts: Any, gate_up: PackedExperts, down: PackedExperts, activation: str,
@@ -97,7 +98,7 @@ class QuantExperts(nn.Module):
             hidden_states.to(own), gate_up, down, self.inner, top_k_index.int(),
             top_k_weights.float(), gate_up_bias=self.gate_up_proj_bias,
             down_bias=self.down_proj_bias, activation=self.gating, mode=self.activation,
-            first_expert=0 if self._is_expert_parallel else None,
+            first_expert=0 if is_parallel(self) else None,
             out_dtype=usual,
         )  # fmt: skip
         return y.to(given)

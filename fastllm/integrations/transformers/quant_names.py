@@ -6,7 +6,8 @@ way. Formats in config.json have the files' names, which fastllm's reader needs,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -48,7 +49,18 @@ def of_model(model: PreTrainedModel, formats: Mapping[str, str]) -> dict[str, st
                     f"({', '.join(map(str, known))}), and one product reads them"
                 )
             found[name] = str(known.pop())
+    _check_experts(found, rest)
     return found
+
+
+def _check_experts(found: Mapping[str, str], rest: Mapping[str, str]) -> None:
+    """Experts that were not found would be drawn at random: what heads are left out is no loss."""
+    lost = [name for name in rest if ".experts." in name]
+    if lost and not any(name.endswith(EXPERT_PARTS) for name in found):
+        raise ValueError(
+            f"{lost[0]} is quantized in config.json, and this model has no experts that fastllm "
+            "packs: load it with the class, and the release of transformers, that saved it"
+        )
 
 
 def of_files(model: PreTrainedModel, formats: Mapping[str, str]) -> dict[str, str]:
@@ -57,18 +69,54 @@ def of_files(model: PreTrainedModel, formats: Mapping[str, str]) -> dict[str, st
     return {file: formats[name] for name, names in files.items() for file in names}
 
 
-def keep_conversions(model: PreTrainedModel, quantizer: Any) -> None:
+def with_packed(conversions: Sequence[Any], model: PreTrainedModel) -> list[Any]:
+    """transformers' conversions of weights, made to convert codes where a model has them.
+
+    A merge of `experts.*.w2.weight` into `experts.down_proj` becomes one of
+    `experts.*.w2.weight_codes` into `experts.down_proj_codes`, and one of the scales: files and
+    models hold one row a group at that time, so rows are merged and divided as weights' are.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    made = []
+    for conversion in conversions:
+        copies = _packed_copies(conversion, names)
+        plain = not copies or _is_there(conversion, names, "")
+        made += copies + ([conversion] if plain else [])
+    return made
+
+
+def keep_conversions(model: PreTrainedModel) -> None:
     """Let `save_pretrained` undo to codes and scales what reading did to weights."""
     holder: Any = model  # a list, which is no attribute of modules to mypy
-    used = holder._weight_conversions or []
-    holder._weight_conversions = quantizer.update_weight_conversions(
-        [c for c in used if not _names_suffix(c)], model
-    )
+    holder._weight_conversions = with_packed(holder._weight_conversions or [], model)
 
 
-def _names_suffix(conversion: Any) -> bool:
-    patterns = getattr(conversion, "source_patterns", [])
-    return isinstance(conversion, WeightConverter) and any("_codes" in p for p in patterns)
+def _packed_copies(conversion: Any, names: Sequence[str]) -> list[WeightConverter]:
+    if not isinstance(conversion, WeightConverter):
+        return []
+    sources = conversion._original_source_patterns
+    targets = conversion._original_target_patterns
+    usual = all(source.endswith(".weight") for source in sources)
+    if not usual or not _is_there(conversion, names, "_codes"):
+        return []
+    copies = []
+    for end in ("_codes", "_scales"):
+        made = WeightConverter(
+            [source + end for source in sources],
+            [target + end for target in targets],
+            operations=list(conversion.operations),
+        )
+        for name in ("scope_prefix", "base_model_prefix"):
+            if hasattr(conversion, name):
+                setattr(made, name, getattr(conversion, name))
+        copies.append(made)
+    return copies
+
+
+def _is_there(conversion: WeightConverter, names: Sequence[str], end: str) -> bool:
+    """Whether a model has parameters of the names that a conversion makes, with that end."""
+    pattern = re.compile(f"(?:{conversion._original_target_patterns[0]}){end}$")
+    return any(pattern.search(name) for name in names)
 
 
 def _linears(model: PreTrainedModel) -> list[str]:
@@ -119,6 +167,7 @@ def _probe(model: PreTrainedModel, name: str, number: int, stack: bool) -> tuple
 
 
 def _prefixes(conversion: Any) -> bool:
+    """Whether it adds or takes the base model's prefix: `of_model` does that itself."""
     return type(conversion).__name__ == "PrefixChange"
 
 

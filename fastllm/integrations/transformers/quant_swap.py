@@ -34,6 +34,7 @@ class Swap:
         self.model = model
         self.activation = activation
         self.on_gpu = on_gpu
+        self.shapes: dict[str, torch.Size] = {}  # of codes and scales that files must hold
         self._halves: dict[str, PackedExperts] = {}
 
     def mode(self, dtype: torch.dtype) -> str:
@@ -63,6 +64,9 @@ class Swap:
                 raise ValueError(f"{name}, {format} in config.json: {error}") from None
         for owner, parts in halves.items():
             self._put_empty_experts(owner, parts, rows)
+        ends = ("_codes", "_scales")
+        held = {name: p for name, p in self.model.named_parameters() if name.endswith(ends)}
+        self.shapes = {name: parameter.shape for name, parameter in held.items()}
         self.model._keys_to_ignore_on_load_missing = {
             *(self.model._keys_to_ignore_on_load_missing or ()), r"weight_format$",
         }  # fmt: skip

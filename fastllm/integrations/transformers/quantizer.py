@@ -7,6 +7,7 @@ another in fastllm's own layout (`fastllm.quantize.fastllm_files`), never a layo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -40,9 +41,6 @@ class FastllmQuantizer(HfQuantizer):
 
     quantization_config: QuantConfig
     requires_calibration = False
-    serialized_names = {  # noqa: RUF012  # no ClassVar in the base class
-        "weight": ["weight_codes", "weight_scales"]
-    }
 
     def __init__(self, quantization_config: QuantConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -105,6 +103,16 @@ class FastllmQuantizer(HfQuantizer):
         """What transformers calls with each of them."""
         return _Rounding(self)
 
+    def update_weight_conversions(
+        self, weight_conversions: list[Any], model: PreTrainedModel | None = None
+    ) -> list[Any]:
+        """How names and shapes of files become the model's, for codes and scales too.
+
+        Not every transformers gives the model: it is the one that is being prepared.
+        """
+        assert self.swap is not None, "the model was prepared"
+        return quant_names.with_packed(weight_conversions, self.swap.model)
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, device_map: Any = None, **kwargs: Any
     ) -> None:
@@ -131,7 +139,7 @@ class FastllmQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         assert self.swap is not None, "the model was prepared"
         if self.work is None:
-            _finish_read(model)
+            _finish_read(model, self.swap.shapes)
         else:
             self._finish_rounding(model, self.work)
         self.quantization_config.formats = dict(self.formats)
@@ -148,7 +156,7 @@ class FastllmQuantizer(HfQuantizer):
         embeddings = self.quantization_config.embeddings
         if embeddings is not None:
             self.formats |= self.swap.round_embeddings(embeddings, work)
-        quant_names.keep_conversions(model, self)
+        quant_names.keep_conversions(model)
         work.report.bytes_after = _nbytes(model)
         work.report.warn()
 
@@ -207,17 +215,18 @@ def register() -> None:
     AUTO_QUANTIZER_MAPPING.setdefault(METHOD, FastllmQuantizer)
 
 
-def _finish_read(model: PreTrainedModel) -> None:
+def _finish_read(model: PreTrainedModel, shapes: Mapping[str, torch.Size]) -> None:
     """Packed modules of quantized files: all there, and in the layout of their device."""
+    for name, shape in shapes.items():
+        parameter = model.get_parameter(name)
+        if parameter.shape != shape or not quant_swap.was_read(parameter):
+            raise ValueError(
+                f"{name} is missing from the files, or has another shape than {list(shape)}, which "
+                "its format in config.json gives it: the checkpoint is damaged"
+            )
     for name, module in model.named_modules():
         if not isinstance(module, _PACKED):
             continue
-        for part, parameter in module.named_parameters(recurse=False):
-            if part.endswith(("codes", "scales")) and not quant_swap.was_read(parameter):
-                raise ValueError(
-                    f"{name}.{part} is missing from the files, or has another shape than its "
-                    "format in config.json gives it: the checkpoint is damaged"
-                )
         to_device_layout(module)
         if isinstance(module, PackedMatrix):
             module.name_format()
