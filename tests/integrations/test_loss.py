@@ -274,7 +274,10 @@ def test_a_lora_adapter_on_the_head_keeps_its_logits() -> None:
     assert answer is not None and "Linear" in answer.reason
 
 
-def test_a_trainer_with_accumulated_gradients_takes_the_same_steps(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_trainer_with_accumulated_gradients_takes_the_same_steps(
+    tmp_path: Path, bf16: bool
+) -> None:
     pytest.importorskip("accelerate")
     from transformers import Trainer, TrainingArguments
 
@@ -296,14 +299,19 @@ def test_a_trainer_with_accumulated_gradients_takes_the_same_steps(tmp_path: Pat
         arguments = TrainingArguments(
             output_dir=str(tmp_path / name), per_device_train_batch_size=2, max_steps=3,
             gradient_accumulation_steps=2, learning_rate=1e-2, logging_steps=1, report_to="none",
-            save_strategy="no", use_cpu=True, disable_tqdm=True, seed=0,
+            save_strategy="no", use_cpu=True, disable_tqdm=True, seed=0, bf16=bf16,
         )  # fmt: skip
         trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collate)
         trainer.train()
         losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
         results[name] = losses, dict(model.named_parameters())
     assert len(results["ours"][0]) == 3
-    torch.testing.assert_close(*(torch.tensor(r[0]) for r in results.values()))
+    # bf16: gradients are rounded at other places, and Adam takes its first steps by their signs
+    room = 1e-2 if bf16 else 1e-5
+    losses = [torch.tensor(result[0]) for result in results.values()]
+    torch.testing.assert_close(losses[0], losses[1], rtol=room, atol=0)
+    if bf16:
+        return
     for name, value in results["theirs"][1].items():
         torch.testing.assert_close(results["ours"][1][name], value, rtol=1e-3, atol=1e-4)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastllm import _C
-from fastllm.ops.expert_layout import join_pairs, split_pairs
+from fastllm.ops.expert_layout import join_pairs, laid_out, split_pairs
 from fastllm.ops.moe import moe
 
 # tokens, hidden, inner, experts, k: sizes that fit no tile, whole ones, one token, many rows
@@ -84,6 +84,14 @@ def test_pairs_give_the_bits_of_halves(shape: tuple[int, ...], dtype: torch.dtyp
     assert float((dx - dx_expected).abs().max()) <= room * float(dx_expected.abs().max())
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
+
+
+def test_other_devices_get_rows_and_halves() -> None:
+    halves = drawn(SHAPES[1], torch.float32)[0]["gate_up"]
+    pairs = columns(join_pairs(halves.mT).mT)
+    copy = laid_out(pairs.to("meta"), interleaved=True)
+    assert copy.is_contiguous() and copy.shape == halves.shape
+    assert torch.equal(split_pairs(pairs.mT).mT.contiguous(), halves)
 
 
 def test_pairs_that_lie_in_rows_are_copied() -> None:
