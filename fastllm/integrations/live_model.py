@@ -7,6 +7,7 @@ generation. Adapters of PEFT's LoRA stay adapters, beside the base, and are neve
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,7 +48,8 @@ class LiveModel:
     def __init__(self, model: nn.Module, max_positions: int | None = None) -> None:
         self.model = model
         base = base_model(model)
-        config = decoder_config(base)
+        # Heads are looked up like any weight: PEFT unties those that it trains whole.
+        config = replace(decoder_config(base), tie_word_embeddings=False)
         most = config.max_position_embeddings
         self._copied: list[tuple[nn.Parameter, nn.Parameter]] = []  # (ours, theirs)
         found = list(_weights(base, config))
@@ -61,8 +63,6 @@ class LiveModel:
         )
         for name, weight in found:
             self._set(name, weight)
-        if config.tie_word_embeddings:
-            self._tie(base)
         for name, layer in _adapted(base):
             self._adapt(name, layer)
         self._signature = self._state()
@@ -77,12 +77,23 @@ class LiveModel:
 
     @property
     def current(self) -> bool:
-        """Whether the model still holds the tensors that this was built on."""
+        """Whether the model still holds the tensors that this was built on, and uses them so."""
         return self._signature == self._state()
 
-    def _state(self) -> list[tuple[str, int, torch.dtype]]:
+    def _state(self) -> list[tuple[Any, ...]]:
+        """What must not change under the decoder: tensors, which adapters are on, activations."""
         parameters = self.model.named_parameters(remove_duplicate=False)
-        return [(name, p.data_ptr(), p.dtype) for name, p in parameters]
+        state: list[tuple[Any, ...]] = [(name, p.data_ptr(), p.dtype) for name, p in parameters]
+        for name, module in self.model.named_modules():
+            layer: Any = module
+            if isinstance(layer, QuantLinear | QuantExperts):
+                state.append((name, layer.activation))
+            elif _is_wrapper(layer):
+                merged = tuple(getattr(layer, "merged_adapters", ()))
+                scaling = tuple(getattr(layer, "scaling", {}).items())
+                on = tuple(layer.active_adapters)
+                state.append((name, on, layer.disable_adapters, merged, scaling))
+        return state
 
     def _set(self, name: str, weight: Tensor | Packed) -> None:
         owner, _, attribute = name.rpartition(".")
@@ -103,14 +114,6 @@ class LiveModel:
             raise ValueError(f"{owner} is quantized, and the engine wants its weight plain")
         if name == "lm_head.weight":  # losses and log-probabilities ask the model, not the layer
             self.decoder.activation = self.decoder.lm_head.activation
-
-    def _tie(self, base: nn.Module) -> None:
-        """The LM head that is the embedding; a packed one has an activation of its own."""
-        head = _unwrapped(_descend(base, "lm_head"))
-        if isinstance(head, QuantLinear):
-            self._set("lm_head.weight", head)
-        else:
-            self.decoder.lm_head.weight = self.decoder.model.embed_tokens.weight
 
     def _adapt(self, name: str, layer: Any) -> None:
         ours = self.decoder.get_submodule(name)
@@ -186,9 +189,13 @@ def _weights(base: nn.Module, config: ModelConfig) -> Iterator[tuple[str, Tensor
         if isinstance(layer, Packed) and attribute != "bias":
             yield name, layer
             continue
-        weight = getattr(layer, attribute, None)
-        if not isinstance(weight, Tensor):
-            raise ValueError(f"the model has no {name}, which its configuration asks for")
+        weight = layer._parameters.get(attribute, layer._buffers.get(attribute))
+        if weight is None:
+            found = "computes" if hasattr(layer, attribute) else "has no"
+            raise ValueError(
+                f"{type(layer).__name__} {found} {name}, and the engine wants a tensor to share: "
+                "trained tokens and parametrized layers are not served"
+            )
         if type(weight) not in (Tensor, nn.Parameter) or tuple(weight.shape) != shape:
             raise ValueError(
                 f"{name} is {type(weight).__name__} {list(weight.shape)} and not a plain tensor of "
@@ -229,15 +236,23 @@ def _descend(base: nn.Module, path: str) -> nn.Module:
 
 def _unwrapped(module: nn.Module) -> nn.Module:
     """What PEFT has wrapped: the base of an adapted layer, or the copy of one that is trained."""
+    if not _is_wrapper(module):
+        return module
     copies = getattr(module, "modules_to_save", None)
     if isinstance(copies, nn.ModuleDict):
         active = [name for name in module.active_adapters if name in copies]  # type: ignore
         enabled = not module.disable_adapters
         return copies[active[0]] if active and enabled else module.original_module  # type: ignore
-    if hasattr(module, "base_layer") and hasattr(module, "get_base_layer"):
-        base: nn.Module = module.get_base_layer()  # type: ignore[operator]
-        return base
-    return module
+    base: nn.Module = module.get_base_layer()  # type: ignore[operator]
+    return base
+
+
+def _is_wrapper(module: nn.Module) -> bool:
+    """Whether PEFT has put this module around another: adapters on it, or copies of it."""
+    copies = getattr(module, "modules_to_save", None)
+    return isinstance(copies, nn.ModuleDict) or (
+        hasattr(module, "base_layer") and hasattr(module, "get_base_layer")
+    )
 
 
 def _adapted(base: nn.Module) -> Iterator[tuple[str, nn.Module]]:

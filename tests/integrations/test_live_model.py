@@ -128,6 +128,57 @@ def test_layers_that_peft_trains_whole_are_the_trained_copies() -> None:
     )
 
 
+@pytest.mark.parametrize("modules", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+@pytest.mark.filterwarnings("ignore:.*tie:UserWarning")  # PEFT's, of what it unties
+def test_a_tied_head_that_peft_unties_is_its_own(modules: list[str]) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=modules)
+    adapted = peft.get_peft_model(tiny("smollm"), config).eval()
+    with torch.no_grad():
+        for name, p in adapted.named_parameters():
+            if "modules_to_save" in name:
+                p.mul_(1.5 if "lm_head" in name else 0.5)
+    torch.testing.assert_close(
+        our_logits(LiveModel(adapted), PROMPT), their_logits(adapted, PROMPT), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_switched_scaled_and_merged_adapters_are_noticed() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(tiny("llama"), config).eval()
+    adapted.add_adapter("two", config)
+    live = LiveModel(adapted)
+    assert live.current
+    adapted.set_adapter("two")
+    assert not live.current
+    live = LiveModel(adapted)
+    torch.testing.assert_close(
+        our_logits(live, PROMPT), their_logits(adapted, PROMPT), rtol=1e-4, atol=1e-4
+    )
+    with adapted.disable_adapter():
+        assert not live.current
+    assert live.current
+    for layer in adapted.base_model.model.model.layers:
+        layer.self_attn.q_proj.set_scale("two", 3.0)
+    assert not live.current
+    torch.testing.assert_close(
+        our_logits(LiveModel(adapted), PROMPT), their_logits(adapted, PROMPT), rtol=1e-4, atol=1e-4
+    )
+    live = LiveModel(adapted)
+    adapted.merge_adapter()
+    assert not live.current
+
+
+def test_a_changed_activation_is_noticed() -> None:
+    model = tiny("llama")
+    layer = model.model.layers[0].mlp
+    layer.up_proj = QuantLinear.from_linear(layer.up_proj, "int8", activation="fp32")
+    live = LiveModel(model)
+    layer.up_proj.activation = "int8"
+    assert not live.current
+
+
 def test_a_quantized_base_stays_packed_under_its_adapter() -> None:
     peft = pytest.importorskip("peft")
     model = tiny("llama")
@@ -198,6 +249,14 @@ def prompt_tuned() -> nn.Module:
     )
 
 
+def trained_tokens() -> nn.Module:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [1, 2]}
+    )
+    return peft.get_peft_model(tiny("llama"), config)
+
+
 def half_moved() -> nn.Module:
     model = tiny("llama")
     model.model.layers[1].mlp.up_proj.to(torch.bfloat16)
@@ -213,6 +272,7 @@ REFUSED: list[tuple[Any, str]] = [
     (lambda: tiny("llama", torch.float16), "the matrices are torch.float16"),
     (lambda: nn.Linear(2, 2), "Linear is no transformers model"),
     (half_moved, "the matrices are torch.bfloat16, torch.float32"),
+    (trained_tokens, "TrainableTokensWrapper computes model.embed_tokens.weight"),
     (dora, "q_proj is a variant of LoRA"),
     (merged, "q_proj has a merged adapter"),
     (prompt_tuned, "adapter 'default' is PROMPT_TUNING"),
