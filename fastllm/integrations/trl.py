@@ -178,7 +178,13 @@ def _tokenized(prompts: Sequence[Any], trainer: Trained) -> list[list[int]]:
             "tools: TRL generates the turns after a tool's answer by itself, so half of a "
             "conversation would not be the engine's. Train without rollout_func, or without tools"
         )
-    ids, images, extra = trainer._tokenize_prompts(list(prompts))
+    tokenize = getattr(trainer, "_tokenize_prompts", None)
+    if tokenize is None:
+        raise TypeError(
+            f"{type(trainer).__name__} is no GRPOTrainer of TRL 1.16, which rollouts are written "
+            "for: pip install 'trl>=1.16,<1.17'"
+        )
+    ids, images, extra = tokenize(list(prompts))
     if images is not None or extra:
         raise ValueError("prompts hold images, which the engine cannot read")
     return [list(row) for row in ids]

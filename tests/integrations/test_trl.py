@@ -240,6 +240,26 @@ def test_families_and_tools_that_are_not_served_are_named(tmp_path: Path) -> Non
     trainer.tools = [letters]
     with pytest.raises(ValueError, match="without tools"):
         rollout_func()(PROMPTS, trainer)
+    with pytest.raises(TypeError, match=r"SimpleNamespace is no GRPOTrainer of TRL 1.16"):
+        rollout_func()(PROMPTS, SimpleNamespace())
+
+
+def test_an_adapter_that_is_switched_between_rollouts_is_the_one_that_answers(
+    tmp_path: Path,
+) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    model = peft.get_peft_model(tiny("llama"), config)
+    model.add_adapter("two", config)
+    trainer = grpo(model, tmp_path, None, generation_kwargs={"do_sample": False})
+    rollout = rollout_func()
+    first = rollout(PROMPTS, trainer)
+    trainer.model.set_adapter("two")
+    second = rollout(PROMPTS, trainer)
+    assert second["logprobs"] != first["logprobs"]
+    assert second == rollout_func()(PROMPTS, trainer)
 
 
 # SFT and DPO
