@@ -116,7 +116,8 @@ def test_files_of_a_patched_model_are_those_of_the_model(family: str, tmp_path: 
     unpatch(model)
     with torch.no_grad():
         want = model(**batch)
-    again = type(model).from_pretrained(tmp_path)
+    chosen = model.config._attn_implementation
+    again = type(model).from_pretrained(tmp_path, attn_implementation=chosen)
     assert type(again) is type(model)
     assert list(again.state_dict()) == list(model.state_dict())
     assert "fastllm" not in (tmp_path / "config.json").read_text()
