@@ -1,5 +1,6 @@
 // The grouped products and the gradients of experts, against plain sums in double: empty experts,
 // all rows on one, rows of none, slots that do not exist.
+#include "columns.h"
 #include "packs.h"
 
 namespace fastllm::test {
@@ -153,18 +154,40 @@ void dense_experts(const Experts& s, DType dtype, DType gradients) {
   Owned dx_rows(DType::f32, {rows, hidden}), row_of(DType::i32, {slots});
   const Expected want = expected(s, hidden, inner, dy, x, gate_up, down, w, pre, down_bias);
   const float tolerance = tolerance_of(dtype);
-  run_everywhere(
-      "moe_backward", &Kernels::moe_backward,
-      moe_backward_args(dx, dgate_up, ddown, dw, dgate_up_bias, ddown_bias, dy, x, gate_up, down, w,
-                        s.offsets, s.slots, pre, down_bias, dpre, weighted, dx_rows, row_of, 0),
-      {&dx, &dgate_up, &ddown, &dw, &dgate_up_bias, &ddown_bias}, tolerance, [&] {
-        check_all(dx, want.dx, tolerance);
-        check_all(dw, want.dw, tolerance);
-        check_all(dgate_up, want.dgate_up, tolerance);
-        check_all(ddown, want.ddown, tolerance);
-        check_all(dgate_up_bias, want.dgate_up_bias, tolerance);
-        check_all(ddown_bias, want.ddown_bias, tolerance);
-      });
+  run_everywhere("moe_backward", &Kernels::moe_backward,
+                 moe_backward_args(dx, dgate_up, ddown, dw, dgate_up_bias, ddown_bias, dy, x,
+                                   gate_up, down, w, s.offsets, s.slots, pre, down_bias, dpre,
+                                   weighted, dx_rows, row_of, 0, false),
+                 {&dx, &dgate_up, &ddown, &dw, &dgate_up_bias, &ddown_bias}, tolerance, [&] {
+                   check_all(dx, want.dx, tolerance);
+                   check_all(dw, want.dw, tolerance);
+                   check_all(dgate_up, want.dgate_up, tolerance);
+                   check_all(ddown, want.ddown, tolerance);
+                   check_all(dgate_up_bias, want.dgate_up_bias, tolerance);
+                   check_all(ddown_bias, want.ddown_bias, tolerance);
+                 });
+  Owned first = to_columns(gate_up, true), second = to_columns(down, false);
+  Owned dfirst = empty_columns(gradients, gate_up), dsecond = empty_columns(gradients, down);
+  run_everywhere("moe_backward", &Kernels::moe_backward,
+                 moe_backward_args(dx, dfirst, dsecond, dw, dgate_up_bias, ddown_bias, dy, x, first,
+                                   second, w, s.offsets, s.slots, pre, down_bias, dpre, weighted,
+                                   dx_rows, row_of, 0, true),
+                 {&dx, &dfirst, &dsecond, &dw, &dgate_up_bias, &ddown_bias}, tolerance, [&] {
+                   check_all(dx, want.dx, tolerance);
+                   check_all(dw, want.dw, tolerance);
+                   each_place(gate_up, true, [&](int64_t row, int64_t at) {
+                     check_near(dfirst.get(at), want.dgate_up[row], tolerance);
+                   });
+                   each_place(down, false, [&](int64_t row, int64_t at) {
+                     check_near(dsecond.get(at), want.ddown[row], tolerance);
+                   });
+                   for (int64_t e = 0; e < s.count; ++e)
+                     for (int64_t i = 0; i < 2 * inner; ++i)
+                       check_near(dgate_up_bias.get(e * 2 * inner + i),
+                                  want.dgate_up_bias[e * 2 * inner + i / 2 + i % 2 * inner],
+                                  tolerance);
+                   check_all(ddown_bias, want.ddown_bias, tolerance);
+                 });
 }
 
 // Frozen experts in packed formats run.

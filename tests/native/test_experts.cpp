@@ -1,5 +1,6 @@
 // moe_dispatch, moe, quant_moe: sorted slots against a list, a layer against the products of its
 // experts one by one, to the bit.
+#include "columns.h"
 #include "packs.h"
 
 namespace fastllm::test {
@@ -101,14 +102,20 @@ void plain_layers() {
         run_call(Call("linear", active_kernels().linear,
                       linear_args(to, from, part(weight, e), part(bias, e), {})));
       };
-      run_everywhere(
-          "moe", &Kernels::moe,
-          moe_args(y, pre, x, gate_up, down, weights, r.offsets, r.slots, b1, b2, base, 0, scratch),
-          {&y}, 3e-2f, [&] { check_layer(r, x, weights, base, pre, y, inner, product); });
+      const auto layer = [&](const Owned& first, const Owned& second, bool paired) {
+        run_everywhere("moe", &Kernels::moe,
+                       moe_args(y, pre, x, first, second, weights, r.offsets, r.slots, b1, b2, base,
+                                0, paired, scratch),
+                       {&y}, 3e-2f,
+                       [&] { check_layer(r, x, weights, base, pre, y, inner, product); });
+      };
+      layer(gate_up, down, false);
+      layer(to_columns(gate_up, false), down, false);
+      layer(to_columns(gate_up, true), to_columns(down, false), true);
       for (int64_t gating = 1; gating < 4; ++gating)
         run_everywhere("moe", &Kernels::moe,
                        moe_args(y, Owned(dtype, {0, 2 * inner}), x, gate_up, down, weights,
-                                r.offsets, r.slots, {}, {}, {}, gating, scratch),
+                                r.offsets, r.slots, {}, {}, {}, gating, false, scratch),
                        {&y}, 3e-2f);
     }
 }
