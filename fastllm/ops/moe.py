@@ -141,9 +141,10 @@ def _grads(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Any, ...]:
         if not ctx.keep:
             raise RuntimeError("moe was called with keep=False: its gradients need keep=True")
         x, gate_up, down, weights, offsets, slots, pre, b1, b2 = ctx.saved_tensors
+        of_gate_up, of_down = ctx.weight_gradients
         found = moe_backward(
             dy, x, gate_up, down, weights, offsets, slots, pre, b1, b2,
-            ctx.activation, wanted, *ctx.weight_gradients, interleaved=ctx.interleaved,
+            ctx.activation, wanted, of_gate_up, of_down, ctx.interleaved,
         )  # fmt: skip
         grads = tuple(g if want else None for g, want in zip(found, wanted, strict=True))
     dx, dgate_up, ddown, dweights, db1, db2 = grads
