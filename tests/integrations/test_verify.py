@@ -171,8 +171,11 @@ def test_bad_arguments_are_named() -> None:
     }.items():
         with pytest.raises(ValueError, match=match):
             verify(model, **(QUICK | arguments))
-    with pytest.raises(TypeError, match="model"):
-        verify("llama")
+    for wrong in ("llama", torch.nn.Linear(2, 2)):
+        with pytest.raises(TypeError, match="model"):
+            verify(wrong)
+    with torch.device("meta"), pytest.raises(ValueError, match="meta"):
+        verify(type(model)(model.config), **QUICK)
 
 
 def test_tokens_may_differ_only_where_scores_are_that_close() -> None:

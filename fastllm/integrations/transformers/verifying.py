@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from . import model_outputs
 from .comparing import Pair, dtype_of, output_checks, token_checks
@@ -62,8 +63,8 @@ def verify(
 
     Raises:
         ValueError: `texts` without `tokenizer`, texts and inputs together, an unknown op, a model
-            patched in part, a shape below (1, 4).
-        TypeError: `model` is no module.
+            patched in part or on the meta device, a shape below (1, 4).
+        TypeError: `model` is no transformers model, and holds none.
     """
     batches = _batches(model, inputs, texts, tokenizer, shape)
     sides = Sides(model, ops)
@@ -93,8 +94,11 @@ def _batches(
     model: Any, inputs: Mapping[str, Any] | None, texts: Sequence[str] | None, tokenizer: Any,
     shape: tuple[int, int],
 ) -> dict[str, model_outputs.Batch]:  # fmt: skip
-    if not isinstance(model, nn.Module):
+    inside = model.modules() if isinstance(model, nn.Module) else ()
+    if not any(isinstance(module, PreTrainedModel) for module in inside):
         raise TypeError(f"model: a transformers model is needed, not {type(model).__name__}")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("model: it is on the meta device; load its weights first")
     if shape[0] < 1 or shape[1] < 4:
         raise ValueError(f"shape: at least 1 row of 4 tokens is needed, not {shape}")
     if texts is not None and tokenizer is None:
