@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from fastllm.nn.autocast import autocasting
 from fastllm.ops.linear_cross_entropy import REDUCTIONS, linear_cross_entropy
 from fastllm.quantize.packed import PackedWeight
 
@@ -45,6 +46,8 @@ class LinearCrossEntropyLoss(nn.Module):
     ) -> Tensor:
         """The loss, float32: a scalar, or `[...]` for reduction "none".
 
+        Under torch.autocast x is taken in the dtype of the weight.
+
         Args:
             x: `[..., H]` hidden states, float32 or bfloat16.
             weight: `[V, H]` in the dtype of x.
@@ -55,6 +58,8 @@ class LinearCrossEntropyLoss(nn.Module):
         Raises:
             ValueError: naming the argument whose shape, dtype or value does not fit.
         """
+        if isinstance(weight, Tensor) and autocasting(x):
+            x = x.to(weight.dtype)
         return linear_cross_entropy(
             x, weight, target, bias, ignore_index=self.ignore_index, reduction=self.reduction,
             softcap=self.softcap, label_smoothing=self.label_smoothing, z_loss=self.z_loss,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastllm.nn import moe as parts
+from fastllm.nn.autocast import autocasting
 from fastllm.nn.routing import Routing
 from fastllm.ops.moe_route import moe_route
 
@@ -69,8 +70,9 @@ class MoE(parts.MoE):
             bias_correction=bias_correction,
             activation="fp32" if dtype == torch.float32 else "bf16",
         )  # fmt: skip
-        with torch.no_grad():  # an impossible rule is refused now and not in the first forward
-            moe_route(torch.zeros(1, num_experts, device="cpu"), top_k, **routing.options)
+        # An impossible rule is refused now and not in the first forward.
+        with torch.no_grad(), torch.device("cpu"):
+            moe_route(torch.zeros(1, num_experts), top_k, **routing.options)
         self._materialize(torch.empty(0, device=device).device, dtype)
         self.reset_parameters()
 
@@ -100,12 +102,16 @@ class MoE(parts.MoE):
     ) -> Tensor | tuple[Tensor, RouterOutput]:
         """x [..., H] -> [..., H] in its dtype; differentiable.
 
+        Under torch.autocast x is taken in the dtype of the parameters, and so is y.
+
         return_router: give `(y, RouterOutput)`. Its `load_balancing_loss` is transformers' (k where
         experts are used evenly) of this layer; add it, times a small factor, to the loss.
 
         Raises ValueError if x has another width or dtype than the parameters.
         """
         hidden, dtype = self.experts.hidden, self.gate.weight.dtype  # type: ignore[union-attr]
+        if x.is_floating_point() and autocasting(x):
+            x = x.to(dtype)
         if x.ndim < 1 or x.shape[-1] != hidden or x.dtype != dtype:
             raise ValueError(
                 f"x must be {dtype} of shape [..., {hidden}] like the parameters, got {x.dtype} of "

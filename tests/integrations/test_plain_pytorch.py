@@ -345,3 +345,27 @@ def test_a_quantized_block_keeps_training_what_is_left() -> None:
     torch.testing.assert_close(loss, block()[0](ids), rtol=2e-2, atol=2e-2)
     loss.backward()
     assert model.norm.weight.grad is not None and model.embed.weight.grad is not None
+
+
+def test_layers_under_autocast_take_what_linears_give() -> None:
+    torch.manual_seed(0)
+    first, moe = nn.Linear(16, 16), fastllm.nn.MoE(16, 8, 4, 2)
+    norm, loss = fastllm.nn.RMSNorm(16), fastllm.nn.LinearCrossEntropyLoss()
+    head, ids, x = randn(20, 16), torch.tensor([3, 4, 5]), randn(3, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = loss(norm(moe(first(x))), head, ids)
+        assert loss(first(x), head, ids).dtype == torch.float32
+    torch.testing.assert_close(found, loss(norm(moe(first(x))), head, ids), rtol=2e-2, atol=2e-2)
+    found.backward()
+    assert moe.experts.down_proj.grad.dtype == first.weight.grad.dtype == torch.float32
+
+
+def test_moe_waits_for_its_weights_on_meta() -> None:
+    with torch.device("meta"):
+        layer = fastllm.nn.MoE(16, 8, 4, 2, bias_correction=True)
+    assert all(t.is_meta for t in layer.state_dict().values())
+    layer.to_empty(device="cpu")
+    torch.manual_seed(0)
+    wanted = fastllm.nn.MoE(16, 8, 4, 2, bias_correction=True)
+    layer.load_state_dict(wanted.state_dict())
+    assert torch.equal(layer(randn(3, 16)), wanted(randn(3, 16)))
