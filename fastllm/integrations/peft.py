@@ -13,6 +13,7 @@ layers: training and use of adapters have one arithmetic. PEFT has no registry f
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from peft.tuners.lora import model as peft_model
 from torch import Tensor, nn
 
 from fastllm.nn.low_rank import LowRank, trained_products
+from fastllm.nn.packed_matrix import PackedMatrix
 from fastllm.nn.quant_linear import QuantLinear
 
 _MERGE = (
@@ -108,6 +110,18 @@ def use_own_dtype(model: nn.Module) -> int:
     return changed
 
 
+def _check_saved(model: nn.Module, saved: Sequence[str] | None) -> None:
+    """Raise ValueError if a packed module is among those that would be trained whole."""
+    for name, module in model.named_modules():
+        packed = isinstance(module, PackedMatrix)
+        if packed and any(name == part or name.endswith(f".{part}") for part in saved or ()):
+            raise ValueError(
+                f"modules_to_save names {name}, whose weight is packed ({module.format}), not to "
+                "be trained: load it plain (QuantConfig's modules_to_not_convert, "
+                "no embeddings), or put an adapter on it"
+            )
+
+
 def register() -> None:
     """Let PEFT put `QuantLoraLinear` on packed layers; idempotent."""
     if not hasattr(peft_model.dispatch_default, "fastllm_original"):
@@ -139,9 +153,12 @@ def _dispatching(original: Any) -> Any:
 
 def _injecting(original: Any) -> Any:
     @functools.wraps(original)
-    def inject_adapter(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def inject_adapter(
+        self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> Any:
+        _check_saved(model, getattr(self.peft_config[adapter_name], "modules_to_save", None))
         use_own_dtype(model)
-        return original(self, model, *args, **kwargs)
+        return original(self, model, adapter_name, *args, **kwargs)
 
     inject_adapter.fastllm_original = original  # type: ignore[attr-defined]
     return inject_adapter

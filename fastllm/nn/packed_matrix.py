@@ -64,6 +64,12 @@ class PackedMatrix(nn.Module):
             raise RuntimeError(REMEDY)
         super().__setattr__(name, value)
 
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Raises RuntimeError unless `requires_grad` is false: codes are not trained."""
+        if requires_grad:
+            raise RuntimeError(f"{type(self).__name__} ({self.format}): {REMEDY}")
+        return super().requires_grad_(False)
+
     def packed_weight(self) -> PackedWeight:
         """The weight as kernels read it; it shares this memory.
 

@@ -173,6 +173,7 @@ class _Bound(NamedTuple):
     codes: Tensor
     addresses: tuple[int, int]
     bias: Tensor | None
+    of_bias: tuple[torch.dtype, bool] | None
     activation: str
 
     def serves(self, codes: Tensor, scales: Tensor, bias: Tensor | None, activation: str) -> bool:
@@ -180,6 +181,7 @@ class _Bound(NamedTuple):
         return (
             self.codes is codes
             and self.bias is bias
+            and self.of_bias == _kind(bias)
             and self.activation == activation
             and (self.product is None or self.addresses == (codes.data_ptr(), scales.data_ptr()))
         )
@@ -188,12 +190,17 @@ class _Bound(NamedTuple):
     def of(cls, layer: QuantLinear, codes: Tensor, scales: Tensor, bias: Tensor | None) -> _Bound:
         """Of the layer as it is now."""
         if is_sharded(codes) or not codes.is_cpu:
-            return cls(None, codes, (0, 0), bias, layer.activation)
+            return cls(None, codes, (0, 0), bias, _kind(bias), layer.activation)
         packed = layer.packed_weight()
         mode = QUANT_FORMATS[layer.format].mode(layer.activation)
         product = bound_product(packed.data, packed.scales, layer.format, packed.n, bias, mode)
         addresses = codes.data_ptr(), scales.data_ptr()
-        return cls(product, codes, addresses, bias, layer.activation)
+        return cls(product, codes, addresses, bias, _kind(bias), layer.activation)
+
+
+def _kind(bias: Tensor | None) -> tuple[torch.dtype, bool] | None:
+    """What decides whether the native product takes a bias: its `data` may be another by now."""
+    return None if bias is None else (bias.dtype, bias.is_contiguous())
 
 
 def check_activation(activation: str, format: str) -> None:

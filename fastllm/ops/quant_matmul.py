@@ -187,20 +187,23 @@ def _quant_matmul_cpu(
     x2 = contiguous_rows(as_rows(x))
     rows, code, mode = x2.shape[0], layout.FORMATS.index(format), ACTIVATIONS.index(activation)
     option = _option(n, bias, activation, out_dtype, residual, gated)
+    # Made in its own shape: autograd forbids to change an output in place that is a view.
     if not option:
-        y = torch.empty((rows, n), dtype=out_dtype or x.dtype)
-        _C.quant_matmul(y, x2, data, scales, code, n, bias, mode, prepared_rows(x2))
-        return y.view(*x.shape[:-1], n)
+        y = torch.empty((*x.shape[:-1], n), dtype=out_dtype or x.dtype)
+        y2 = y.view(rows, n)
+        _C.quant_matmul(y2, x2, data, scales, code, n, bias, mode, prepared_rows(x2))
+        return y
     columns = n // 2 if gated else n
-    y = torch.empty((rows, columns), dtype=x.dtype if gated else torch.float32)
+    y = torch.empty((*x.shape[:-1], columns), dtype=x.dtype if gated else torch.float32)
+    y2 = y.view(rows, columns)
     base = None if residual is None else as_rows(residual).contiguous()
     act = GATED_ACTIVATIONS.index(gated) if gated else 0
     if not _fused(format, n, option):
         product = _quant_matmul_cpu(x2, data, scales, format, n, bias, activation)
-        _C.finish_product(y, product, base, act)
-        return y.view(*x.shape[:-1], columns)
-    _C.finished_product(y, x2, data, scales, code, n, bias, mode, prepared_rows(x2), base, act)
-    return y.view(*x.shape[:-1], columns)
+        _C.finish_product(y2, product, base, act)
+        return y
+    _C.finished_product(y2, x2, data, scales, code, n, bias, mode, prepared_rows(x2), base, act)
+    return y
 
 
 def _fused(format: str, n: int, option: str) -> bool:

@@ -180,6 +180,25 @@ def test_merging_is_refused_until_the_model_is_plain(base: Path) -> None:
     assert float((logits(merged) - wanted).norm() / wanted.norm()) < 0.03
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings:UserWarning")
+def test_other_methods_of_peft_train_on_packed_layers(base: Path) -> None:
+    ada = peft.AdaLoraConfig(init_r=4, target_r=2, total_step=4, tinit=1, tfinal=1)
+    ada.target_modules = ["q_proj", "down_proj"]
+    table = peft.LoraConfig(r=2, target_modules=["embed_tokens", "v_proj"])
+    ia3 = peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+    for config in (ada, table, ia3):
+        model = peft.get_peft_model(quantized(base, embeddings="q8_0"), config)
+        model.train()
+        model(IDS, labels=IDS).loss.backward()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        assert trained and any(p.grad is not None and p.grad.any() for p in trained)
+    with pytest.raises(ValueError, match=r"modules_to_save names lm_head, whose weight is packed"):
+        peft.get_peft_model(
+            quantized(base, embeddings="q8_0"),
+            peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+        )
+
+
 def test_registering_twice_wraps_once() -> None:
     from peft.tuners.lora import model as peft_model
 

@@ -256,6 +256,11 @@ def test_damaged_directories_and_impossible_placements_are_named(tmp_path: Path)
         check(device_map={"model": "cpu", "lm_head": "disk"})
     with pytest.raises(ValueError, match="device_map asks for mps"):
         check(device_map={"": "mps"})
+    with pytest.raises(ValueError, match="dtype must be float32, bfloat16 or float16"):
+        config = QuantConfig("q8_0")
+        AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=config, dtype=torch.float64
+        )
     load(folder, format="q8_0").save_pretrained(tmp_path / "packed")
     file = tmp_path / "packed/model.safetensors"
     tensors = load_file(file)

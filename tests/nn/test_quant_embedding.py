@@ -106,6 +106,23 @@ def test_what_is_bound_follows_the_layer() -> None:
     assert not torch.equal(both(layer, x), wanted)
     layer.float()
     assert both(layer, x.float()).dtype == torch.float32
+    layer.bias.data = torch.randn(2 * N).half()[::2]  # the same parameter, another kind
+    assert both(layer, x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("shape", [(K,), (3, K), (2, 3, K)])
+def test_outputs_may_be_changed_in_place(shape: tuple[int, ...]) -> None:
+    layer, x = linear(), torch.randn(shape).bfloat16().requires_grad_()
+    y = layer(x)
+    y += 1
+    y.sum().backward()
+    assert x.grad is not None and x.grad.shape == shape
+
+
+def test_training_the_codes_is_refused_by_name() -> None:
+    with pytest.raises(RuntimeError, match=r"QuantEmbedding \(q8_0\): the weight of a QuantLinear"):
+        table().requires_grad_()
+    assert not any(p.requires_grad for p in linear(bias=False).requires_grad_(False).parameters())
 
 
 def test_copies_and_pickles_do_not_share_what_is_bound() -> None:

@@ -21,6 +21,7 @@ from fastllm.nn.packed_matrix import PackedMatrix
 from fastllm.nn.quant_linear import QuantLinear
 from fastllm.ops import packed_layout as layout
 from fastllm.ops.quant_format import format_of
+from fastllm.ops.registry import FLOATS
 from fastllm.quantize.mixes import MIXES
 from fastllm.quantize.quantizer import Quantizer
 from fastllm.quantize.rule import QuantReport
@@ -92,6 +93,12 @@ class FastllmQuantizer(HfQuantizer):
                 f"device_map asks for {', '.join(sorted(kinds))}, for which fastllm has no "
                 "kernels: use 'cpu' or 'cuda'"
             )
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Raises ValueError for dtypes that are not rounded from."""
+        if dtype not in FLOATS:
+            raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+        return dtype
 
     def param_needs_quantization(
         self, model: PreTrainedModel, param_name: str, **kwargs: Any
