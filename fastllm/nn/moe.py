@@ -8,7 +8,7 @@ they are parameters, or packed weights alone, or both, and all forms give the sa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -59,6 +59,15 @@ class Router(Linear):
         self.routing = routing
         bias = torch.empty(experts, device="meta") if bias_correction else None
         self.register_buffer("e_score_correction_bias", bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        """Moves take the bias along; casts leave it float32, with all its bits."""
+        before = self.e_score_correction_bias
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        after = self.e_score_correction_bias
+        if before is not None and after is not None and after.dtype != before.dtype:
+            self.e_score_correction_bias = before.to(after.device)
+        return self
 
     def choose(self, x: Tensor) -> Gate:
         """x [T, hidden] -> ids and weights [T, k] of the chosen experts, and statistics."""

@@ -188,6 +188,21 @@ def test_moe_routes_as_deepseek_and_keeps_its_bias_in_the_state() -> None:
     assert layer(x).dtype == torch.bfloat16 and layer.gate.weight.dtype == torch.bfloat16
 
 
+def test_moe_keeps_its_selection_bias_in_float32_when_it_is_cast() -> None:
+    torch.manual_seed(0)
+    layer = fastllm.nn.MoE(16, 8, 4, 2, scoring="sigmoid", bias_correction=True)
+    bias = randn(4)
+    layer.gate.e_score_correction_bias.copy_(bias)
+    layer.to(torch.bfloat16)
+    assert torch.equal(layer.gate.e_score_correction_bias, bias)
+    made = fastllm.nn.MoE(
+        16, 8, 4, 2, scoring="sigmoid", bias_correction=True, dtype=torch.bfloat16
+    )
+    made.load_state_dict(layer.state_dict())
+    x = randn(5, 16, dtype=torch.bfloat16)
+    assert torch.equal(layer(x), made(x))
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
