@@ -82,14 +82,14 @@ def cases(settings: Settings) -> Iterator[BenchCase]:
 
 def sides(settings: Settings, point: Point) -> dict[str, str]:
     """Name in the row -> side of `dropin_steps`, ours first."""
-    model, work, _ = point
+    model, work, dtype = point
     if work == INT4:
         return {OURS: steps.QUANTIZED, steps.EAGER: steps.EAGER, "patched bf16": steps.OURS}
     found = [steps.OURS, steps.EAGER]
     if model in steps.MIXTURES:
         found.append(steps.LOOP)
-    # Compiled mixtures and decode with a growing cache take minutes to compile.
-    elif not settings.quick and work in (steps.PREFILL, steps.BACKWARD):
+    # A mixture and decode with a growing cache take minutes to compile.
+    elif not settings.quick and dtype == "bf16" and work in (steps.PREFILL, steps.BACKWARD):
         found.append(steps.COMPILED)
     return {name: name for name in found}
 
