@@ -12,6 +12,7 @@
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "ops.h"
+#include "small_calls.h"
 #ifdef FASTLLM_WITH_CUDA
 #include "cuda/moe_gate_params.h"
 #include "cuda/paged_attention_params.h"
@@ -125,10 +126,14 @@ void bind(py::module_& m, const char* name, Kernel<Args>* Kernels::* kernel, Arg
     if (args.size() != sizeof...(In))
       throw py::type_error(std::string(name) + ": expected " + std::to_string(sizeof...(In)) +
                            " arguments");
-    const Call call(name, active_kernels().*kernel, make(argument<In>(args[I])...));
+    const Args checked = make(argument<In>(args[I])...);
+    const Call call(name, active_kernels().*kernel, checked);
     if (recording) recording->record(call, args);
     py::gil_scoped_release released;
-    run_call(call);
+    if (runs_alone(checked))
+      run_alone(call);
+    else
+      run_call(call);
   });
 }
 template <class Args, class... In>

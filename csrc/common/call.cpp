@@ -34,4 +34,11 @@ void run_call(const Call& call) {
   run_calls(&call, 1, counters);
 }
 
+void run_alone(const Call& call) {
+  TaskCounter counters[kCountersPerCall];
+  for (TaskCounter& counter : counters) counter.next = 0;
+  Batch batch{&call, 1, counters, {}};
+  enter(0, 1, &batch);
+}
+
 }  // namespace fastllm

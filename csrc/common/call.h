@@ -37,5 +37,6 @@ class Call {
 // Runs the calls in order inside ONE parallel region with a barrier between two calls.
 void run_calls(const Call* calls, size_t count, TaskCounter* counters);
 void run_call(const Call& call);
+void run_alone(const Call& call);  // on the calling thread, without a parallel region
 
 }  // namespace fastllm
