@@ -34,9 +34,16 @@ def _register_transformers() -> None:
 
 
 def _register_peft() -> None:
-    from . import peft
+    try:
+        from . import peft
 
-    peft.register()
+        peft.register()
+    except (ImportError, AttributeError) as error:
+        warnings.warn(
+            f"fastllm does not fit the PEFT that is installed ({error}): adapters on packed layers "
+            "run PEFT's own forward",
+            stacklevel=2,
+        )
 
 
 # file -> what follows it. transformers' defines the attention interface and imports the other two;

@@ -17,14 +17,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from peft.tuners import tuners_utils
-from peft.tuners.lora import layer as peft_layers
-from peft.tuners.lora import model as peft_model
 from torch import Tensor, nn
 
 from fastllm.nn.low_rank import LowRank, trained_products
 from fastllm.nn.packed_matrix import PackedMatrix
 from fastllm.nn.quant_linear import QuantLinear
+
+try:
+    from peft.tuners import tuners_utils
+    from peft.tuners.lora import layer as peft_layers
+    from peft.tuners.lora import model as peft_model
+except ModuleNotFoundError as error:
+    raise ImportError("peft is needed for this: pip install 'fastllm-engine[trl]'") from error
 
 _MERGE = (
     "adapters cannot be merged into packed weights: make the model plain first with "

@@ -274,7 +274,7 @@ def test_damaged_directories_and_impossible_placements_are_named(tmp_path: Path)
         with pytest.raises((ValueError, RuntimeError), match=r"up_proj\.weight_codes|mismatch"):
             load(tmp_path / "packed")
     config = json.loads((tmp_path / "packed/config.json").read_text())
-    config["quantization_config"]["formats"] = {"model.layers.0.self_attn.q_norm": "q8_0"}
+    config["quantization_config"]["formats"]["model.layers.0.self_attn.q_norm"] = "q8_0"
     (tmp_path / "packed/config.json").write_text(json.dumps(config))
     with pytest.raises(
         ValueError, match=r"q_norm, q8_0 in config\.json: a Qwen3RMSNorm is neither"
@@ -340,6 +340,30 @@ def test_no_second_copy_of_the_model_is_in_memory(
     monkeypatch.setattr(quantizer.FastllmQuantizer, "round", watched)
     load(folder, format="q8_0")
     assert len(seen) == 12 and not any(seen)
+
+
+def test_files_and_config_that_disagree_are_refused(tmp_path: Path) -> None:
+    load(saved("qwen3", tmp_path), format="q4_0").save_pretrained(tmp_path / "packed")
+    name, file = "model.layers.0.mlp.up_proj", tmp_path / "packed/model.safetensors"
+    tensors = load_file(file)
+    tensors[f"{name}.weight_format"] = torch.tensor(list(b"q5_0"), dtype=torch.uint8)
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{name}\.weight_format in the files is 'q5_0', and"):
+        load(tmp_path / "packed")
+    config = json.loads((tmp_path / "packed/config.json").read_text())
+    del config["quantization_config"]["formats"][name]
+    (tmp_path / "packed/config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"config\.json gives {name} no format in"):
+        load(tmp_path / "packed")
+
+
+def test_the_activation_of_a_quantized_model_may_be_named_when_it_is_loaded(
+    tmp_path: Path,
+) -> None:
+    load(saved("qwen3", tmp_path), format="q8_0").save_pretrained(tmp_path / "packed")
+    with pytest.warns(UserWarning, match="activation"):
+        model = load(tmp_path / "packed", format="q8_0", activation="bf16")
+    assert {m.activation for m in model.modules() if isinstance(m, QuantLinear)} == {"bf16"}
 
 
 def test_importing_both_packages_has_registered_it_and_twice_changes_nothing() -> None:

@@ -89,6 +89,10 @@ class QuantConfig(QuantizationConfigMixin):
             if _check(f"formats[{module!r:.200}]", format_of, format).dense:
                 raise ValueError(f"formats[{module!r:.200}] is {format!r}, no quantized format")
 
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What counts where a model is quantized already: how it is run, if that was named."""
+        return {} if self.activation is None else {"activation": self.activation}
+
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds: fastllm's own reader takes `version` and `formats` from it."""
         asked = {name: getattr(self, name) for name in _SAVED}

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -61,6 +62,24 @@ def _check_experts(found: Mapping[str, str], rest: Mapping[str, str]) -> None:
             f"{lost[0]} is quantized in config.json, and this model has no experts that fastllm "
             "packs: load it with the class, and the release of transformers, that saved it"
         )
+
+
+def check_files(files: Sequence[str], formats: Mapping[str, str]) -> None:
+    """Raise ValueError if files hold codes of a module that config.json gives no format.
+
+    Without it the module would stay plain, and be drawn at random.
+    """
+    for file in files:
+        if not str(file).endswith(".safetensors"):
+            continue
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # no mapping
+                module = name.removesuffix(".weight_codes")
+                if module != name and module not in formats:
+                    raise ValueError(
+                        f"{file} holds {name}, and config.json gives {module} no format in "
+                        "quantization_config.formats: the files belong to another config.json"
+                    )
 
 
 def of_files(model: PreTrainedModel, formats: Mapping[str, str]) -> dict[str, str]:

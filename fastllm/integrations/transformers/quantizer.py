@@ -7,13 +7,14 @@ another in fastllm's own layout (`fastllm.quantize.fastllm_files`), never a layo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
+from transformers.quantizers import auto
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
@@ -121,13 +122,15 @@ class FastllmQuantizer(HfQuantizer):
         return quant_names.with_packed(weight_conversions, self.swap.model)
 
     def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, device_map: Any = None, **kwargs: Any
-    ) -> None:
+        self, model: PreTrainedModel, device_map: Any = None,
+        checkpoint_files: Sequence[str] | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
         on_gpu = isinstance(device_map, dict) and "cuda" in map(_kind, device_map.values())
         on_gpu = on_gpu or (device_map is not None and _kind(device_map) == "cuda")
         self.swap = quant_swap.Swap(model, self.quantization_config.activation, on_gpu)
         if self.pre_quantized:
             formats = self.quantization_config.formats
+            quant_names.check_files(checkpoint_files or (), formats)
             self.formats = quant_names.of_model(model, formats)
             if not self.formats:
                 raise ValueError(
@@ -220,6 +223,9 @@ def register() -> None:
     """Make `QuantConfig` known to transformers; idempotent."""
     AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, QuantConfig)
     AUTO_QUANTIZER_MAPPING.setdefault(METHOD, FastllmQuantizer)
+    known: tuple[type, ...] = auto.LOADING_ATTRIBUTES_CONFIG_TYPES
+    if QuantConfig not in known:  # there is no decorator for these
+        setattr(auto, "LOADING_ATTRIBUTES_CONFIG_TYPES", (*known, QuantConfig))  # noqa: B010
 
 
 def _finish_read(model: PreTrainedModel, shapes: Mapping[str, torch.Size]) -> None:
@@ -236,6 +242,7 @@ def _finish_read(model: PreTrainedModel, shapes: Mapping[str, torch.Size]) -> No
             continue
         to_device_layout(module)
         if isinstance(module, PackedMatrix):
+            _check_format(name, module)
             module.name_format()
         if isinstance(module, QuantLinear) and module.bias is not None:
             quant_swap.check_bias(name, module)
@@ -243,6 +250,19 @@ def _finish_read(model: PreTrainedModel, shapes: Mapping[str, torch.Size]) -> No
         if target.endswith(("weight_codes", "weight_scales")):  # rearranged one by one
             owner, _, part = target.rpartition(".")
             setattr(model.get_submodule(owner), part, model.get_parameter(source))
+
+
+def _check_format(name: str, module: PackedMatrix) -> None:
+    """Files that name the format beside the codes must name that of config.json."""
+    given = module.weight_format
+    if not quant_swap.was_read(given):
+        return
+    stored = bytes(given.tolist()).decode("ascii", "replace")
+    if stored != module.format:
+        raise ValueError(
+            f"{name}.weight_format in the files is {stored!r:.40}, and config.json says "
+            f"{module.format!r}: the files belong to another config.json"
+        )
 
 
 def _is_saved(state: dict[str, Any], name: str) -> bool:
