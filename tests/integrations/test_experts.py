@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import inputs, tiny
+from tiny_models import inputs, tiny, tiny_config
 from torch import Tensor, nn
 from transformers.integrations.moe import grouped_mm_experts_forward
 
@@ -66,6 +66,24 @@ def test_fp32_values_and_gradients_equal_the_eager_loop(family: str) -> None:
         torch.testing.assert_close(
             ours[name], value, rtol=1e-4, atol=1e-4 * float(value.abs().max())
         )
+
+
+def test_transposed_weights_whose_gates_come_first() -> None:
+    name = "transformers.models.openai_privacy_filter.modeling_openai_privacy_filter"
+    module = pytest.importorskip(name)  # as old as the clamped gate without turns
+    config = tiny_config("gpt_oss")
+    config.swiglu_alpha, config.swiglu_limit = 1.702, 7.0
+    layer = module.OpenAIPrivacyFilterExperts(config)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    assert refusal(layer) is None and layer.is_transposed and layer.is_concatenated
+    given = batch(layer, torch.float32)
+    ours = values_and_gradients(layer, "fastllm", *given)
+    for key, value in values_and_gradients(layer, "eager", *given).items():
+        room = 1e-4 * float(value.abs().max())
+        torch.testing.assert_close(ours[key], value, rtol=1e-4, atol=room)
 
 
 @pytest.mark.parametrize("family", SERVED)
