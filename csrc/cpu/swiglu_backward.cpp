@@ -9,15 +9,14 @@ template <Gating gating, class T>
 void backward_columns(T* dgate, T* dup, const T* dy, const T* gate, const T* up, int64_t n) {
   int64_t c = 0;
   for (; c + VL <= n; c += VL) {
-    const GatedGradients d =
-        gated_gradients<gating>(load(dy + c), load(gate + c), load(up + c));
+    const GatedGradients d = gated_gradients<gating>(load(dy + c), load(gate + c), load(up + c));
     store(dgate + c, d.gate);
     store(dup + c, d.up);
   }
   if (c < n) {
     const int64_t rest = n - c;
-    const GatedGradients d = gated_gradients<gating>(load_n(dy + c, rest), load_n(gate + c, rest),
-                                                     load_n(up + c, rest));
+    const GatedGradients d =
+        gated_gradients<gating>(load_n(dy + c, rest), load_n(gate + c, rest), load_n(up + c, rest));
     store_n(dgate + c, d.gate, rest);
     store_n(dup + c, d.up, rest);
   }
