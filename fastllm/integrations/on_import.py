@@ -66,6 +66,8 @@ class _Finder:
         if name not in self.pending:
             return None
         self.pending.discard(name)
+        if not self.pending:
+            sys.meta_path.remove(self)  # type: ignore[arg-type]
         spec = importlib.util.find_spec(name)
         if spec is None or spec.loader is None:
             return None
@@ -91,10 +93,3 @@ def wait() -> None:
             _FINDER.pending.add(name)
     if _FINDER.pending and _FINDER not in sys.meta_path:
         sys.meta_path.insert(0, _FINDER)  # type: ignore[arg-type]
-
-
-def stop_waiting() -> None:
-    """Take the finder away."""
-    _FINDER.pending.clear()
-    if _FINDER in sys.meta_path:
-        sys.meta_path.remove(_FINDER)  # type: ignore[arg-type]

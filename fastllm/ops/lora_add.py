@@ -62,9 +62,11 @@ def _lora_add_cpu(
     t: Tensor, b: Tensor, base: Tensor, scale: float, out_dtype: torch.dtype | None = None
 ) -> Tensor:
     t2 = as_rows(t)
-    y = torch.empty((t2.shape[0], b.shape[0]), dtype=out_dtype or t.dtype)
-    _C.lora_add(y, t2, b, as_rows(base), scale, prepared_rows(t2))
-    return y.view(*t.shape[:-1], b.shape[0])
+    # in its own shape: autograd forbids to change an output in place that is a view
+    y = torch.empty((*t.shape[:-1], b.shape[0]), dtype=out_dtype or t.dtype)
+    y2 = y.view(t2.shape[0], b.shape[0])
+    _C.lora_add(y2, t2, b, as_rows(base), scale, prepared_rows(t2))
+    return y
 
 
 @_lora_add.impl("triton", "cuda")
