@@ -116,13 +116,13 @@ def _note_formats(model: nn.Module) -> None:
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_json_string"):
         return
-    layers = {
-        name: module.format
-        for name, module in model.named_modules()
-        if isinstance(module, QuantLinear)
-    }
+    layers = {n: module for n, module in model.named_modules() if isinstance(module, QuantLinear)}
     if layers:
-        config.quantization_config = fastllm_files.config(layers)
+        noted = fastllm_files.config({name: layer.format for name, layer in layers.items()})
+        modes = {layer.activation for layer in layers.values()}
+        if len(modes) == 1:  # `from_pretrained` runs them in it
+            noted["activation"] = modes.pop()
+        config.quantization_config = noted
     elif hasattr(config, "quantization_config"):
         del config.quantization_config
 

@@ -366,6 +366,23 @@ def test_the_activation_of_a_quantized_model_may_be_named_when_it_is_loaded(
     assert {m.activation for m in model.modules() if isinstance(m, QuantLinear)} == {"bf16"}
 
 
+def test_quantize_model_saves_what_from_pretrained_reads(tmp_path: Path) -> None:
+    model = load(saved("smollm", tmp_path))
+    fastllm.quantize_model(model, "q4_1")
+    model.save_pretrained(tmp_path / "packed")
+    again = load(tmp_path / "packed")
+    assert torch.equal(logits(again), logits(model))
+    assert again.model.layers[0].mlp.up_proj.activation == "bf16"
+
+
+def test_experts_stay_packed_and_saved_when_linear_layers_are_made_plain(tmp_path: Path) -> None:
+    model = load(saved("qwen3_moe", tmp_path), format="q8_0", activation="bf16")
+    assert fastllm.dequantize_model(model) == 8
+    wanted = logits(model)
+    model.save_pretrained(tmp_path / "half")
+    assert torch.equal(logits(load(tmp_path / "half")), wanted)
+
+
 def test_importing_both_packages_has_registered_it_and_twice_changes_nothing() -> None:
     for _ in range(2):
         assert AUTO_QUANTIZATION_CONFIG_MAPPING["fastllm"] is QuantConfig

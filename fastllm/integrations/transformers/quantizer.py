@@ -188,6 +188,8 @@ class FastllmQuantizer(HfQuantizer):
                     state.pop(f"{owner}.{part}", None)
         held = {name: f for name, f in self.formats.items() if _is_saved(state, name)}
         self.quantization_config.formats = held | quant_names.of_files(model, held)
+        if held:  # `fastllm.dequantize_model` may have taken it away, and left experts packed
+            model.config.quantization_config = self.quantization_config
         return state, {}
 
     def _dequantize(
