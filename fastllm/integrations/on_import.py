@@ -65,10 +65,11 @@ class _Finder:
     ) -> ModuleSpec | None:
         if name not in self.pending:
             return None
-        self.pending.discard(name)
-        if not self.pending:
-            sys.meta_path.remove(self)  # type: ignore[arg-type]
-        spec = importlib.util.find_spec(name)
+        self.pending.discard(name)  # the others are asked next, by the same road
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self.pending.add(name)  # until it has run: finding is not importing
         if spec is None or spec.loader is None:
             return None
         run = spec.loader.exec_module
@@ -76,6 +77,9 @@ class _Finder:
         def exec_module(module: ModuleType) -> None:
             run(module)
             _AWAITED[name]()
+            self.pending.discard(name)
+            if not self.pending and self in sys.meta_path:
+                sys.meta_path.remove(self)  # type: ignore[arg-type]
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

@@ -154,6 +154,12 @@ def test_nothing_quadratic_is_made_for_padding_windows_caches_and_documents() ->
         assert isinstance(mask, LazyMask) and (mask.offset, mask.held.numel()) == (6, 0)
 
 
+def test_the_first_token_of_a_static_cache_does_not_see_its_empty_places() -> None:
+    ours, theirs = both(batch_size=1, q_length=1, kv_length=9)
+    assert isinstance(ours, LazyMask) and torch.equal(ours.dense(), theirs)
+    assert ours.dense() is ours.dense() and int(theirs.sum()) == 1
+
+
 def test_a_full_padding_mask_and_a_wide_window_hide_nothing() -> None:
     assert make_mask(2, 6, 6, attention_mask=padding((6, 6), 6)) is None
     function = masking_utils.sliding_window_causal_mask_function(6)

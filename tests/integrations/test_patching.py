@@ -18,7 +18,7 @@ from transformers.models.llama import modeling_llama
 
 import fastllm
 from fastllm.integrations.transformers import OPS, PatchError, Report, Row
-from fastllm.integrations.transformers.swap import swapped
+from fastllm.integrations.transformers.swap import swap, swapped
 
 TIGHT = 1e-4
 
@@ -304,6 +304,51 @@ def test_a_model_built_with_our_names_keeps_them_and_a_half_frozen_one_trains() 
     assert model.model.layers[0].mlp.gate.weight.grad is None
     fastllm.unpatch(model)
     assert model.config._attn_implementation == "fastllm"
+
+
+def test_a_model_inside_another_is_undone_from_either() -> None:
+    for patched, undone in (("model", ""), ("", "model")):
+        outer = tiny("mixtral")
+        plain = classes(outer)
+        names = outer.config._attn_implementation, outer.config._experts_implementation
+        fastllm.patch(outer.get_submodule(patched))
+        fastllm.unpatch(outer.get_submodule(undone))
+        assert (outer.config._attn_implementation, outer.config._experts_implementation) == names
+        fastllm.unpatch(outer)
+        assert classes(outer) == plain and "fastllm" not in str(sorted(outer.model.__dict__))
+
+
+def test_an_error_in_the_middle_leaves_nothing_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+    before = classes(model)
+    done = []
+
+    def fail(*arguments: Any, **attributes: Any) -> None:
+        done.append(arguments[0])
+        if len(done) == 3:
+            raise MemoryError
+        swap(*arguments, **attributes)
+
+    monkeypatch.setattr("fastllm.integrations.transformers.norm.swap", fail)
+    with pytest.raises(MemoryError):
+        fastllm.patch(model)
+    assert classes(model) == before and model.config._attn_implementation == "sdpa"
+    monkeypatch.undo()
+    fastllm.patch(model)
+    patched_classes = classes(model)
+    last = model.model.norm
+    last.__class__ = type("Wrapped", (type(last),), {})
+    with pytest.raises(RuntimeError, match="wrapped by another library"):
+        fastllm.unpatch(model)
+    last.__class__ = type(last).__mro__[1]
+    assert classes(model) == patched_classes
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit's own
+def test_a_script_of_torch_jit_inside_a_model_stays() -> None:
+    model = tiny("llama")
+    model.extra = torch.jit.trace(nn.Linear(2, 2), (torch.zeros(1, 2),))
+    assert fastllm.patch(model).replaced("norm")
 
 
 def test_ops_are_the_parts_that_the_page_names() -> None:

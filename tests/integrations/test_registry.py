@@ -48,6 +48,8 @@ def test_importing_both_packages_in_any_order_makes_the_name_known(first: str) -
     code = (
         f"import {first}\nimport sys\n"
         f"assert {first != 'fastllm'} or 'transformers' not in sys.modules\n"
+        "import importlib.util\n"
+        "assert importlib.util.find_spec('transformers.modeling_utils')  # imports nothing\n"
         f"import {second}\nfrom transformers.modeling_utils import AttentionInterface\n"
         "assert 'fastllm' in AttentionInterface(), 'unknown'\n"
         "waiting = [f for f in sys.meta_path if type(f).__name__ == '_Finder']\n"

@@ -47,6 +47,7 @@ class LazyMask(Tensor):
     ) -> None:
         self.held = data
         self.kind, self.offset, self.left, self.right = kind, offset, left, right
+        self._dense: Tensor | None = None
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
         return ["held"], (self.kind, self.offset, self.left, self.right)
@@ -77,7 +78,14 @@ class LazyMask(Tensor):
         return LazyMask(self.held, tuple(self.shape), self.kind, self.offset, self.left, self.right)
 
     def dense(self) -> Tensor:
-        """The booleans `[B, 1, Tq, Tk]` themselves."""
+        """The booleans `[B, 1, Tq, Tk]` themselves; made once."""
+        if torch.compiler.is_compiling():
+            return self._spelled_out()
+        if self._dense is None:
+            self._dense = self._spelled_out()
+        return self._dense
+
+    def _spelled_out(self) -> Tensor:
         batch, _, queries, keys = self.shape
         device = self.held.device
         position = torch.arange(queries, device=device)[:, None] + self.offset

@@ -104,7 +104,9 @@ def make_mask(
     keys = _hidden_keys(attention_mask, kv_offset, kv_length, end, tracing)
     skip = allow_is_causal_skip if pattern.right == 0 else bool(allow_is_bidirectional_skip)
     if keys is None and left < 0 and pattern.right <= 0:
-        aligned = offset == 0 or (q_length == 1 and end == kv_length) or pattern.right < 0
+        # None: one query sees all keys, several see them causally from key 0
+        aligned = end == kv_length if q_length == 1 else offset == 0
+        aligned = aligned or pattern.right < 0
         if skip and aligned:
             return None
     if keys is not None and q_length == 1 and left < 0 and end == kv_length:

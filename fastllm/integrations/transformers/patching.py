@@ -18,7 +18,7 @@ from torch import nn
 from . import implementations, registry
 from .parts import Offer, left_alone
 from .report import PatchError, Report, Row
-from .swap import swapped, unswap
+from .swap import check_unswap, swapped, unswap
 from .versions import check_version
 
 # op -> the module beside this one that is its part
@@ -79,8 +79,15 @@ def patch(
         report, installs = _plan(model, [_part(op) for op in OPS if op in ops])
         if strict and not all(row.replaced for row in report.rows):
             raise PatchError(report)
-        for install in installs:
-            install()
+        before = _snapshot(model)
+        done = False
+        try:
+            for install in installs:
+                install()
+            done = True
+        finally:
+            if not done:
+                _return_to(model, before)
     return report
 
 
@@ -96,6 +103,8 @@ def unpatch(model: nn.Module | None = None) -> None:
         if model is None:
             registry.restore_defaults()
             return
+        for module in model.modules():
+            check_unswap(module)  # all of them, before the first is changed
         for module in model.modules():
             unswap(module)
         for kind in implementations.chosen(model):
@@ -149,6 +158,8 @@ def _plan(model: nn.Module, parts: Sequence[ModuleType]) -> tuple[Report, list[C
 def _offer(part: ModuleType, name: str, module: nn.Module, model: nn.Module) -> Offer | None:
     if part.NAME in swapped(module):
         return Offer(replaced=True, reason="already replaced")
+    if isinstance(module, torch.jit.ScriptModule):  # its code is not Python's, nor its attributes
+        return None
     offer: Offer | None = part.offer(name, module, model)
     if offer is None:
         return None

@@ -57,21 +57,25 @@ def unswap(module: nn.Module) -> bool:
     """Give `module` its own class back and drop our attributes; whether anything changed.
 
     Raises:
-        RuntimeError: another library has since made a subclass of ours (FSDP does); undo that
-            first.
+        RuntimeError: as `check_unswap`.
     """
     if not swapped(module):
         return False
-    if "fastllm_part" not in type(module).__dict__:
-        raise RuntimeError(
-            f"{type(module).__name__} was wrapped by another library after it was patched: undo "
-            "that first, or unpatch before wrapping"
-        )
+    check_unswap(module)
     with _LOCK:
         module.__class__ = original(module)  # type: ignore[assignment]
         for name in module.__dict__.pop(_ATTRIBUTES, ()):
             del module.__dict__[name]
     return True
+
+
+def check_unswap(module: nn.Module) -> None:
+    """Raise RuntimeError if another library has since made a subclass of ours (FSDP does)."""
+    if swapped(module) and "fastllm_part" not in type(module).__dict__:
+        raise RuntimeError(
+            f"{type(module).__name__} was wrapped by another library after it was patched: undo "
+            "that first, or unpatch before wrapping"
+        )
 
 
 def swapped(module: nn.Module) -> tuple[str, ...]:
