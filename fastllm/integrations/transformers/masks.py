@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import masking_utils as their
 from transformers.utils.import_utils import is_torchdynamo_exporting, is_tracing
 
+from ...ops.registry import is_transformed
 from . import registry
 from .lazy_mask import LazyMask
 
@@ -79,7 +80,7 @@ def make_mask(
             device=device, **kwargs,
         )  # fmt: skip
 
-    if use_vmap or is_torchdynamo_exporting():
+    if use_vmap or is_torchdynamo_exporting() or is_transformed():
         return theirs()
     tracing = is_tracing(attention_mask)
     pattern = (
@@ -99,18 +100,26 @@ def make_mask(
             return theirs()
         starts = _document_starts(pattern.packed, tracing)
         return LazyMask(starts, size, "documents", 0, pattern.left, pattern.right)
-    left = pattern.left if pattern.left < offset + q_length - 1 else -1  # -1: it hides nothing
     end = min(kv_length, offset + q_length) if pattern.right == 0 else kv_length
     keys = _hidden_keys(attention_mask, kv_offset, kv_length, end, tracing)
     skip = allow_is_causal_skip if pattern.right == 0 else bool(allow_is_bidirectional_skip)
-    if keys is None and left < 0 and pattern.right <= 0:
-        # None: one query sees all keys, several see them causally from key 0
-        aligned = end == kv_length if q_length == 1 else offset == 0
-        aligned = aligned or pattern.right < 0
-        if skip and aligned:
+    return _described(pattern, size, offset, end, keys, skip, device)
+
+
+def _described(
+    pattern: Pattern, size: tuple[int, ...], offset: int, end: int, keys: Tensor | None,
+    skip: bool, device: torch.device | str,
+) -> Tensor | None:  # fmt: skip
+    """The mask of a pattern without documents; `end`: keys from there on are seen by no query."""
+    queries, count = size[2], size[3]
+    left = pattern.left if pattern.left < offset + queries - 1 else -1  # -1: it hides nothing
+    if left < 0 and pattern.right <= 0:
+        # One query sees all keys without being told, several see them causally from key 0.
+        whole = pattern.right < 0 or (end == count if queries == 1 else offset == 0)
+        if keys is None and skip and whole:
             return None
-    if keys is not None and q_length == 1 and left < 0 and end == kv_length:
-        return keys[:, None, None, :]
+        if keys is not None and queries == 1 and end == count:
+            return keys[:, None, None, :]
     if keys is None:
         empty = torch.empty(0, device=device)
         return LazyMask(empty, size, "", offset, left, pattern.right)
