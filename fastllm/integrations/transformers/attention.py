@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ... import ops
 from ...ops.checks import MAX_HEAD_DIM
-from ...ops.registry import FLOATS
+from ...ops.registry import FLOATS, is_transformed
 from . import registry
 from .implementations import NAME
 from .lazy_mask import LazyMask
@@ -129,6 +129,7 @@ def _ours(query: Tensor, key: Tensor, value: Tensor, scaling: Any) -> bool:
         and batch * queries * keys * kv_heads > 0
         and heads % kv_heads == 0
         and not isinstance(scaling, Tensor)
+        and not is_transformed()
     )
 
 
@@ -174,7 +175,10 @@ def _view(
             window = kwargs.get("sliding_window") or 0
             return View(None, window - 1, 0, None, starts, starts)
         # None stands for causal from key 0: a static cache's places after the prompt are cut off.
-        return ALL if queries == 1 else View(min(queries, keys), right=0)
+        # The op aligns the ends: fewer keys than queries would be seen from elsewhere.
+        if queries == 1:
+            return ALL
+        return View(queries, right=0) if queries <= keys else None
     if isinstance(mask, LazyMask):
         return _lazy_view(queries, keys, mask)
     if mask.dtype is torch.bool and mask.dim() == 4 and mask.shape[1] == 1 and queries == 1:
