@@ -275,40 +275,22 @@ linear_logits_backward = Op(
 )
 
 
-class _Refused(torch.autograd.Function):
-    """A result as it is, whose own gradient is an error."""
-
-    @staticmethod
-    def forward(ctx: Any, result: Tensor, name: str) -> Tensor:
-        ctx.name = name
-        return result.view_as(result)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> None:
-        raise RuntimeError(
-            f"fastllm.ops.{ctx.name} has no second derivative: differentiate twice through its "
-            "logits instead, fastllm.ops.linear and torch.nn.functional"
-        )
-
-
 def first_derivative_only(name: str) -> Callable[[_Backward], _Backward]:
-    """Make a backward of the op `name` whose results refuse to be differentiated again.
+    """Make a backward of the op `name` that refuses to be recorded (`create_graph=True`).
 
-    Its kernels record nothing: results of a backward under `create_graph=True` would be constants,
-    and a penalty on a gradient would silently have none.
+    Its kernels record nothing: its results would be constants, and a penalty on a gradient would
+    silently lose what goes through them wherever the rest of a model is differentiable twice.
     """
 
     def decorate(backward: _Backward) -> _Backward:
         @functools.wraps(backward)
         def run(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-            with torch.no_grad():
-                found = backward(ctx, *grads)
-            if not torch.is_grad_enabled():
-                return found
-            return tuple(
-                None if t is None else _Refused.apply(t.detach().requires_grad_(), name)
-                for t in found
-            )
+            if torch.is_grad_enabled():
+                raise RuntimeError(
+                    f"fastllm.ops.{name} has no second derivative: differentiate twice through "
+                    "its logits instead, fastllm.ops.linear and torch.nn.functional"
+                )
+            return backward(ctx, *grads)
 
         return run
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 
@@ -40,14 +41,24 @@ _batch_invariant = False
 
 
 def is_eager(x: Tensor) -> bool:
-    """Whether a call with x, a plain tensor, is seen by no tracer, dispatch mode or functorch."""
+    """Whether x is plain and no tracer, dispatch mode, functorch or forward mode sees a call."""
     return (
         not is_compiling()
         and type(x) is Tensor
         and not _dispatch_modes()
         and not _functorch_level()
         and not _jit_tracing()
+        and forward_ad._current_level < 0
     )
+
+
+def is_transformed() -> bool:
+    """Whether torch.func (grad, vmap, jvp) or forward-mode differentiation runs this call.
+
+    Our gradients are made for backward passes alone: ops raise there, and code that has other
+    operations at hand takes those.
+    """
+    return not is_compiling() and (bool(_functorch_level()) or forward_ad._current_level >= 0)
 
 
 def set_batch_invariant(enabled: bool) -> None:
@@ -198,10 +209,11 @@ class Op:
                     needs_grad = True
             elif kind not in _PLAIN_TYPES and isinstance(arg, Tensor):
                 return self.overload(*args)
-        if needs_grad and torch.is_grad_enabled():
+        forward_mode = forward_ad._current_level >= 0  # a kernel alone would drop the tangents
+        if (needs_grad and torch.is_grad_enabled()) or forward_mode:
             if self._function is not None:
                 return self._function.apply(*args)
-            if not self.mutable:
+            if not self.mutable and needs_grad:
                 raise RuntimeError(
                     f"fastllm.ops.{self.name} has no backward: call it under torch.no_grad(), "
                     "or detach its inputs"

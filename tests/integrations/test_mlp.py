@@ -125,6 +125,17 @@ def test_the_projections_are_called_as_modules_and_once() -> None:
         assert calls[0:2] == ["gate_proj", "up_proj"] and calls.count("down_proj") == 1
 
 
+def test_hooks_on_the_activation_run_once_and_leave_it_to_the_module() -> None:
+    module, calls = _Gated(), []
+    ours = replaced(module)
+    for one in (module, ours):
+        one.get_submodule("act_fn").register_forward_hook(lambda *_: calls.append(1))
+    offer = mlp.offer("mlp", module, module)
+    assert offer is not None and not offer.replaced and "hooks" in offer.reason and not calls
+    x = torch.randn(3, 16)
+    assert torch.equal(ours(x), module(x)) and len(calls) == 2
+
+
 def test_few_rows_take_the_modules_own_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     kernel = mlp.swiglu

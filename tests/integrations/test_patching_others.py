@@ -1,4 +1,4 @@
-"""Patched models in other hands: exported, traced, sharded, quantized by another library."""
+"""Patched models in other hands: exported, traced, sharded, differentiated in other ways."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ import pytest
 import torch
 from tiny_models import inputs, tiny
 from torch import Tensor, distributed, nn
+from torch.autograd import forward_ad
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.func import functional_call, grad, vmap
 from transformers import PreTrainedModel
 
 import fastllm
+from fastllm.integrations.transformers import mlp
 
 TIGHT = 1e-5
 
@@ -89,6 +92,53 @@ def test_layers_that_another_library_has_quantized_stay_and_the_rest_is_served(
     wanted, found = plain(**batch), model(**batch)
     valid = batch["attention_mask"].bool()
     assert near(found.logits[valid], wanted.logits[valid]) and near(found.loss, wanted.loss)
+
+
+def per_sample_gradients(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], row: Tensor) -> Tensor:
+        given = {"labels": row[None], "use_cache": False}
+        return functional_call(model, parameters, (row[None],), given).loss
+
+    found: dict[str, Tensor] = vmap(grad(loss), in_dims=(None, 0))(parameters, ids)
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # torch's own
+def test_torch_func_and_forward_mode_take_the_models_own_operations(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(mlp, "_FROM", dict.fromkeys(mlp._FROM, (0, 0)))
+    plain, model = (tiny("llama", attn_implementation="eager").train() for _ in range(2))
+    assert fastllm.patch(model, strict=True)
+    ids = inputs((12, 12))["input_ids"]
+    wanted, found = per_sample_gradients(plain, ids), per_sample_gradients(model, ids)
+    for name, gradient in wanted.items():
+        assert gradient.shape[0] == 2 and near(found[name], gradient), name
+    model.set_attn_implementation("eager")  # torch's own fused attention has no forward mode
+    tangents = []
+    for one in (plain, model):
+        embedded = one.get_input_embeddings()(ids).detach()
+        with torch.no_grad(), forward_ad.dual_level():
+            dual = forward_ad.make_dual(embedded, torch.ones_like(embedded))
+            tangents.append(forward_ad.unpack_dual(one(inputs_embeds=dual).logits).tangent)
+    assert near(tangents[1], tangents[0])
+
+
+@pytest.mark.parametrize("op", ["attention", "experts", "norm", "mlp", "loss"])
+def test_second_derivatives_are_refused_where_there_are_none(
+    op: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mlp, "_FROM", dict.fromkeys(mlp._FROM, (0, 0)))
+    family = "mixtral" if op == "experts" else "llama"
+    model = tiny(family, attn_implementation="eager").train()
+    fastllm.patch(model, ops=(op,))
+    batch = inputs((12, 12))
+    embedded = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
+    loss = model(inputs_embeds=embedded, labels=batch["labels"]).loss
+    with pytest.raises(RuntimeError, match=r"fastllm\.ops\.\w+"):
+        torch.autograd.grad(loss, embedded, create_graph=True)
 
 
 @pytest.fixture

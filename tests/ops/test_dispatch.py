@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastllm import _C
-from fastllm.ops.registry import OPS, Op
+from fastllm.ops.registry import OPS, Op, is_eager, is_transformed
 from fastllm.testing.check import case_arguments, copies, results
 from fastllm.testing.opinfo import Args, OpInfo, all_infos, generator, outputs
 
@@ -164,6 +165,19 @@ def test_vmap_gives_the_rows_of_the_direct_call() -> None:
     x, w = torch.randn(3, 8, generator=generator()), torch.ones(8)
     batched = torch.func.vmap(lambda row: OPS["rms_norm"](row, w, 1e-5, None))(x)
     assert torch.equal(batched, OPS["rms_norm"](x, w, 1e-5, None))
+
+
+def test_forward_mode_is_refused_and_no_tangent_is_dropped() -> None:
+    x, w = torch.randn(3, 8, generator=generator()), torch.ones(8)
+    assert not is_transformed() and is_eager(x)
+    with torch.no_grad(), forward_ad.dual_level():
+        assert is_transformed() and not is_eager(x)
+        with pytest.raises(NotImplementedError, match="forward mode"):
+            OPS["rms_norm"](forward_ad.make_dual(x, torch.ones_like(x)), w, 1e-5, None)
+        assert OPS["rms_norm"](x, w, 1e-5, None).shape == x.shape  # not a tangent in sight
+    seen: list[bool] = []
+    torch.func.vmap(lambda row: (seen.append(is_transformed()), row)[1])(x)
+    assert seen == [True]
 
 
 def test_every_isa_takes_the_same_road() -> None:

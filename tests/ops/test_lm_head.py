@@ -283,14 +283,10 @@ def test_bad_options_are_named() -> None:
 
 
 def refused(result: Tensor, x: Tensor, weight: Tensor, name: str) -> None:
-    """Raise AssertionError unless gradients of a result exist and theirs are refused by name."""
-    first = torch.autograd.grad(result, (x, weight), create_graph=True)
-    kept = torch.autograd.grad(result, (x, weight), retain_graph=True)
-    assert all(torch.equal(a, b) for a, b in zip(first, kept, strict=True))
-    penalty = sum(g.square().sum() for g in first)
-    assert isinstance(penalty, Tensor)
+    """Raise AssertionError unless gradients of a result exist and recording them is refused."""
     with pytest.raises(RuntimeError, match=f"{name} has no second derivative"):
-        (result + penalty).backward()
+        torch.autograd.grad(result, (x, weight), create_graph=True)
+    assert all(g.any() for g in torch.autograd.grad(result, (x, weight)))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -21,6 +21,7 @@ from transformers.integrations import moe as transformers_moe
 
 from fastllm.ops.gated_activation import LIMIT, SLOPE
 from fastllm.ops.moe import moe
+from fastllm.ops.registry import is_transformed
 
 from . import implementations, registry
 from .parts import Offer
@@ -97,7 +98,7 @@ def offer(name: str, module: nn.Module, model: nn.Module) -> Offer | None:
 
 
 def _served(hidden_states: Tensor) -> bool:
-    return hidden_states.dtype in _DTYPES and hidden_states.dim() == 2
+    return hidden_states.dtype in _DTYPES and hidden_states.dim() == 2 and not is_transformed()
 
 
 def is_experts(module: nn.Module) -> bool:

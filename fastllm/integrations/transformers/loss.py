@@ -27,13 +27,13 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
 from fastllm.ops.linear_cross_entropy import linear_cross_entropy
+from fastllm.ops.registry import is_transformed
 
-from .parts import Offer
+from .parts import Offer, hooked
 from .swap import original, swap
 
 NAME = "loss"
 _DTYPES = (torch.float32, torch.bfloat16)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def head_refusal(model: Any) -> str | None:
     head = model.lm_head
     if type(head) is not nn.Linear:
         return f"its lm_head is a {type(head).__module__}.{type(head).__name__}, no plain Linear"
-    if "forward" in head.__dict__ or any(getattr(head, hooks) for hooks in _HOOKS):
+    if "forward" in head.__dict__ or hooked(head):
         return "its lm_head has hooks or a forward of its own"
     weight = head.weight
     if type(weight) not in (Tensor, nn.Parameter):
@@ -169,6 +169,7 @@ def _allows(model: Any, given: dict[str, Any]) -> bool:
         and model.config.return_dict
         and not given.get("label_smoothing")
         and _own_loss(model)
+        and not is_transformed()
         and head_refusal(model) is None
         and _autocast_dtype(model.lm_head.weight) in _DTYPES
     )

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ...ops import swiglu
 from ...ops.gated_activation import gated_activation
-from .parts import Offer
+from ...ops.registry import is_transformed
+from .parts import Offer, hooked
 from .probe import agrees, answer, normal, stand_in, takes_one_argument
 from .swap import swap
 
@@ -46,6 +47,8 @@ def offer(name: str, module: nn.Module, model: nn.Module) -> Offer | None:
     attribute = next((a for a in _ACTIVATION_ATTRIBUTES if callable(getattr(module, a, None))), "")
     if not attribute:
         return Offer(reason="it has no activation function that its forward could apply")
+    if hooked(getattr(module, attribute)):
+        return Offer(reason="its activation has hooks, which a kernel would not run")
     activation = activation_of(getattr(module, attribute))
     if activation is None:
         return Offer(reason="its activation is neither SiLU nor GELU")
@@ -99,6 +102,7 @@ def _ours(gate: Tensor, up: Tensor, activation: str) -> bool:
         and gate.dtype == up.dtype
         and gate.dtype in _DTYPES
         and gate.ndim <= 3
+        and not is_transformed()
     )
 
 
@@ -114,8 +118,9 @@ def _forward(theirs: Callable[..., Tensor], layout: _Layout) -> Callable[..., Te
             gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
         else:
             gate, up = self.gate_proj(x), self.up_proj(x)
-        if _ours(gate, up, activation):
+        function = getattr(self, attribute)
+        if _ours(gate, up, activation) and not hooked(function):
             return self.down_proj(swiglu(gate, up, activation))
-        return self.down_proj(getattr(self, attribute)(gate) * up)
+        return self.down_proj(function(gate) * up)
 
     return forward

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from ...ops import rms_norm
+from ...ops.registry import is_transformed
 from .parts import Offer
 from .probe import agrees, answer, normal, stand_in, takes_one_argument
 from .swap import swap
@@ -93,7 +94,7 @@ def _forward(
     def forward(self: Any, x: Any = None, **named: Any) -> Tensor:
         weight = self.weight
         out = None
-        if type(x) in _PLAIN and type(weight) in _PLAIN and x.ndim:
+        if type(x) in _PLAIN and type(weight) in _PLAIN and x.ndim and not is_transformed():
             out = known.get((x.dtype, weight.dtype))
         if out is None:
             return theirs(self, **named) if x is None else theirs(self, x, **named)

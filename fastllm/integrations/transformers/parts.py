@@ -21,6 +21,7 @@ from torch import nn
 from .swap import original
 
 _DEVICES = ("cpu", "cuda")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,11 @@ class Offer:
     def __post_init__(self) -> None:
         if not self.replaced and not self.reason:
             raise ValueError("reason: an offer that replaces nothing says why")
+
+
+def hooked(function: object) -> bool:
+    """Whether a call of a module runs somebody's hooks, which a kernel in its place would not."""
+    return isinstance(function, nn.Module) and any(getattr(function, name) for name in _HOOKS)
 
 
 def left_alone(module: nn.Module) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from ...ops import rope
+from ...ops.registry import is_transformed
 from .parts import Offer
 from .probe import agrees, answer, normal, stand_in
 from .swap import rebind, swap
@@ -163,7 +164,7 @@ def rotate_with(rotation: Rotation, theirs: Callable[..., Any]) -> Callable[...,
 
     def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **named: Any) -> Any:
         out = None if rest or named else known.get((q.dtype, cos.dtype))
-        if out is None or not _fits(q, k):
+        if out is None or not _fits(q, k) or is_transformed():
             return theirs(q, k, cos, sin, *rest, **named)
         batch, _, tokens, _ = q.shape
         rows = _rows(cos, sin, rotation.repeated, batch, tokens)
