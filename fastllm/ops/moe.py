@@ -200,7 +200,11 @@ def _moe_cpu(
     return y, pre
 
 
-@_moe.impl("triton", "cuda", variants=ACTIVATIONS)
+def _in_halves(*args: Any) -> bool:
+    return not any(args[12:])  # `moe` puts what is in turns into halves for GPUs
+
+
+@_moe.impl("triton", "cuda", variants=ACTIVATIONS, when=_in_halves)
 def _moe_triton(*args: Any) -> tuple[Tensor, Tensor]:
     from ..kernels import moe as kernel
 

@@ -255,6 +255,7 @@ def unwanted() -> float:
 # --- the ops' own cases -------------------------------------------------------------------------
 
 OPS = ("moe_dispatch", "grouped_matmul", "grouped_weight_grad", "moe", "moe_backward")
+CPU_ONLY = "in-turns"  # GPUs get halves
 LARGE = ("T700", "T3001", "T5000", "625+", "-1100x")  # minutes under the interpreter
 
 
@@ -279,7 +280,7 @@ def op_cases() -> dict[str, Case]:
     for name in OPS:
         for dtype in infos[name].dtypes:
             for case in infos[name].cases(dtype):
-                if not any(size in case.label for size in LARGE):
+                if not any(size in case.label for size in (*LARGE, CPU_ONLY)):
                     key = f"{name} case {NAMES.get(dtype, 'i32')} {case.label}"
                     cases[key] = lambda a=(name, case.label, dtype): op_case(*a)
     return cases

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...ops.expert_layout import split_pairs
 from ...ops.gated_activation import ACTIVATIONS, gated_activation
 from ...ops.grouped_matmul import expert_ranges
 from ...ops.moe import moe_ref
@@ -33,7 +34,7 @@ BENCH_SHAPES: tuple[dict[str, Any], ...] = tuple(
 
 
 def arguments(problem: MoeProblem, g: torch.Generator, *, keep: bool = True) -> Args:
-    """The op's arguments for a problem; the generator's seed chooses the draw."""
+    """The op's arguments up to `out_dtype`; the generator's seed chooses the draw."""
     layer = problem.layer(g.initial_seed())
     offsets, slots = moe_dispatch_ref(
         layer.topk_ids, layer.gate_up.shape[0], layer.first_expert or 0
@@ -47,7 +48,7 @@ def arguments(problem: MoeProblem, g: torch.Generator, *, keep: bool = True) -> 
 def _case(problem: MoeProblem, *, keep: bool = True, full: bool = False) -> Case:
     return Case(
         label=problem.label.replace(" ", "-"),
-        make=lambda g: arguments(problem, g, keep=keep),
+        make=lambda g: (*arguments(problem, g, keep=keep), False),
         full=full,
         gradients=keep and problem.tokens > 0,
     )
@@ -74,9 +75,18 @@ def _cases(dtype: torch.dtype) -> Iterator[Case]:
         problem = MoeProblem(tokens=9, experts=4, k=2, strided=True, base="same", **sizes)
         args = list(arguments(problem, g))
         args[3] = args[3].contiguous()
-        return tuple(args)
+        return *args, False
 
     yield Case(label="strided", make=strided)
+
+    def in_turns(g: torch.Generator) -> Args:
+        """Experts as GPT-OSS stores them: transposed, columns of gate and value in turns."""
+        problem = MoeProblem(tokens=9, experts=4, k=2, biases="both", **sizes)
+        args = list(arguments(problem, g))
+        args[1:3] = (w.mT.contiguous().mT for w in args[1:3])
+        return *args, True
+
+    yield Case(label="in-turns", make=in_turns)
 
 
 def exact(
@@ -92,6 +102,7 @@ def exact(
     activation: str,
     keep: bool,
     out_dtype: Any = None,
+    interleaved: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`moe` in float64, without a rounding in between."""
     x64, k = x.double(), topk_weights.shape[1]
@@ -102,6 +113,7 @@ def exact(
         h = x64[slot // k] @ gate_up[e].double().T
         if gate_up_bias is not None:
             h = h + gate_up_bias[e].double()
+        h = split_pairs(h) if interleaved else h
         pre[rows] = h.detach()
         gate, up = h.chunk(2, -1)
         o = gated_activation(gate, up, activation) @ down[e].double().T
