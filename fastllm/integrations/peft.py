@@ -32,7 +32,8 @@ except ModuleNotFoundError as error:
 
 _MERGE = (
     "adapters cannot be merged into packed weights: make the model plain first with "
-    "fastllm.dequantize_model(model), then merge, then quantize the merged model again"
+    "fastllm.dequantize_model(model) (a packed embedding with transformers' model.dequantize()), "
+    "then merge, then quantize the merged model again"
 )
 
 
@@ -133,6 +134,9 @@ def register() -> None:
     if not hasattr(tuners_utils.BaseTuner.inject_adapter, "fastllm_original"):
         inject = _injecting(tuners_utils.BaseTuner.inject_adapter)
         setattr(tuners_utils.BaseTuner, "inject_adapter", inject)  # noqa: B010  # mypy forbids =
+    if not hasattr(tuners_utils.BaseTuner._check_merge_allowed, "fastllm_original"):
+        check = _refusing_merges(tuners_utils.BaseTuner._check_merge_allowed)
+        setattr(tuners_utils.BaseTuner, "_check_merge_allowed", check)  # noqa: B010
 
 
 def _dispatching(original: Any) -> Any:
@@ -166,3 +170,18 @@ def _injecting(original: Any) -> Any:
 
     inject_adapter.fastllm_original = original  # type: ignore[attr-defined]
     return inject_adapter
+
+
+def _refusing_merges(original: Any) -> Any:
+    """PEFT merges layer by layer: it is asked before the first, so that no half is merged."""
+
+    @functools.wraps(original)
+    def _check_merge_allowed(self: Any) -> None:
+        for module in self.model.modules():
+            if isinstance(module, tuners_utils.BaseTunerLayer):
+                if isinstance(module.get_base_layer(), PackedMatrix):
+                    raise RuntimeError(_MERGE)
+        original(self)
+
+    _check_merge_allowed.fastllm_original = original  # type: ignore[attr-defined]
+    return _check_merge_allowed

@@ -29,6 +29,8 @@ class QuantizedValues(Tensor):
     """
 
     packed: Callable[[], PackedWeight]
+    # transformers draws weights anew that files lack, and asks the tensor: here there are values.
+    _is_hf_initialized = True
 
     @staticmethod
     def __new__(

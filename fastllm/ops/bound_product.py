@@ -36,12 +36,13 @@ class BoundProduct:
         rows, k = x2.shape
         if k != self._k:
             raise ValueError(f"x has {k} columns, the weight {self._k}")
-        y = torch.empty((rows, self._n), dtype=x.dtype)
+        # In its own shape: a view that is made without grad may not be changed in place with it.
+        y = torch.empty((*x.shape[:-1], self._n), dtype=x.dtype)
         _C.quant_matmul(
-            y, x2, self._data, self._scales, *self._arguments, self._bias, self._mode,
-            prepared_rows(x2),
+            y if y.ndim == 2 else y.view(rows, self._n), x2, self._data, self._scales,
+            *self._arguments, self._bias, self._mode, prepared_rows(x2),
         )  # fmt: skip
-        return y.view(*x.shape[:-1], self._n)
+        return y
 
 
 def bound_product(

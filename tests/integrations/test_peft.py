@@ -182,6 +182,15 @@ def test_merging_is_refused_until_the_model_is_plain(base: Path) -> None:
     assert float((logits(merged) - wanted).norm() / wanted.norm()) < 0.03
 
 
+@pytest.mark.parametrize("way", ["merge_adapter", "merge_and_unload"])
+def test_a_refused_merge_has_merged_no_layer(base: Path, way: str) -> None:
+    model = adapted(quantized(base, modules_to_not_convert=["model.layers.0", "lm_head"]))
+    with pytest.raises(RuntimeError, match=r"fastllm\.dequantize_model"):
+        getattr(model, way)()
+    layers = [m for m in model.modules() if isinstance(m, peft.tuners.lora.Linear)]
+    assert len(layers) == 14 and not any(layer.merged for layer in layers)
+
+
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings:UserWarning")
 def test_other_methods_of_peft_train_on_packed_layers(base: Path) -> None:
     ada = peft.AdaLoraConfig(init_r=4, target_r=2, total_step=4, tinit=1, tfinal=1)

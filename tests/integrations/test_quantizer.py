@@ -383,6 +383,39 @@ def test_experts_stay_packed_and_saved_when_linear_layers_are_made_plain(tmp_pat
     assert torch.equal(logits(load(tmp_path / "half")), wanted)
 
 
+def test_layers_that_quantize_model_packs_later_are_saved_with_the_rest(tmp_path: Path) -> None:
+    model = load(
+        saved("smollm", tmp_path), format="q8_0", embeddings="q8_0", activation="bf16",
+        modules_to_not_convert=["down_proj", "lm_head"],
+    )  # fmt: skip
+    fastllm.quantize_model(model, "q4_0", modules="down_proj")
+    wanted = logits(model)
+    model.save_pretrained(tmp_path / "packed")
+    again = load(tmp_path / "packed")
+    assert torch.equal(logits(again), wanted)
+    layers = again.model.layers[0].mlp
+    assert (layers.down_proj.format, layers.up_proj.format) == ("q4_0", "q8_0")
+
+
+def test_families_that_draw_the_weights_of_their_children_load_quantized(tmp_path: Path) -> None:
+    config = transformers.T5Config(
+        vocab_size=128, d_model=64, d_kv=16, d_ff=96, num_layers=1, num_heads=4,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    kind = transformers.T5ForConditionalGeneration
+    kind(config).save_pretrained(tmp_path / "plain")
+    found = []
+    for folder, options in (("plain", {"quantization_config": QuantConfig("q8_0")}), ("q", {})):
+        model = transformers.T5ForConditionalGeneration.from_pretrained(
+            tmp_path / folder, **options
+        )
+        assert isinstance(model.encoder.block[0].layer[1].DenseReluDense.wi, QuantLinear)
+        with torch.no_grad():
+            found.append(model(input_ids=IDS, labels=IDS).loss)
+        model.save_pretrained(tmp_path / "q")
+    assert torch.equal(*found)
+
+
 def test_importing_both_packages_has_registered_it_and_twice_changes_nothing() -> None:
     for _ in range(2):
         assert AUTO_QUANTIZATION_CONFIG_MAPPING["fastllm"] is QuantConfig

@@ -119,6 +119,16 @@ def test_outputs_may_be_changed_in_place(shape: tuple[int, ...]) -> None:
     assert x.grad is not None and x.grad.shape == shape
 
 
+@pytest.mark.parametrize("shape", [(K,), (3, K), (2, 3, K)])
+def test_outputs_made_without_grad_may_be_changed_in_place_with_it(shape: tuple[int, ...]) -> None:
+    layer, bias = linear(), torch.nn.Parameter(torch.zeros(N, dtype=torch.bfloat16))
+    with torch.no_grad():
+        y = layer(torch.randn(shape).bfloat16())
+    y += bias
+    y.sum().backward()
+    assert bias.grad is not None and y.shape == (*shape[:-1], N)
+
+
 def test_training_the_codes_is_refused_by_name() -> None:
     with pytest.raises(RuntimeError, match=r"QuantEmbedding \(q8_0\): the weight of a QuantLinear"):
         table().requires_grad_()

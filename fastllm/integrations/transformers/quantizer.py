@@ -186,7 +186,8 @@ class FastllmQuantizer(HfQuantizer):
                 owner = name.rpartition(".")[0]
                 for part in ("weight_codes", "weight_scales", "weight_format"):
                     state.pop(f"{owner}.{part}", None)
-        held = {name: f for name, f in self.formats.items() if _is_saved(state, name)}
+        formats = self.formats | _formats(model)  # `quantize_model` may have packed more
+        held = {name: f for name, f in formats.items() if _is_saved(state, name)}
         self.quantization_config.formats = held | quant_names.of_files(model, held)
         if held:  # `fastllm.dequantize_model` may have taken it away, and left experts packed
             model.config.quantization_config = self.quantization_config
@@ -265,6 +266,11 @@ def _check_format(name: str, module: PackedMatrix) -> None:
             f"{name}.weight_format in the files is {stored!r:.40}, and config.json says "
             f"{module.format!r}: the files belong to another config.json"
         )
+
+
+def _formats(model: nn.Module) -> dict[str, str]:
+    """Of the packed layers and tables that a model has now."""
+    return {n: m.format for n, m in model.named_modules() if isinstance(m, PackedMatrix)}
 
 
 def _is_saved(state: dict[str, Any], name: str) -> bool:
