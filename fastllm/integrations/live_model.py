@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from fastllm.errors import ModelFileError
-from fastllm.integrations.transformers.quant_linear import QuantExperts
 from fastllm.models.config import MODEL_TYPES, ModelConfig
 from fastllm.models.decoder import Decoder
 from fastllm.models.mla_config import half_split_index
@@ -24,6 +23,15 @@ from fastllm.nn.low_rank import Factor, LowRank
 from fastllm.nn.moe import Experts
 from fastllm.nn.packed_matrix import PackedMatrix
 from fastllm.nn.quant_linear import QuantLinear
+
+try:
+    from fastllm.integrations.transformers.quant_linear import QuantExperts
+except ModuleNotFoundError as error:
+    if error.name != "transformers":
+        raise
+    raise ImportError(
+        "live models and rollouts need transformers: pip install 'fastllm-engine[trl]'"
+    ) from error
 
 _COMPUTE = (torch.float32, torch.bfloat16)
 Packed = PackedMatrix | QuantExperts
