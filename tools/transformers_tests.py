@@ -42,11 +42,14 @@ LEFT_OUT = (
     "features", "from_pretrained_no_checkpoint", "mtp", "peft",
 )  # fmt: skip
 COMPILED = ("compil",)  # minutes each
-# part of a test's id -> why a failure with fastllm that is none without it is right
+# mode -> part of a test's id -> why a failure with fastllm that is none without it is right
 REASONS = {
-    "test_attention_outputs": "config.output_attentions may be set only while the attention is "
-    'named "eager"; patch(model) names another. The argument of the call works',
-    "test_can_set_attention_dynamically": "it asks for the name of the attention that it had set",
+    "whole": {
+        "test_attention_outputs": "config.output_attentions may be set only while the attention is "
+        'named "eager"; patch(model) names another. The argument of the call works',
+        "test_can_set_attention_dynamically": "it asks for the name of the attention that it had "
+        "set",
+    },
 }
 NEEDED = ("transformers", "pytest", "parameterized", "httpx")
 MODES = {"plain": "unpatched", "registered": "registered", "whole": "whole model"}
@@ -252,15 +255,16 @@ def differences(
         before, after = plain.get(test, absent), patched.get(test, absent)
         if before["outcome"] == after["outcome"]:
             continue
-        reason = next((why for part, why in REASONS.items() if part in test), "")
+        known = REASONS.get(mode, {})
+        reason = next((why for part, why in known.items() if part in test), "")
         line = after["line"] or before["line"]
         found.append(Difference(test, mode, before["outcome"], after["outcome"], line, reason))
     return found
 
 
 def is_worse(difference: Difference) -> bool:
-    """Whether it passed without fastllm and does not with it."""
-    return difference.plain == "passed" and difference.patched in ("failed", "absent")
+    """Whether it passed without fastllm and does not with it: failed, skipped or never ended."""
+    return difference.plain == "passed"
 
 
 def render(result: Mapping[str, Any], found: Sequence[Difference]) -> str:

@@ -90,13 +90,17 @@ def row(outcome: str, line: str = "") -> dict[str, Any]:
 def test_known_and_harmless_differences_are_told_and_do_not_count(
     tool: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tool, "REASONS", {"test_known": "it asks for sdpa's own error"})
+    monkeypatch.setattr(tool, "REASONS", {"whole": {"test_known": "it asks for sdpa's own error"}})
     plain = {"a::test_known": row("passed"), "a::test_fixed": row("failed"), "a::b": row("passed")}
     patched = {"a::test_known": row("failed", "E"), "a::test_fixed": row("passed")}
     known, fixed, absent = tool.differences(plain, patched, "whole")
     assert tool.is_worse(known) and known.reason
     assert not tool.is_worse(fixed)
     assert tool.is_worse(absent) and absent.patched == "absent" and not absent.reason
+    unexcused, *_ = tool.differences(plain, patched, "registered")
+    assert tool.is_worse(unexcused) and not unexcused.reason
+    (skipped,) = tool.differences({"a::c": row("passed")}, {"a::c": row("skipped")}, "whole")
+    assert tool.is_worse(skipped)
 
 
 def test_without_a_checkout_it_says_how_to_get_one(
