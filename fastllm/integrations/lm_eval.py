@@ -51,7 +51,8 @@ class FastLM(TemplateLM):
             tokenizer has it. A text that spells it is left as it is.
         prefix_token_id: what stands before an empty context; default the begin, else the end of
             sequence.
-        think_end_token: text that ends a model's thinking; what stands before it is left out.
+        think_end_token: text that ends a model's thinking, or the token's id: what stands before
+            the last one is left out.
         seed: of sampled answers.
         batch_size, max_batch_size: ignored: the engine packs requests by tokens.
         options: further arguments of `fastllm.LLM` (dtype, device, activation, quantization,
@@ -66,7 +67,7 @@ class FastLM(TemplateLM):
     def __init__(
         self, pretrained: str | os.PathLike[str] | LLM, *, max_length: int | None = None,
         max_gen_toks: int = 256, add_bos_token: bool | None = None,
-        prefix_token_id: int | None = None, think_end_token: str | None = None, seed: int = 1234,
+        prefix_token_id: int | None = None, think_end_token: str | int | None = None, seed: int = 1234,
         batch_size: int | str | None = None, max_batch_size: int | None = None, **options: Any,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -83,6 +84,8 @@ class FastLM(TemplateLM):
         self.max_length = max_length or most
         self.max_gen_toks = max_gen_toks
         self.add_bos_token = add_bos_token
+        if isinstance(think_end_token, str) and think_end_token.isdigit():
+            think_end_token = int(think_end_token)  # as the command line gives it
         self.think_end_token = think_end_token
         self.seed = seed
         begin, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
@@ -181,11 +184,19 @@ class FastLM(TemplateLM):
         outputs = self.llm.generate([ids for ids, _, _ in made], [params for _, params, _ in made])
         answers = []
         for request, output, (_, _, until) in zip(requests, outputs, made, strict=True):
-            text = self.tokenizer.decode(output.outputs[0].token_ids)
-            answer = postprocess_generated_text(text, until, self.think_end_token)
+            answer = self._answer(output.outputs[0].token_ids, until)
             answers.append(answer)
             self.cache_hook.add_partial("generate_until", request.args, answer)
         return answers
+
+    def _answer(self, ids: Sequence[int], until: list[str]) -> str:
+        """The text of an answer behind its thinking, up to the first of its stops."""
+        end = self.think_end_token
+        if not isinstance(end, int):
+            return str(postprocess_generated_text(self.tokenizer.decode(ids), until, end))
+        ends = [place + 1 for place, token in enumerate(ids) if token == end]
+        text = self.tokenizer.decode(ids[ends[-1] if ends else 0 :]).lstrip()
+        return str(postprocess_generated_text(text, until, None))
 
     def _asked(
         self, context: str, options: Mapping[str, Any], number: int
@@ -211,7 +222,7 @@ class FastLM(TemplateLM):
             )
         # Stops beyond what the engine watches for cut the text afterwards all the same.
         watched = [s for s in until if 1 <= len(s) <= MAX_STOP_CHARS and s != end][:MAX_STOPS]
-        if self.think_end_token:  # stops count behind the thinking alone
+        if self.think_end_token is not None:  # stops count behind the thinking alone
             watched = []
         params = SamplingParams(
             max_tokens=most, stop=watched, seed=self.seed + number,

@@ -124,6 +124,19 @@ def test_answers_are_those_of_the_harness(ours: FastLM, theirs: Any) -> None:
     assert len(set(found)) > 2 and not any("7" in t for t in (found[1], found[4]))
 
 
+def test_thinking_ends_with_a_text_or_a_token(
+    ours: FastLM, theirs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = instances("generate_until", [("2 + ", {"max_gen_toks": 16, "until": []})])
+    whole = ours.generate_until(requests)[0]
+    end = ours.tokenizer.encode(whole, add_special_tokens=False)[5]
+    for given in (end, str(end), ours.tokenizer.decode([end])):
+        lm = FastLM(ours.llm, max_length=MAX_LENGTH, think_end_token=given)
+        monkeypatch.setattr(theirs, "think_end_token", lm.think_end_token)
+        answer = lm.generate_until(requests)
+        assert answer == theirs.generate_until(requests) and len(answer[0]) < len(whole)
+
+
 def test_sampled_answers_repeat_with_their_seed(directory: Path, ours: FastLM) -> None:
     options = {"max_gen_toks": 16, "do_sample": True, "temperature": 1.0, "until": []}
     requests = instances("generate_until", [("2 + ", options)] * 2)
