@@ -67,8 +67,9 @@ class FastLM(TemplateLM):
     def __init__(
         self, pretrained: str | os.PathLike[str] | LLM, *, max_length: int | None = None,
         max_gen_toks: int = 256, add_bos_token: bool | None = None,
-        prefix_token_id: int | None = None, think_end_token: str | int | None = None, seed: int = 1234,
-        batch_size: int | str | None = None, max_batch_size: int | None = None, **options: Any,
+        prefix_token_id: int | None = None, think_end_token: str | int | None = None,
+        seed: int = 1234, batch_size: int | str | None = None, max_batch_size: int | None = None,
+        **options: Any,
     ) -> None:  # fmt: skip
         super().__init__()
         if isinstance(pretrained, LLM):
