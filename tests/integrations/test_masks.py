@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache, masking_utils
 
 from fastllm.integrations.transformers import registry
+from fastllm.integrations.transformers.attention import attention_forward
 from fastllm.integrations.transformers.lazy_mask import LazyMask
 from fastllm.integrations.transformers.masks import make_mask
 
@@ -127,6 +128,21 @@ def test_whoever_operates_on_a_mask_gets_booleans() -> None:
     assert torch.equal(~mask, ~dense) and int(mask.sum()) == int(dense.sum())
     assert type(mask.to(torch.float32)) is Tensor
     assert isinstance(mask.detach(), LazyMask) and "kind='keys'" in repr(mask)
+
+
+@pytest.mark.parametrize("detached", [False, True])  # as checkpointing hands it on
+def test_what_somebody_writes_into_a_mask_holds(detached: bool) -> None:
+    arguments: dict[str, Any] = {"batch_size": 2, "q_length": 9, "kv_length": 9}
+    mask, booleans = both(**arguments, attention_mask=padding((9, 6), 9))
+    assert isinstance(mask, LazyMask)
+    mask = mask.detach() if detached else mask
+    for one in (mask, booleans):
+        one[:, :, 4:, 2] = False
+    again = mask.detach() if detached else mask
+    q, k, v = torch.randn(3, 2, 2, 9, 16)
+    found, _ = attention_forward(torch.nn.Module(), q, k, v, again)
+    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, booleans).transpose(1, 2)
+    torch.testing.assert_close(found, wanted)
 
 
 def test_nothing_quadratic_is_made_for_padding_windows_caches_and_documents() -> None:

@@ -192,6 +192,8 @@ def _view(
 def _lazy_view(queries: int, keys: int, mask: LazyMask) -> View | None:
     if mask.shape[2] != queries or mask.shape[3] != keys:
         return None
+    if not torch.compiler.is_compiling() and mask.overwritten():
+        return None
     if mask.kind == "documents":
         return View(None, mask.left, mask.right, None, mask.held, mask.held)
     hidden = mask.held if mask.kind == "keys" else None

@@ -48,6 +48,7 @@ class LazyMask(Tensor):
         self.held = data
         self.kind, self.offset, self.left, self.right = kind, offset, left, right
         self._dense: Tensor | None = None
+        self._lent = False  # somebody may hold a view of it, or has written into it
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
         return ["held"], (self.kind, self.offset, self.left, self.right)
@@ -64,6 +65,8 @@ class LazyMask(Tensor):
     ) -> Any:
         if func is torch.ops.aten.detach.default:  # checkpointing detaches what it passes on
             return args[0].again()
+        if func.is_view or func._schema.is_mutable:
+            _pytree.tree_map_only_(LazyMask, LazyMask._lend, (args, kwargs or {}))
         args, kwargs = _pytree.tree_map_only(LazyMask, LazyMask.dense, (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -75,7 +78,10 @@ class LazyMask(Tensor):
 
     def again(self) -> LazyMask:
         """The same description as another tensor."""
-        return LazyMask(self.held, tuple(self.shape), self.kind, self.offset, self.left, self.right)
+        size = tuple(self.shape)
+        new = LazyMask(self.held, size, self.kind, self.offset, self.left, self.right)
+        new._dense, new._lent = self._dense, self._lent
+        return new
 
     def dense(self) -> Tensor:
         """The booleans `[B, 1, Tq, Tk]` themselves; made once."""
@@ -84,6 +90,16 @@ class LazyMask(Tensor):
         if self._dense is None:
             self._dense = self._spelled_out()
         return self._dense
+
+    def overwritten(self) -> bool:
+        """Whether somebody has written into the booleans: they hold then, not the description."""
+        if not self._lent or self._dense is None:
+            return False
+        return not torch.equal(self._dense, self._spelled_out())
+
+    def _lend(self) -> LazyMask:
+        self._lent = True
+        return self
 
     def _spelled_out(self) -> Tensor:
         batch, _, queries, keys = self.shape
