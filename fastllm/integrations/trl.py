@@ -120,9 +120,10 @@ class Rollout:
         model = trainer.accelerator.unwrap_model(trainer.model)
         live = self._live
         if live is None or live.model is not model or not live.current:
-            self._llm = None  # its cache is freed before the next is made
-            live = self._live = LiveModel(model, self._max_model_len)
+            self._live = self._llm = None  # its cache is freed before the next is made
+            live = LiveModel(model, self._max_model_len)
             self._llm = LLM.from_model(live.decoder, max_model_len=None, **self._options)
+            self._live = live
         else:
             live.refresh()
         assert self._llm is not None, "made with the live model"

@@ -233,6 +233,14 @@ def test_an_engine_is_kept_until_the_model_changes(tmp_path: Path) -> None:
         rollout(["a" * 70], trainer)
 
 
+def test_an_engine_that_cannot_be_made_says_so_each_time(tmp_path: Path) -> None:
+    trainer = grpo(tiny("llama"), tmp_path, None)
+    rollout = rollout_func(kv_cache_dtype="int3")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="kv_cache_dtype"):
+            rollout(PROMPTS, trainer)
+
+
 def test_families_and_tools_that_are_not_served_are_named(tmp_path: Path) -> None:
     trainer = grpo(tiny("gemma3"), tmp_path, None)
     with pytest.raises(ValueError, match=r"Gemma3ForCausalLM .* cannot represent"):
