@@ -226,6 +226,28 @@ def test_a_clamped_gate_with_other_constants_is_refused(name: str) -> None:
     assert "_apply_gate" in str(refusal(layer))
 
 
+def test_a_clamped_gate_of_the_same_names_that_computes_something_else_is_refused() -> None:
+    layer = layer_of("gpt_oss")
+
+    class Other(type(layer)):  # type: ignore[misc]
+        def _apply_gate(self, gate_up: Tensor) -> Tensor:
+            gate, up = gate_up[..., ::2], gate_up[..., 1::2]
+            gate = gate.clamp(min=None, max=self.limit)
+            up = up.clamp(min=-self.limit, max=self.limit)
+            return up * gate * torch.sigmoid(gate * self.alpha)
+
+    layer.__class__ = Other
+    assert "_apply_gate" in str(refusal(layer))
+
+
+def test_hooks_on_the_activation_leave_experts_to_transformers() -> None:
+    layer, calls = layer_of("mixtral"), []
+    layer.act_fn.register_forward_hook(lambda *_: calls.append(1))
+    assert "hooks" in str(refusal(layer)) and not calls
+    experts_forward(layer, *batch(layer, torch.float32))
+    assert calls
+
+
 def test_a_refused_layer_gets_transformers_own_function() -> None:
     layer = layer_of("mixtral")
     _squared(layer)

@@ -11,20 +11,25 @@ that `ops.moe` does not know goes to the function that served it before; `refusa
 
 from __future__ import annotations
 
-from functools import partial
+import functools
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from transformers import activations
 from transformers.integrations import moe as transformers_moe
 
-from fastllm.ops.gated_activation import LIMIT, SLOPE
+from fastllm.ops.expert_layout import split_pairs
+from fastllm.ops.gated_activation import LIMIT, SLOPE, gated_activation
 from fastllm.ops.moe import moe
 from fastllm.ops.registry import is_transformed
 
 from . import implementations, registry
-from .parts import Offer
+from .parts import Offer, hooked
+from .probe import agrees, answer, normal
 
 NAME = "experts"
 
@@ -94,7 +99,7 @@ def offer(name: str, module: nn.Module, model: nn.Module) -> Offer | None:
     config = getattr(module, "config", None)
     if getattr(config, "_experts_implementation", None) == implementations.NAME:
         return Offer(replaced=True, reason="already replaced")
-    return Offer(replaced=True, install=partial(implementations.choose, model, "experts"))
+    return Offer(replaced=True, install=functools.partial(implementations.choose, model, "experts"))
 
 
 def _served(hidden_states: Tensor) -> bool:
@@ -122,6 +127,8 @@ def structure_refusal(layer: Any) -> str | None:
         return "its experts have no gate: fastllm's have gate and up"
     if getattr(layer, "has_post_expert_norm", False):  # came after 5.17
         return "it normalizes the output of each expert before the weighted sum"
+    if hooked(getattr(layer, "act_fn", None)):
+        return "its activation has hooks, which a kernel would not run"
     if gating(layer) is None:
         return f"its gate ({_gate_name(layer)}) is none of fastllm's gated activations"
     return None
@@ -157,8 +164,21 @@ def gating(layer: Any) -> str | None:
     names = set(gate.__code__.co_names)
     halves = {"chunk"} if layer.is_concatenated else set()
     if names == {*_CLAMPED, *halves} and (layer.limit, layer.alpha) == (LIMIT, SLOPE):
-        return "swiglu_oai"
+        # A graph that is being traced cannot hold the trial.
+        if is_compiling() or _is_clamped_swiglu(gate, layer.is_concatenated):
+            return "swiglu_oai"
     return None
+
+
+@functools.cache
+def _is_clamped_swiglu(gate: Callable[..., Tensor], halves: bool) -> bool:
+    """Whether a class's `_apply_gate` is GPT-OSS's, tried on a few numbers (see `probe`)."""
+    pre = 6 * normal(8, 16, seed=1)
+    gate_up = pre.double() if halves else split_pairs(pre.double())
+    gates, values = gate_up.chunk(2, dim=-1)
+    exact = gated_activation(gates, values, "swiglu_oai")
+    constants = SimpleNamespace(limit=LIMIT, alpha=SLOPE)
+    return agrees(answer(gate, constants, pre), exact, torch.float32)
 
 
 def _gate_name(layer: Any) -> str:
