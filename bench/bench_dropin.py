@@ -20,23 +20,25 @@ from fastllm.bench.step_process import StepProcess
 from fastllm.testing.suite import OURS, BenchCase, Row, Settings, Work, benchmark_case
 
 SUITE = "dropin"
-SECONDS = 1100
+SECONDS = 600
 TITLE = "transformers models unpatched and patched: speed and memory"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 Point = tuple[str, str, str]  # model, work, dtype
+INT4, INT4_TABLE = "generate int4", "generate int4, table q8_0"
+_PACKED = dict(zip((INT4, INT4_TABLE), steps.PACKED, strict=True))  # work -> our side
 # (model, work) -> peer -> how many times as fast the patched model has to be
 BARS: dict[tuple[str, str], dict[str, float]] = {
     (steps.DENSE, steps.PREFILL): {steps.EAGER: 1.3},
     (steps.DENSE, steps.BACKWARD): {steps.EAGER: 1.3},
     (steps.DENSE, steps.STEP): {steps.EAGER: 1.3},
-    (steps.DENSE, "generate int4"): {steps.EAGER: 2.0},
+    (steps.DENSE, INT4): {steps.EAGER: 2.0},
+    (steps.DENSE, INT4_TABLE): {steps.EAGER: 2.0},
     **{
         (name, work): {steps.LOOP: 2.0, steps.EAGER: 1.2 if "E=64" in name else 1.0}
         for name in steps.MIXTURES
         for work in (steps.BACKWARD, steps.STEP)
     },
 }
-INT4 = "generate int4"
 
 
 def points(settings: Settings) -> list[Point]:
@@ -51,7 +53,7 @@ def points(settings: Settings) -> list[Point]:
             (fine, steps.BACKWARD, "bf16"),
         ]
     works = (steps.PREFILL, steps.BACKWARD, steps.STEP, steps.GENERATE)
-    found = [(steps.DENSE, work, "bf16") for work in (*works, INT4)]
+    found = [(steps.DENSE, work, "bf16") for work in (*works, INT4, INT4_TABLE)]
     found += [(steps.DENSE, work, "fp32") for work in works[:2]]
     return found + [(name, work, "bf16") for name in steps.MIXTURES for work in works]
 
@@ -83,8 +85,8 @@ def cases(settings: Settings) -> Iterator[BenchCase]:
 def sides(settings: Settings, point: Point) -> dict[str, str]:
     """Name in the row -> side of `dropin_steps`, ours first."""
     model, work, dtype = point
-    if work == INT4:
-        return {OURS: steps.QUANTIZED, steps.EAGER: steps.EAGER, "patched bf16": steps.OURS}
+    if work in _PACKED:
+        return {OURS: _PACKED[work], steps.EAGER: steps.EAGER, "patched bf16": steps.OURS}
     found = [steps.OURS, steps.EAGER]
     if model in steps.MIXTURES:
         found.append(steps.LOOP)
@@ -114,7 +116,7 @@ def _what(work: str) -> str:
     """How tables name it."""
     if work == steps.PREFILL:
         return f"prefill {steps.LENGTH} tokens"
-    if work in (steps.GENERATE, INT4):
+    if work == steps.GENERATE or work in _PACKED:
         return f"{work}, {steps.TOKENS} tokens"
     return f"{work}, {steps.ROWS} x {steps.LENGTH} tokens"
 
@@ -123,7 +125,8 @@ def _amount(work: str) -> int:
     """Tokens of one call."""
     if work == steps.PREFILL:
         return steps.LENGTH
-    return steps.TOKENS if work in (steps.GENERATE, INT4) else steps.ROWS * steps.LENGTH
+    generates = work == steps.GENERATE or work in _PACKED
+    return steps.TOKENS if generates else steps.ROWS * steps.LENGTH
 
 
 def _speed(settings: Settings, point: Point) -> Work:
@@ -155,7 +158,7 @@ def _processes(settings: Settings, point: Point) -> dict[str, StepProcess]:
             process.close()
         _running.clear()
         model, work, dtype = point
-        work = steps.GENERATE if work == INT4 else work
+        work = steps.GENERATE if work in _PACKED else work
         started = _running.setdefault(point, {})
         for name, side in sides(settings, point).items():
             started[name] = steps.call_process(side, model, work, DTYPES[dtype], settings.device)

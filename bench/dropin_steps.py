@@ -20,7 +20,11 @@ OURS = "fastllm"
 EAGER = "eager"  # transformers as it comes: SDPA and, with experts, grouped_mm
 LOOP = "experts eager"  # one expert after the other
 COMPILED = "compiled"
-QUANTIZED = "fastllm int4"
+# side -> what QuantConfig is told beside "int4_g64" (rows of 576 are no whole groups of 128)
+PACKED: dict[str, dict[str, str]] = {
+    "fastllm int4": {},
+    "fastllm int4, table q8_0": {"embeddings": "q8_0"},  # which is the head too
+}
 PREFILL, BACKWARD, STEP, GENERATE = "prefill", "forward+backward", "training step", "generate"
 ROWS, LENGTH = 2, 512  # of a training batch; a prefill has one row
 TOKENS, PROMPT = 64, 16
@@ -56,8 +60,8 @@ def make_model(side: str, name: str, dtype: torch.dtype, device: str) -> Any:
 
     if name == DENSE:
         chosen = {}
-        if side == QUANTIZED:  # rows of 576 are no whole groups of 128
-            chosen["quantization_config"] = fastllm.QuantConfig("int4_g64")
+        if side in PACKED:
+            chosen["quantization_config"] = fastllm.QuantConfig("int4_g64", **PACKED[side])
         path = model_path("random-135m")
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **chosen)
     else:
@@ -67,7 +71,7 @@ def make_model(side: str, name: str, dtype: torch.dtype, device: str) -> Any:
         if side == LOOP:
             model.set_experts_implementation("eager")
     model = model.to(device)
-    if side in (OURS, QUANTIZED):
+    if side == OURS or side in PACKED:
         fastllm.patch(model)
     return model
 

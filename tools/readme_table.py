@@ -28,6 +28,7 @@ WORDS = {
 TABLES: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("decode", "prefill", "load"), ("",)),
     (("train",), ("10M full", "50M full", "135M full", "135M lora")),
+    (("dropin",), ("",)),
     (("rollout", "rl"), ("",)),
     (("moe",), ("forward", "layer", "decode fine", "q4_0")),
     (("quant",), ("q4_0 8B", "q4_k", "q6_k", "q8_0", "int4_g128", "int8", "nf4 8B", "fp8 8B")),
