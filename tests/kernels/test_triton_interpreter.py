@@ -1,7 +1,7 @@
 """Every Triton kernel computes its definition, at small odd shapes, under Triton's interpreter.
 
-The interpreter must be chosen before triton is imported, so one child process runs all cases of a
-run and reports; the parameters here are the names it reports by.
+The interpreter must be chosen before triton is imported, so child processes run the selected cases
+and report; the parameters here are the names they report by.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import random
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -45,6 +46,8 @@ def load_cases(name: str) -> ModuleType:
     return module
 
 
+CASES_AT_ONCE = 40  # of a process: imports cost seconds, and one long list leaves cores idle
+
 modules = [load_cases(name) for name in FILES]
 
 
@@ -64,31 +67,37 @@ FULL = {
 }
 
 
-def run_cases(chosen: dict[str, list[str]]) -> dict[str, dict[str, float | str]]:
-    """Outcomes of the cases in processes that interpret kernels, one for each file."""
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    outcomes: dict[str, dict[str, float | str]] = {}
-    for module in modules:
-        done = subprocess.run(
-            [sys.executable, str(module.__file__), "--names"],
-            input=json.dumps(chosen[module.__name__]),
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        outcomes |= json.loads(done.stdout)
+def run_cases(file: str, names: list[str]) -> dict[str, dict[str, float | str]]:
+    """Outcomes of one file's cases, in a process that interprets kernels."""
+    done = subprocess.run(
+        [sys.executable, file, "--names"],
+        input=json.dumps(names),
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    outcomes: dict[str, dict[str, float | str]] = json.loads(done.stdout)
     return outcomes
 
 
 @pytest.fixture(scope="session")
-def quick_outcomes() -> dict[str, dict[str, float | str]]:
-    return run_cases(QUICK)
-
-
-@pytest.fixture(scope="session")
-def full_outcomes() -> dict[str, dict[str, float | str]]:
-    return run_cases(FULL)
+def outcomes(request: pytest.FixtureRequest) -> dict[str, dict[str, float | str]]:
+    """Of the cases that this run selected; a process for each core."""
+    selected = {
+        item.callspec.params["name"]
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and "outcomes" in item.fixturenames
+    }
+    jobs = []
+    for module in modules:
+        cases = QUICK[module.__name__] + FULL[module.__name__]
+        names = [name for name in cases if name in selected]
+        count = -(-len(names) // CASES_AT_ONCE)  # neighbours cost the same: dealt out in turn
+        jobs += [(str(module.__file__), names[i::count]) for i in range(count)]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        done = pool.map(run_cases, *zip(*jobs, strict=True))
+        return dict(itertools.chain.from_iterable(found.items() for found in done))
 
 
 def check(outcome: dict[str, float | str]) -> None:
@@ -100,14 +109,14 @@ def check(outcome: dict[str, float | str]) -> None:
 
 @pytest.mark.parametrize("name", itertools.chain.from_iterable(QUICK.values()))
 def test_kernel_computes_its_definition(
-    name: str, quick_outcomes: dict[str, dict[str, float | str]]
+    name: str, outcomes: dict[str, dict[str, float | str]]
 ) -> None:
-    check(quick_outcomes[name])
+    check(outcomes[name])
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", itertools.chain.from_iterable(FULL.values()))
 def test_kernel_computes_its_definition_at_more_shapes(
-    name: str, full_outcomes: dict[str, dict[str, float | str]]
+    name: str, outcomes: dict[str, dict[str, float | str]]
 ) -> None:
-    check(full_outcomes[name])
+    check(outcomes[name])
