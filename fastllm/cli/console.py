@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from ..tables import plain_table
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -57,21 +59,6 @@ def table(
     for row in cells:
         drawn.add_row(*map(Text, row))
     console().print(drawn)
-
-
-def plain_table(
-    columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()
-) -> list[str]:
-    """The lines of an aligned table."""
-    lines = [list(columns), *map(list, rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
-    return [
-        "  ".join(
-            cell.rjust(width) if name in right else cell.ljust(width)
-            for cell, width, name in zip(line, widths, columns, strict=True)
-        ).rstrip()
-        for line in lines
-    ]
 
 
 def note(text: str) -> None:

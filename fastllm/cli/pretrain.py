@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 
 from ..errors import NumericalError
-from .console import note, plain_table
+from ..tables import plain_table
+from .console import note
 
 DESCRIPTION = """\
 usage: fastllm pretrain [CONFIG.yaml] [KEY=VALUE | --KEY VALUE ...]

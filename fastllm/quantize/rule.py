@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..ops.quant_format import fit, format_of
+from ..tables import plain_table
 
 # Last parts of the names of layers that are small and decide much: heads and routers.
 DEFAULT_SKIP = (
@@ -174,8 +175,7 @@ class QuantReport:
             )
             for layer in self.layers
         ]
-        widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-        lines = [_line(row, widths) for row in [head, *rows]]
+        lines = plain_table(head, rows, right=("bits", "squared error"))
         lines += [f"kept: {name} ({reason})" for name, reason in self.kept]
         return "\n".join([*lines, *self.fallbacks(), self.summary()])
 
@@ -192,12 +192,6 @@ def squared_error(weight: Tensor, values: Tensor) -> float:
 
 def _mean(weighted: Sequence[tuple[float, int]]) -> float:
     return sum(value * size for value, size in weighted) / max(sum(s for _, s in weighted), 1)
-
-
-def _line(row: Sequence[str], widths: Sequence[int]) -> str:
-    left = "  ".join(text.ljust(width) for text, width in zip(row[:3], widths[:3], strict=True))
-    right = "  ".join(text.rjust(width) for text, width in zip(row[3:], widths[3:], strict=True))
-    return f"{left}  {right}"
 
 
 def _size(nbytes: int) -> str:

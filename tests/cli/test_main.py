@@ -12,8 +12,9 @@ import pytest
 
 import fastllm
 from fastllm.cli import main as cli
-from fastllm.cli.console import human_bytes, plain_table
+from fastllm.cli.console import human_bytes
 from fastllm.cli.inspect import shorten
+from fastllm.tables import plain_table
 
 
 def test_overview_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:

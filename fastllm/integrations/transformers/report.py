@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from ...errors import FastLLMError
+from ...tables import plain_table
 
 
 class PatchError(FastLLMError, RuntimeError):
@@ -62,21 +63,15 @@ class Report:
         """A table; layers that differ in their number alone share a line."""
         if not self.rows:
             return "fastllm: nothing in this model is of a kind that is replaced"
-        lines = [("module", "class", "part", "replaced", "")]
-        lines += [
+        rows = [
             (_name_of(names), kind, part, "yes" if done else "no", reason)
             for (kind, part, done, reason, _), names in _alike(self.rows).items()
         ]
-        lines += [
+        rows += [
             (f"{part}: {done} of {total}", "", "", "", "")
             for part, (done, total) in self.counts().items()
         ]
-        widths = [max(len(line[i]) for line in lines) for i in range(4)]
-        return "\n".join(
-            "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)),
-                       line[4]]).rstrip()
-            for line in lines
-        )  # fmt: skip
+        return "\n".join(plain_table(("module", "class", "part", "replaced", ""), rows))
 
 
 _Alike = tuple[str, str, bool, str, str]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ...tables import plain_table
 from .report import Report
 
 
@@ -94,7 +94,7 @@ class Verification:
             f"{self.model}, {self.dtype}; replaced: {', '.join(parts) or 'nothing'}",
             f"errors are shares of the largest value, measured against {self.reference}",
             "",
-            *_aligned(
+            *plain_table(
                 ("check", "batch", "error", "bound", "own error", "", "where it is largest"),
                 [_cells(check) for check in self.checks],
             ),
@@ -104,7 +104,7 @@ class Verification:
                 (s.what, _time(s.original), _time(s.patched), f"{s.ratio:.2f}x")
                 for s in self.speeds
             ]
-            lines += ["", *_aligned(("speed", "unpatched", "patched", "speed-up"), rows)]
+            lines += ["", *plain_table(("speed", "unpatched", "patched", "speed-up"), rows)]
         wrong = [f"{check.what} ({check.batch})" for check in self.checks if not check.ok]
         verdict = f"NOT equal: {', '.join(wrong)}" if wrong else "equal within the bounds"
         return "\n".join([*lines, "", *self.notes, verdict])
@@ -123,11 +123,3 @@ def _cells(check: Check) -> tuple[str, ...]:
 
 def _time(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
-
-
-def _aligned(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in (header, *rows)
-    ]
