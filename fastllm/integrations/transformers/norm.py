@@ -18,7 +18,7 @@ from torch.nn import Parameter
 from ...ops import rms_norm
 from ...ops.registry import is_transformed
 from .parts import Offer
-from .probe import agrees, answer, normal, stand_in, takes_one_argument
+from .probe import agrees, answer, coarsest, normal, stand_in, takes_one_argument
 from .swap import swap
 
 NAME = "norm"
@@ -60,7 +60,7 @@ def kind_of(module: nn.Module, eps: str) -> tuple[float, _Results] | None:
         x, weight, exact = _problem(module, eps, *pair)
         y = answer(type(module).forward, stand_in(module, weight=weight), x)
         for offset, results in found.items():
-            if y is not None and agrees(y, exact(offset), _coarsest(*pair, y.dtype)):
+            if y is not None and agrees(y, exact(offset), coarsest(*pair, y.dtype)):
                 results.append((pair, y.dtype))
     # Only float32 shows a small difference; what fits there and in no other pair is an RMSNorm too.
     fits = [offset for offset, results in found.items() if results[:1] == [(_SINGLE, _DTYPES[0])]]
@@ -78,10 +78,6 @@ def _problem(
     x64 = x.double()
     normed = x64 * torch.rsqrt(x64.square().mean(-1, keepdim=True) + epsilon)
     return x, weight, lambda offset: normed * (weight.double() + offset)
-
-
-def _coarsest(*dtypes: torch.dtype) -> torch.dtype:
-    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 @functools.cache

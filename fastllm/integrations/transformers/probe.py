@@ -63,6 +63,11 @@ def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor
     return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
 
 
+def coarsest(*dtypes: torch.dtype) -> torch.dtype:
+    """The one whose values lie the farthest apart."""
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
+
 def agrees(found: Any, exact: Tensor, dtype: torch.dtype) -> bool:
     """Whether `found` is the float64 tensor `exact` but for a few roundings to `dtype`."""
     if not isinstance(found, Tensor) or found.shape != exact.shape:

@@ -22,7 +22,7 @@ from torch.compiler import is_compiling
 from ...ops import rope
 from ...ops.registry import is_transformed
 from .parts import Offer
-from .probe import agrees, answer, normal, stand_in
+from .probe import agrees, answer, coarsest, normal, stand_in
 from .swap import rebind, swap
 
 NAME = "rope"
@@ -79,8 +79,8 @@ def rotation_of(function: Callable[..., Any]) -> Rotation | None:
             found = answer(function, *arguments)
             if not isinstance(found, tuple) or len(found) != 2:
                 continue
-            coarsest = max((*pair, found[0].dtype), key=lambda dtype: torch.finfo(dtype).eps)
-            if all(agrees(y, right, coarsest) for y, right in zip(found, exact, strict=True)):
+            dtype = coarsest(*pair, found[0].dtype)
+            if all(agrees(y, right, dtype) for y, right in zip(found, exact, strict=True)):
                 results.append((pair, found[0].dtype))
         if results and results[0][0] == (torch.float32, torch.float32):  # shows small differences
             return Rotation(repeated, interleaved, tuple(results))
