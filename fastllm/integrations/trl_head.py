@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastllm.integrations.live_model import base_model
+from fastllm.integrations.transformers.swap import with_globals
 from fastllm.nn.quantized_values import QuantizedValues
 from fastllm.ops.linear import linear
 from fastllm.ops.linear_logprob import linear_logprob
@@ -78,15 +79,8 @@ def _copy(original: types.FunctionType) -> types.FunctionType:
     """TRL's forward, which finds our functions under the names of two of its own."""
     theirs = original.__globals__[_SCORES]
     scores = type("Scores", (), {"apply": staticmethod(_scores_or(theirs.apply))})
-    made = types.FunctionType(
-        original.__code__,
-        {**original.__globals__, _SCORES: scores, _COMPACT: lambda device: True},
-        original.__name__,
-        original.__defaults__,
-        original.__closure__,
-    )
-    made.__kwdefaults__ = original.__kwdefaults__
-    made.__dict__.update(original.__dict__, fastllm_original=original)
+    made = with_globals(original, {_SCORES: scores, _COMPACT: lambda device: True})
+    made.__dict__["fastllm_original"] = original
     return made
 
 

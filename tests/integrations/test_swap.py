@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 import threading
+import types
 from typing import Any
 
 import pytest
@@ -13,7 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from fastllm.integrations.transformers import swap as swapping
-from fastllm.integrations.transformers.swap import original, rebind, swap, swapped, unswap
+from fastllm.integrations.transformers.swap import (
+    original,
+    rebind,
+    swap,
+    swapped,
+    unswap,
+    with_globals,
+)
 
 FACTOR = 2.0
 
@@ -167,3 +176,45 @@ def test_a_compiled_module_sees_the_globals_of_its_rebound_forward() -> None:
 def test_rebind_refuses_what_it_could_not_change(forward: Any, name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         rebind(forward, {name: 1})
+
+
+def doubled(x: Tensor) -> Tensor:
+    return 2 * x
+
+
+def multiplied_by(factor: float) -> Any:
+    def multiplied(x: Tensor) -> Tensor:
+        return factor * x
+
+    return multiplied
+
+
+def wrapping(base: Tensor) -> Any:
+    """A forward with everything that a function can have: defaults, a closure, attributes."""
+
+    @functools.wraps(Scale.forward)
+    def forward(self: Scale, x: Tensor, plus: float = 1.0, *, times: float = 2.0) -> Tensor:
+        return doubled(x + base) * times + plus
+
+    forward.mark = "kept"  # type: ignore[attr-defined]
+    return forward
+
+
+def test_a_copy_with_other_globals_keeps_all_else_of_a_wrapped_function() -> None:
+    function = wrapping(torch.ones(3))
+    copied = with_globals(function, {"doubled": multiplied_by(10)})
+    x = torch.ones(3)
+    assert copied(None, x).tolist() == [41] * 3 and function(None, x).tolist() == [9] * 3
+    for name in functools.WRAPPER_ASSIGNMENTS:
+        assert getattr(copied, name) == getattr(function, name), name
+    assert vars(copied) == vars(function) and copied.__wrapped__ is Scale.forward
+    copied.mark = "changed"
+    assert function.mark == "kept"
+
+
+def test_a_compiled_module_sees_the_globals_of_a_copied_method() -> None:
+    module = Scale()
+    copied = with_globals(wrapping(torch.ones(3)), {"doubled": multiplied_by(10)})
+    module.forward = types.MethodType(copied, module)  # type: ignore[method-assign]
+    compiled = torch.compile(nn.Sequential(module), fullgraph=True, backend="eager")
+    assert compiled(torch.ones(3)).tolist() == [41] * 3

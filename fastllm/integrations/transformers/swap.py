@@ -109,22 +109,29 @@ def rebind(forward: Callable[..., Any], names: Mapping[str, Any]) -> Callable[..
     )
     if missing:
         raise ValueError(f"names: {forward.__qualname__} reads no global {', '.join(missing)}")
-    scope = {**forward.__globals__, **names}
+    return with_globals(forward, names)
+
+
+def with_globals(function: types.FunctionType, names: Mapping[str, Any]) -> types.FunctionType:
+    """A copy of `function`, wrapped or not, whose own code finds other values under global names.
+
+    Signature, names and attributes are those of `function`.
+    """
+    scope = {**function.__globals__, **names}
     # torch.compile looks the globals of an inlined function up in the module that `__name__` names,
     # and would find the old values; without it, it takes the function's own.
     scope.pop("__name__", None)
-    bound = types.FunctionType(
-        forward.__code__,
+    made = types.FunctionType(
+        function.__code__,
         scope,
-        forward.__name__,
-        forward.__defaults__,
-        forward.__closure__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
     )
-    bound.__kwdefaults__ = forward.__kwdefaults__
-    bound.__annotations__ = forward.__annotations__
-    bound.__qualname__ = forward.__qualname__
-    bound.__module__ = forward.__module__
-    return bound
+    for name in ("__kwdefaults__", "__annotations__", "__doc__", "__qualname__", "__module__"):
+        setattr(made, name, getattr(function, name))
+    made.__dict__.update(function.__dict__)
+    return made
 
 
 def _subclass(cls: type, part: str, forward: Callable[..., Any]) -> type:
