@@ -76,8 +76,12 @@ class Router(Linear):
 
     def route(self, x: Tensor) -> tuple[Gate, tuple[Tensor, Tensor]]:
         """`choose`, and the sorted slots (offsets, slots) of all experts."""
+        return self.assign(self(x, torch.float32))
+
+    def assign(self, logits: Tensor) -> tuple[Gate, tuple[Tensor, Tensor]]:
+        """What `route` makes of its logits, float32 [T, experts]."""
         bias, rule = self.e_score_correction_bias, self.routing
-        return moe_route(self(x, torch.float32), rule.per_token, bias=bias, **rule.options)
+        return moe_route(logits, rule.per_token, bias=bias, **rule.options)
 
 
 class Experts(nn.Module):

@@ -120,9 +120,8 @@ class MoE(parts.MoE):
         rows = x.reshape(-1, hidden)
         if not return_router:
             return super().forward(rows).view(x.shape)
-        rule, bias = self.gate.routing, self.gate.e_score_correction_bias
         logits = self.gate(rows, torch.float32)
-        gate, dispatch = moe_route(logits, rule.per_token, bias=bias, **rule.options)
+        gate, dispatch = self.gate.assign(logits)
         base = None if self.shared_experts is None else self.shared_experts(rows)
         y = self.experts(rows, gate.topk_ids, gate.topk_weights, base, dispatch=dispatch)
         count = max(rows.shape[0], 1)
