@@ -373,12 +373,17 @@ def _entry(file: Path) -> dict[str, Any]:
     return {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
 
 
+def newest_of(out: str | os.PathLike[str]) -> Path | None:
+    """The newest checkpoint of the run in `out`, which need not be there."""
+    return Checkpoints(Path(out) / "checkpoints", keep=1).newest()
+
+
 def refuse_used(out: str | os.PathLike[str], resume: str) -> None:
     """Raise CheckpointError if `out` holds a run that `resume` ("none") does not continue.
 
     The loop asks; stages ask before they compute anything that would be lost.
     """
-    newest = Checkpoints(Path(out) / "checkpoints", keep=1).newest()
+    newest = newest_of(out)
     if resume == "none" and newest is not None:
         raise CheckpointError(
             f"{os.fspath(out)} holds a run already ({newest.name}): continue it with resume auto "

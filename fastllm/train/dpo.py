@@ -20,7 +20,7 @@ from fastllm.models.loader import read_tokenizer
 from fastllm.models.names import resolve
 from fastllm.models.weights import open_weights
 from fastllm.train import distributed
-from fastllm.train.checkpoint import refuse_used
+from fastllm.train.checkpoint import newest_of, refuse_used
 from fastllm.train.config import load_config, to_dict
 from fastllm.train.data.examples import ExampleBatches
 from fastllm.train.data.masks import ConversationEncoder
@@ -141,7 +141,7 @@ def _main(config: DpoConfig, device: torch.device, say: Say) -> DpoResult:
 def train(config: DpoConfig, plan: Plan, task: DpoTask, say: Say) -> DpoResult:
     """The reference, then the run itself, with what held-out pairs say before and after."""
     out, resumes = Path(config.loop.out), config.loop.resume != "none"
-    task.set_reference(out, say, resumed=resumes and any((out / "checkpoints").glob("step-*")))
+    task.set_reference(out, say, resumed=resumes and newest_of(out) is not None)
     before = None if resumes else task.held_out()
     result = run(task, config.loop_of(plan.steps), settings=to_dict(config))
     after = task.held_out()

@@ -15,6 +15,7 @@ from fastllm.models.tokenizer import Tokenizer
 from fastllm.models.trainable import initialize
 from fastllm.models.weights import WeightSource
 from fastllm.train import distributed, presets
+from fastllm.train.checkpoint import newest_of
 from fastllm.train.data.masks import ConversationEncoder, Example
 from fastllm.train.distillation.config import NEW, DistillConfig
 from fastllm.train.distillation.data import kind_of_all, read_store, read_texts
@@ -46,7 +47,7 @@ def student_path(config: DistillConfig, teacher: LiveTeacher | StoredTeacher) ->
     if config.store_top_k is not None:  # whoever learns from the store: only its data counts here
         return resolve(config.teacher.model)
     start = Path(config.loop.out) / "start"
-    begun = any((start.parent / "checkpoints").glob("step-*"))  # a run that must find it again
+    begun = newest_of(config.loop.out) is not None  # a run that must find it again
     fresh = config.loop.resume == "none" and not begun
     if distributed.rank() == 0 and (fresh or not start.exists()):
         save_pretrained(_new(config, teacher), start, teacher.tokenizer, overwrite=True)

@@ -17,7 +17,7 @@ from fastllm.models.loader import read_tokenizer
 from fastllm.models.names import resolve
 from fastllm.models.tokenizer import Tokenizer
 from fastllm.models.weights import WeightSource, open_weights
-from fastllm.train.checkpoint import refuse_used
+from fastllm.train.checkpoint import newest_of, refuse_used
 from fastllm.train.config import to_dict
 from fastllm.train.data.masks import turn_ends
 from fastllm.train.data.order import permutation
@@ -238,7 +238,7 @@ def train(
     try:
         result = run(task, config.loop_of(config.loop.steps), settings=to_dict(config))
     except (RewardError, NothingToLearn):
-        if any((Path(config.loop.out) / "checkpoints").glob("step-*")):  # live weights: its steps
+        if newest_of(config.loop.out) is not None:  # live weights: its steps
             say(f"saved to {task.save_result(config.loop.out)}")
         raise
     output = task.save_result(config.loop.out)
