@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastllm.nn.low_rank import LowRank, trained_products
+from fastllm.nn.low_rank import LowRank
 from fastllm.nn.packed_matrix import PackedMatrix
-from fastllm.nn.quant_linear import QuantLinear
+from fastllm.nn.quant_linear import QuantLinear, compute_dtype_of
 
 try:
     from peft.tuners import tuners_utils
@@ -47,7 +47,8 @@ class QuantLoraLinear(peft_layers.Linear):  # type: ignore[misc]
             made: Tensor = super().forward(x, *args, **kwargs)
             return made
         base: Any = self.get_base_layer()
-        return _sum(base, x, low_rank)
+        summed: Tensor = base.with_term(x, low_rank)
+        return summed
 
     def _term(self, x: Tensor) -> LowRank | None:
         """The one plain adapter that is active, its factors in the dtype of the product."""
@@ -66,7 +67,7 @@ class QuantLoraLinear(peft_layers.Linear):  # type: ignore[misc]
             return None
         if x.dtype not in (torch.float32, torch.bfloat16):
             return None
-        dtype = x.dtype if base.activation == "int8" else base.compute_dtype
+        dtype = compute_dtype_of(base.activation, x.dtype)
         a: Any = self.lora_A[name]
         b: Any = self.lora_B[name]
         return _CastTerm(a.weight, b.weight, self.scaling[name], dtype)
@@ -93,16 +94,6 @@ class _Cast:
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
         self.weight = weight if weight.dtype == dtype else weight.to(dtype)
-
-
-def _sum(base: QuantLinear, x: Tensor, low_rank: LowRank) -> Tensor:
-    given, dtype = x.dtype, low_rank.a.weight.dtype
-    x = x if given == dtype else x.to(dtype)
-    if torch.is_grad_enabled():
-        y = trained_products(x, base.frozen_base(), [low_rank])[0]
-    else:
-        y = low_rank(x, base.product(x, torch.float32), dtype)
-    return y if y.dtype == given else y.to(given)
 
 
 def use_own_dtype(model: nn.Module) -> int:

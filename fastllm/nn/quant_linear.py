@@ -101,16 +101,19 @@ class QuantLinear(PackedMatrix, nn.Linear):  # type: ignore[override]
             quick = self._quick_product()
             if quick is not None and input.dtype in quick.dtypes and input.is_cpu:
                 return quick(input)
-        dtype = self._dtype_of(input.dtype)
-        x = input if input.dtype == dtype else input.to(dtype)
-        low_rank = self.low_rank
+        return self.with_term(input, self.low_rank)
+
+    def with_term(self, input: Tensor, low_rank: LowRank | None) -> Tensor:
+        """`forward` with that adapter, its factors in the dtype that `compute_dtype_of` gives."""
+        given, dtype = input.dtype, compute_dtype_of(self.activation, input.dtype)
+        x = input if given == dtype else input.to(dtype)
         if low_rank is None or not low_rank.enabled:
-            y = self.product(x, None if x.dtype == input.dtype else torch.float32)
+            y = self.product(x, None if dtype == given else torch.float32)
         elif torch.is_grad_enabled() and not low_rank.drops and not _trained(self.bias):
             y = trained_products(x, self.frozen_base(), [low_rank])[0]
         else:
-            y = low_rank(x, self.product(x, torch.float32), x.dtype)
-        return y if y.dtype == input.dtype else y.to(input.dtype)
+            y = low_rank(x, self.product(x, torch.float32), dtype)
+        return y if y.dtype == given else y.to(given)
 
     def _quick_product(self) -> BoundProduct | None:
         """The product of the weight where it lies now, without checks; None: there is none such."""
@@ -129,13 +132,7 @@ class QuantLinear(PackedMatrix, nn.Linear):  # type: ignore[override]
     @property
     def compute_dtype(self) -> torch.dtype:
         """What inputs of the layer's own dtype are multiplied in."""
-        return self._dtype_of(self.dtype)
-
-    def _dtype_of(self, given: torch.dtype) -> torch.dtype:
-        own = _COMPUTE.get(self.activation)
-        if own is not None:
-            return own
-        return given if given in (torch.bfloat16, torch.float32) else torch.float32
+        return compute_dtype_of(self.activation, self.dtype)
 
     def product(self, x: Tensor, out_dtype: torch.dtype | None) -> Tensor:
         """x W^T + b without adapter; x in `compute_dtype`, the result in out_dtype or x's."""
@@ -210,6 +207,16 @@ def check_activation(activation: str, format: str) -> None:
     kind = QUANT_FORMATS[format]
     if kind.mode(activation) not in kind.modes:
         raise ValueError(f"activation {activation!r} is none of {format}'s")
+
+
+def kernel_dtype_of(given: torch.dtype) -> torch.dtype:
+    """`given` where kernels take and give it, else float32."""
+    return given if given in (torch.bfloat16, torch.float32) else torch.float32
+
+
+def compute_dtype_of(activation: str, given: torch.dtype) -> torch.dtype:
+    """What inputs of dtype `given` are multiplied in."""
+    return _COMPUTE.get(activation, kernel_dtype_of(given))
 
 
 def _trained(bias: Tensor | None) -> bool:

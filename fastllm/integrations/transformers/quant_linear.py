@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastllm.nn.packed_matrix import PackedMatrix, as_bytes, frozen
-from fastllm.nn.quant_linear import check_activation
+from fastllm.nn.quant_linear import check_activation, compute_dtype_of, kernel_dtype_of
 from fastllm.ops import packed_layout as layout
 from fastllm.ops.quant_format import format_of
 from fastllm.ops.quant_moe import quant_moe
@@ -27,7 +27,6 @@ from fastllm.quantize.packed_experts import PackedExperts
 from .experts import is_parallel
 
 EXPERT_PARTS = ("gate_up_proj", "down_proj")
-_COMPUTE = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # What others read of an experts module: routers, expert parallelism, fastllm's own parts.
 _KEPT = (
     "num_experts", "hidden_dim", "intermediate_dim", "act_fn", "has_gate", "has_bias",
@@ -92,14 +91,13 @@ class QuantExperts(nn.Module):
         """
         gate_up, down = (self.packed(part).parts for part in EXPERT_PARTS)
         given = hidden_states.dtype
-        usual = given if given in (torch.bfloat16, torch.float32) else torch.float32
-        own = _COMPUTE.get(self.activation, usual)
+        x = hidden_states.to(compute_dtype_of(self.activation, given))
         y = quant_moe(
-            hidden_states.to(own), gate_up, down, self.inner, top_k_index.int(),
+            x, gate_up, down, self.inner, top_k_index.int(),
             top_k_weights.float(), gate_up_bias=self.gate_up_proj_bias,
             down_bias=self.down_proj_bias, activation=self.gating, mode=self.activation,
             first_expert=0 if is_parallel(self) else None,
-            out_dtype=usual,
+            out_dtype=kernel_dtype_of(given),
         )  # fmt: skip
         return y.to(given)
 
