@@ -1,4 +1,4 @@
-"""When an argument check may look at a tensor's values and not only at its shape."""
+"""What the argument checks of several ops share."""
 
 from __future__ import annotations
 
@@ -22,3 +22,10 @@ def values_readable(tensor: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not _C.recording()
     )
+
+
+def check_devices(x: Tensor, **others: Tensor | None) -> None:
+    """Raise ValueError naming the first of the tensors that is on another device than `x`."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device} and x on {x.device}")

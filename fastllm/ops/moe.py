@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .checks import values_readable
+from .checks import check_devices, values_readable
 from .expert_layout import laid_out, native_layout, split_pairs
 from .gated_activation import ACTIVATIONS, check_activation, gated_activation
 from .grouped_matmul import expert_ranges
@@ -306,8 +306,7 @@ def _check_weights(x: Tensor, gate_up: Tensor, down: Tensor) -> None:
     for name, weight in (("gate_up", gate_up), ("down", down)):
         if weight.dtype != x.dtype:
             raise ValueError(f"{name} is {weight.dtype} and x is {x.dtype}: they must be the same")
-        if weight.device != x.device:
-            raise ValueError(f"{name} is on {weight.device} and x on {x.device}")
+    check_devices(x, gate_up=gate_up, down=down)
 
 
 def check_moe(
@@ -336,17 +335,8 @@ def check_moe(
         )
     if topk_ids.shape[0] != tokens:
         raise ValueError(f"topk_ids has {topk_ids.shape[0]} rows, x has {tokens}")
-    for name, bias, size in (
-        ("gate_up_bias", gate_up_bias, 2 * inner),
-        ("down_bias", down_bias, width),
-    ):
-        if bias is not None and (
-            tuple(bias.shape) != (experts, size) or bias.dtype not in _BIAS_DTYPES
-        ):
-            raise ValueError(
-                f"{name} must be float32 or bfloat16 of shape [{experts}, {size}], "
-                f"got {bias.dtype} of {tuple(bias.shape)}"
-            )
+    _check_bias("gate_up_bias", gate_up_bias, experts, 2 * inner)
+    _check_bias("down_bias", down_bias, experts, width)
     if base is not None and (base.shape != x.shape or base.dtype not in (torch.float32, x.dtype)):
         raise ValueError(
             f"base must be float32 or {x.dtype} of shape {tuple(x.shape)}, "
@@ -354,17 +344,22 @@ def check_moe(
         )
     if out_dtype not in (None, torch.float32, torch.bfloat16):
         raise ValueError(f"out_dtype must be torch.float32 or torch.bfloat16, got {out_dtype}")
-    for name, tensor in (
-        ("topk_ids", topk_ids),
-        ("topk_weights", topk_weights),
-        ("gate_up_bias", gate_up_bias),
-        ("down_bias", down_bias),
-        ("base", base),
-    ):
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device} and x on {x.device}")
+    check_devices(
+        x, topk_ids=topk_ids, topk_weights=topk_weights, gate_up_bias=gate_up_bias,
+        down_bias=down_bias, base=base,
+    )  # fmt: skip
     if not allow_nan and values_readable(topk_weights):
         if not math.isfinite(float(topk_weights.detach().sum())):
             raise ValueError("topk_weights holds NaN or infinite values")
     if dispatch is not None:
         check_dispatch(*dispatch, experts, topk_ids.numel())
+
+
+def _check_bias(name: str, bias: Tensor | None, experts: int, size: int) -> None:
+    if bias is None:
+        return
+    if tuple(bias.shape) != (experts, size) or bias.dtype not in _BIAS_DTYPES:
+        raise ValueError(
+            f"{name} must be float32 or bfloat16 of shape [{experts}, {size}], "
+            f"got {bias.dtype} of {tuple(bias.shape)}"
+        )

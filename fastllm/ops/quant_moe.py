@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import _C
 from . import packed_layout as layout
+from .checks import check_devices
 from .gated_activation import ACTIVATIONS
 from .grouped_matmul import expert_ranges
 from .linear import contiguous_rows
@@ -226,9 +227,7 @@ def quant_moe(
         raise ValueError(f"mode {mode!r} is not one of {', '.join(MODES)}")
     _check_pack("gate_up", gate_up, 2 * inner, x.shape[1], x.dtype, mode)
     _check_pack("down", down, x.shape[1], inner, x.dtype, mode)
-    for name, (data, _, _) in (("gate_up", gate_up), ("down", down)):
-        if data.device != x.device:
-            raise ValueError(f"{name} is on {data.device} and x on {x.device}")
+    check_devices(x, gate_up=gate_up[0], down=down[0])
     experts = gate_up[0].shape[0]
     if down[0].shape[0] != experts:
         raise ValueError(f"down holds {down[0].shape[0]} experts, gate_up {experts}")

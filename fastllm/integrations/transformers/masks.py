@@ -204,9 +204,8 @@ def _document_starts(packed: Tensor, tracing: bool) -> Tensor:
     new = packed.new_ones(packed.shape, dtype=torch.bool)
     new[:, 1:] = packed[:, 1:] != packed[:, :-1]
     flat = new.flatten()
-    if tracing or is_tracing(
-        packed
-    ):  # their number is no constant of a graph: as many as tokens, the last ones empty
+    if tracing or is_tracing(packed):
+        # Their number is no constant of a graph: as many as tokens, the last ones empty.
         document = flat.long().cumsum(0) - 1
         every = torch.arange(flat.shape[0] + 1, device=flat.device)
         return torch.searchsorted(document, every).to(torch.int32)
