@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from fastllm.nn.quantized_values import REMEDY, QuantizedValues
 from fastllm.ops import packed_layout as layout
 from fastllm.ops.quant_format import format_of
+from fastllm.quantize.fastllm_files import PARTS
 from fastllm.quantize.packed import PackedWeight, canonical, from_canonical
 
-PARTS = ("weight_codes", "weight_scales")
 _INTERLEAVED = {1, *layout.ROWS_PER_GROUP.values()}  # rows that layouts put side by side
 _Shape = tuple[tuple[int, ...], torch.dtype, tuple[int, ...]]
 
@@ -163,7 +163,7 @@ class PackedMatrix(nn.Module):
             )
         name = given.get(f"{prefix}weight_format")
         if name is not None:
-            stored = bytes(name.flatten().tolist()).decode("ascii", "replace")
+            stored = format_in(name)
             if stored != self.format:
                 return (
                     f"{prefix}weight_format is {stored!r:.40} and this layer is {self.format!r}: "
@@ -189,8 +189,7 @@ class PackedMatrix(nn.Module):
     def _row_bytes(self) -> tuple[int, int]:
         """Bytes of a row's codes and scales."""
         k = self._k
-        codes = torch.Size(layout.data_shape(self.format, 1, k, 1)).numel()
-        return codes, format_of(self.format).scale_bytes(k)
+        return layout.code_bytes(self.format, k), format_of(self.format).scale_bytes(k)
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -205,6 +204,11 @@ def frozen(data: Tensor) -> nn.Parameter:
     return nn.Parameter(data, requires_grad=False)
 
 
+def format_in(name: Tensor) -> str:
+    """The format that a `weight_format` names, whatever bytes a file has there."""
+    return bytes(name.flatten().tolist()).decode("ascii", "replace")
+
+
 def as_bytes(part: Tensor) -> Tensor:
     """uint8 [groups of rows, bytes]."""
     flat = part.contiguous().view(-1).view(torch.uint8)
@@ -213,7 +217,7 @@ def as_bytes(part: Tensor) -> Tensor:
 
 def _interleaved(format: str, k: int, width: int) -> int:
     """How many rows of k columns lie in `width` bytes of codes."""
-    one = torch.Size(layout.data_shape(format, 1, k, 1)).numel()
+    one = layout.code_bytes(format, k)
     return max(width // max(one, 1), 1)
 
 
@@ -221,7 +225,7 @@ def _shapes(format: str, n: int, k: int) -> dict[int, _Shape]:
     """By the bytes of codes in a group of rows, for every device: shape of the data, dtype and
     shape of the scales.
     """
-    one = torch.Size(layout.data_shape(format, 1, k, 1)).numel()
+    one = layout.code_bytes(format, k)
     dtype = layout.scales_dtype(format)
     return {
         rows * one: (

@@ -27,6 +27,7 @@ GPU R = 1, which is also what files and `state_dict` hold.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -75,6 +76,11 @@ def scales_shape(format: str, n: int, k: int, rows: int) -> tuple[int, ...]:
 def scales_dtype(format: str) -> torch.dtype:
     """Dtype of `scales`: of its numbers, or uint8 where records mix types."""
     return QUANT_FORMATS[format].scale_dtype
+
+
+def code_bytes(format: str, k: int) -> int:
+    """Bytes of the codes of a row in a quantized format; `QuantFormat.scale_bytes`: its scales'."""
+    return math.prod(data_shape(format, 1, k, 1))
 
 
 def rows_of(data: Tensor, format: str) -> int:

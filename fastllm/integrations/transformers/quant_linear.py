@@ -76,7 +76,7 @@ class QuantExperts(nn.Module):
         scales: Tensor = getattr(self, f"{part}_scales")
         index = EXPERT_PARTS.index(part)
         format, (n, k) = self.formats[index], self._sizes[index]
-        rows = codes.shape[2] // max(_row_bytes(format, k), 1)
+        rows = codes.shape[2] // max(layout.code_bytes(format, k), 1)
         count = codes.shape[0]
         data = codes.view(count, *layout.data_shape(format, n, k, rows))
         typed = scales.view(layout.scales_dtype(format))
@@ -121,7 +121,8 @@ class QuantExperts(nn.Module):
         for index, part in enumerate(EXPERT_PARTS):
             packed = self.packed(part)
             k = self._sizes[index][1]
-            if getattr(self, f"{part}_codes").shape[2] == rows * _row_bytes(packed.format, k):
+            width = rows * layout.code_bytes(packed.format, k)
+            if getattr(self, f"{part}_codes").shape[2] == width:
                 continue
             parts = packing.canonical(packed)
             self._set(part, packing.from_canonical(packed.format, *parts, packed.n, k, device))
@@ -156,7 +157,7 @@ class QuantExperts(nn.Module):
                 continue
             codes, scales = (given[name] for name in names)
             format, (n, k) = self.formats[index], self._sizes[index]
-            usual = len(codes), n, _row_bytes(format, k)
+            usual = len(codes), n, layout.code_bytes(format, k)
             if codes.dtype == torch.uint8 and tuple(codes.shape) == usual:
                 packed = _from_bytes(format, codes, scales, n, k)
                 held: Tensor = getattr(self, f"{part}_codes")
@@ -210,10 +211,6 @@ def _check_columns(format: str, k: int) -> None:
     kind = format_of(format)
     if k % kind.multiple:
         raise ValueError(f"rows of {k} columns are no multiple of {kind.multiple}, as {format} has")
-
-
-def _row_bytes(format: str, k: int) -> int:
-    return torch.Size(layout.data_shape(format, 1, k, 1)).numel()
 
 
 def expert_bytes(tensor: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from fastllm.nn.quant_embedding import QuantEmbedding
 from fastllm.nn.quant_linear import QuantLinear
 from fastllm.nn.quantize_model import dequantize_model
 from fastllm.ops.quant_format import fit, format_of
+from fastllm.quantize.fastllm_files import PARTS
 from fastllm.quantize.packed import PackedWeight
 from fastllm.quantize.packed_experts import PackedExperts
 from fastllm.quantize.quantizer import Quantizer
@@ -183,7 +184,7 @@ def tied_heads(model: PreTrainedModel, table: str) -> list[str]:
     heads = [t.removesuffix(".weight") for t, s in keys.items() if s == f"{table}.weight"]
     for head in heads:
         del keys[f"{head}.weight"]
-        for part in ("weight_codes", "weight_scales"):
+        for part in PARTS:
             keys[f"{head}.{part}"] = f"{table}.{part}"
     if heads:
         model.all_tied_weights_keys = keys

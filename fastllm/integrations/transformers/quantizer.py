@@ -18,11 +18,12 @@ from transformers.quantizers import auto
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
-from fastllm.nn.packed_matrix import PackedMatrix
+from fastllm.nn.packed_matrix import PackedMatrix, format_in
 from fastllm.nn.quant_linear import QuantLinear
 from fastllm.ops import packed_layout as layout
 from fastllm.ops.quant_format import format_of
 from fastllm.ops.registry import FLOATS
+from fastllm.quantize.fastllm_files import OPTIONAL, PARTS
 from fastllm.quantize.mixes import MIXES
 from fastllm.quantize.quantizer import Quantizer
 from fastllm.quantize.rule import QuantReport
@@ -182,9 +183,9 @@ class FastllmQuantizer(HfQuantizer):
         """What `save_pretrained` writes; config.json gets the formats under the files' names."""
         state = model.state_dict()
         for name in model.all_tied_weights_keys:
-            if name.endswith(("weight_codes", "weight_scales")):
+            if name.endswith(PARTS):
                 owner = name.rpartition(".")[0]
-                for part in ("weight_codes", "weight_scales", "weight_format"):
+                for part in (*PARTS, *OPTIONAL):
                     state.pop(f"{owner}.{part}", None)
         formats = self.formats | _formats(model)  # `quantize_model` may have packed more
         held = {name: f for name, f in formats.items() if _is_saved(state, name)}
@@ -250,7 +251,7 @@ def _finish_read(model: PreTrainedModel, shapes: Mapping[str, torch.Size]) -> No
         if isinstance(module, QuantLinear) and module.bias is not None:
             quant_swap.check_bias(name, module)
     for target, source in model.all_tied_weights_keys.items():
-        if target.endswith(("weight_codes", "weight_scales")):  # rearranged one by one
+        if target.endswith(PARTS):  # rearranged one by one
             owner, _, part = target.rpartition(".")
             setattr(model.get_submodule(owner), part, model.get_parameter(source))
 
@@ -260,7 +261,7 @@ def _check_format(name: str, module: PackedMatrix) -> None:
     given = module.weight_format
     if not quant_swap.was_read(given):
         return
-    stored = bytes(given.tolist()).decode("ascii", "replace")
+    stored = format_in(given)
     if stored != module.format:
         raise ValueError(
             f"{name}.weight_format in the files is {stored!r:.40}, and config.json says "
