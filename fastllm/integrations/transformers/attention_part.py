@@ -25,8 +25,7 @@ def offer(name: str, module: nn.Module, model: nn.Module) -> Offer | None:
         return None if inner else Offer(reason="computes attention by itself, not by name")
     if not _reached(module, model):
         return Offer(reason="its config belongs to no transformers model inside this one")
-    had = getattr(module.config, "_attn_implementation", None)
-    if had == implementations.NAME:
+    if implementations.current(module, "attention") == implementations.NAME:
         return Offer(replaced=True, reason="already replaced")
     return Offer(True, functools.partial(implementations.choose, model, "attention"))
 

@@ -18,11 +18,17 @@ if TYPE_CHECKING:
 NAME = "fastllm"
 _BEFORE = "fastllm_before"  # in the __dict__ of a transformers model: kind -> name
 _FIELDS = {"attention": "_attn_implementation", "experts": "_experts_implementation"}
+KINDS = tuple(_FIELDS)
 
 
 def current(model: Any, kind: str) -> str | None:
-    """The implementation ("attention" or "experts") that a model's config names."""
+    """The implementation of a kind (one of `KINDS`) that a model's config names."""
     return getattr(model.config, _FIELDS[kind], None)
+
+
+def set_name(config: Any, kind: str, name: str | None) -> None:
+    """Let that config alone name an implementation, not those inside it."""
+    setattr(config, f"{_FIELDS[kind]}_internal", name)
 
 
 def choose(model: nn.Module, kind: str) -> None:
@@ -33,7 +39,7 @@ def choose(model: nn.Module, kind: str) -> None:
         had = before[id(inner.config)]  # several models share one config
         if had != NAME:
             inner.__dict__.setdefault(_BEFORE, {})[kind] = had
-            setattr(inner.config, f"{_FIELDS[kind]}_internal", NAME)
+            set_name(inner.config, kind, NAME)
 
 
 def restore(model: nn.Module, kind: str) -> None:
@@ -43,7 +49,7 @@ def restore(model: nn.Module, kind: str) -> None:
         if kind in kinds:
             had = kinds.pop(kind)
             if current(inner, kind) == NAME:
-                setattr(inner.config, f"{_FIELDS[kind]}_internal", had)
+                set_name(inner.config, kind, had)
         if not kinds:
             inner.__dict__.pop(_BEFORE, None)
 

@@ -18,11 +18,6 @@ from .patching import patch, patched, unpatch
 from .report import Report
 from .swap import swapped
 
-_FIELDS = {
-    "attention": "_attn_implementation_internal",
-    "experts": "_experts_implementation_internal",
-}
-
 
 class Sides:
     """Switches a model between `original()` and `patched()`; `close()` leaves it as it came.
@@ -44,7 +39,7 @@ class Sides:
         had, before = _parts(model), _state(model)
         self._came_patched = bool(had)
         self._ops = tuple(sorted(had)) if had else tuple(ops)
-        self._by_name = [] if "attention" in had and "experts" in had else _named_ours(model, had)
+        self._by_name = _named_ours(model, had)
         with patched(model, ops=self._ops) as report:
             grown = bool(had) and _state(model) != before
         self.report: Report = report
@@ -58,12 +53,12 @@ class Sides:
         unpatch(self._model)
         registry.restore_defaults()
         for config, kind in self._by_name:
-            setattr(config, _FIELDS[kind], registry.DEFAULTS[kind])
+            implementations.set_name(config, kind, registry.DEFAULTS[kind])
 
     def patched(self) -> None:
         """Our kernels serve the model."""
         for config, kind in self._by_name:
-            setattr(config, _FIELDS[kind], implementations.NAME)
+            implementations.set_name(config, kind, implementations.NAME)
         patch(self._model, ops=self._ops)
 
     def close(self) -> None:
@@ -124,6 +119,6 @@ def _named_ours(model: nn.Module, patched: set[str]) -> list[tuple[Any, str]]:
         (module.config, kind)
         for module in model.modules()
         if isinstance(module, PreTrainedModel)
-        for kind in sorted(_FIELDS.keys() - patched)
-        if implementations.current(module, kind) == implementations.NAME
+        for kind in implementations.KINDS
+        if kind not in patched and implementations.current(module, kind) == implementations.NAME
     ]
