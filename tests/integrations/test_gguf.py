@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from tiny_models import inputs, tiny
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -27,13 +26,8 @@ from fastllm.quantize.packed import unpack
 
 FAMILIES = ("llama", "smollm", "qwen2", "qwen3", "mixtral", "qwen3_moe", "olmoe")
 MIXTURES = ("mixtral", "qwen3_moe", "olmoe")
+pytestmark = pytest.mark.usefixtures("one_quiet_thread")
 IDS = inputs((12, 12))["input_ids"]
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> None:
-    torch.set_num_threads(1)
-    transformers.utils.logging.disable_progress_bar()
 
 
 def written(family: str, folder: Path, type: str = "q8_0", tokenizer: Any = None) -> Path:

@@ -21,14 +21,11 @@ peft = pytest.importorskip("peft")
 ours = pytest.importorskip("fastllm.integrations.peft")
 
 # PEFT asks transformers by names that transformers is about to drop
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),
+    pytest.mark.usefixtures("one_quiet_thread"),
+]
 IDS = inputs((12, 9))["input_ids"]
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> None:
-    torch.set_num_threads(1)
-    transformers.utils.logging.disable_progress_bar()
 
 
 @pytest.fixture(scope="module")
