@@ -21,7 +21,7 @@ from fastllm.models.config_to_gguf import config_metadata, gguf_architecture, ro
 from fastllm.models.decoder import Decoder
 from fastllm.models.expert_files import holds_experts, stacks, to_files
 from fastllm.models.gguf_writer import write_gguf
-from fastllm.models.loader import in_file_order
+from fastllm.models.hf_layout import in_file_order
 from fastllm.models.safetensors_files import save_directory
 from fastllm.models.scorer import HEAD, with_head
 from fastllm.models.stored_tensor import LazyTensor, StoredTensor

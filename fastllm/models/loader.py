@@ -7,17 +7,16 @@ packed form and nothing else. Quantized weights stay as they are quantized.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from fastllm.errors import ModelFileError
-from fastllm.models.config import ModelConfig
 from fastllm.models.decoder import Decoder
 from fastllm.models.expert_files import to_files
-from fastllm.models.mla_config import half_split_index
+from fastllm.models.hf_layout import hf_tensors
 from fastllm.models.names import resolve
 from fastllm.models.quantization import quant_rule
 from fastllm.models.safetensors_files import save_directory
@@ -26,17 +25,15 @@ from fastllm.models.tokenizer import Tokenizer
 from fastllm.models.weights import GGUFWeights, WeightSource, open_weights
 from fastllm.nn.linear import DenseLinear, Linear, ParallelLinear
 from fastllm.nn.moe import Experts, Router
-from fastllm.ops import packed_layout as layout
 from fastllm.ops.pages import Arena
 from fastllm.quantize.gguf_blocks import DENSE_DTYPES
-from fastllm.quantize.packed import PackedWeight, concat, from_canonical, pack, unpack
+from fastllm.quantize.packed import PackedWeight, concat, from_canonical, pack
 from fastllm.quantize.packed_experts import (
     PackedExperts,
     empty_experts,
     pack_expert_,
     set_expert_,
 )
-from fastllm.quantize.packed_experts import unpack as unpack_experts
 from fastllm.quantize.quantizer import Quantizer
 from fastllm.quantize.rule import QuantReport, QuantRule
 
@@ -345,67 +342,3 @@ def save_pretrained(
     save_directory(directory, tensors, config.to_hf(), overwrite=overwrite)
     if tokenizer is not None:
         tokenizer.save(directory)
-
-
-def hf_tensors(model: Decoder) -> dict[str, Tensor]:
-    """Every weight, in Hugging Face layout and under its name, in the order of the model.
-
-    Experts are one tensor: `fastllm.models.expert_files.to_files` gives the names of files.
-    """
-    found = {name: tensor.detach() for name, tensor in model.weights().items()}
-    for name, group in model.parallel_linears():
-        names = [f"{name}.{member}.weight" for member in group.names]
-        if group.packed is not None and names[0] not in found:  # a cache may be stale
-            parts = _dense(group.packed, names).split(group.sizes)
-            found.update(zip(names, parts, strict=True))
-    for name, module in model.named_modules():
-        packed = getattr(module, "packed", None)
-        if isinstance(packed, PackedWeight) and f"{name}.weight" not in found:
-            found[f"{name}.weight"] = _dense(packed, [name])
-        if isinstance(module, Experts):
-            for part in ("gate_up_proj", "down_proj"):
-                experts = module.packed(part)
-                if experts is not None and f"{name}.{part}" not in found:
-                    found[f"{name}.{part}"] = _dense_experts(experts, f"{name}.{part}")
-    return {name: in_file_order(found[name], name, model.config) for name in _names(model.config)}
-
-
-def in_file_order(tensor: Tensor, name: str, config: ModelConfig) -> Tensor:
-    """Undo what `WeightSource.get` does to the order of rows."""
-    index = _row_order(name, config)
-    return tensor if index is None else tensor[index.argsort().to(tensor.device)]
-
-
-def in_model_order(tensor: Tensor, name: str, config: ModelConfig) -> Tensor:
-    """A weight of a Hugging Face directory with its rows as `WeightSource.get` gives them."""
-    index = _row_order(name, config)
-    return tensor if index is None else tensor[index.to(tensor.device)]
-
-
-def _row_order(name: str, config: ModelConfig) -> Tensor | None:
-    if config.mla is None:
-        return None
-    return half_split_index(config.mla, config.num_attention_heads, name)
-
-
-def _names(config: ModelConfig) -> Iterable[str]:
-    return config.weight_shapes()
-
-
-def _dense(packed: PackedWeight, names: Sequence[str]) -> Tensor:
-    if packed.format in layout.QUANTIZED:
-        raise _is_quantized(names[0], packed.format)
-    return unpack(packed).to(packed.data.dtype)
-
-
-def _dense_experts(packed: PackedExperts, name: str) -> Tensor:
-    if packed.format in layout.QUANTIZED:
-        raise _is_quantized(name, packed.format)
-    return unpack_experts(packed).to(packed.data.dtype)
-
-
-def _is_quantized(name: str, format: str) -> ValueError:
-    return ValueError(
-        f"{name} is quantized ({format}), which a Hugging Face directory cannot hold; load the "
-        "unquantized model to save it"
-    )

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from fastllm.models.adapters import adapter_tensors, save_adapter
 from fastllm.models.expert_files import to_files
-from fastllm.models.loader import in_file_order, in_model_order, is_quantized
+from fastllm.models.hf_layout import in_file_order, in_model_order
+from fastllm.models.loader import is_quantized
 from fastllm.models.safetensors_files import save_directory
 from fastllm.models.tokenizer import Tokenizer
 from fastllm.models.trainable import load_trainable

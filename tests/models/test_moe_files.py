@@ -26,7 +26,8 @@ from fastllm.errors import ModelFileError
 from fastllm.models.config import ModelConfig
 from fastllm.models.expert_files import holds_experts
 from fastllm.models.gguf_export import export_gguf, export_hf, weights_of
-from fastllm.models.loader import hf_tensors, load_model, save_pretrained
+from fastllm.models.hf_layout import hf_tensors
+from fastllm.models.loader import load_model, save_pretrained
 from fastllm.models.moe_config import MoeConfig
 from fastllm.models.tokenizer import Tokenizer
 from fastllm.models.trainable import initialize, load_trainable

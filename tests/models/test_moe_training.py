@@ -15,7 +15,8 @@ from fastllm import LLM
 from fastllm.models.adapters import load_adapter, save_adapter
 from fastllm.models.expert_files import holds_experts
 from fastllm.models.gguf_export import export_gguf, weights_of
-from fastllm.models.loader import in_file_order, save_pretrained
+from fastllm.models.hf_layout import in_file_order
+from fastllm.models.loader import save_pretrained
 from fastllm.models.trainable import initialize, load_trainable
 from fastllm.models.weights import open_weights
 from fastllm.nn.lora import LoraConfig, adapted, add_lora, lora_parameters

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastllm.models.config import ModelConfig
 from fastllm.models.expert_files import file_name, holds_experts, members, stacks, to_files
 from fastllm.models.gguf_export import gguf_name, row_order
-from fastllm.models.loader import in_file_order
+from fastllm.models.hf_layout import in_file_order
 from fastllm.ops.quant_format import format_of
 from fastllm.quantize import bitsandbytes_files, compressed_tensors, fastllm_files
 from fastllm.quantize.coded import CodedWeight, coded
