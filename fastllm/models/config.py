@@ -1,6 +1,6 @@
 """ModelConfig: everything that the decoder needs to know about a model.
 
-Configuration is data. Only the keys that config_hf.py and config_gguf.py name are read from a
+Configuration is data. Only the keys that config_hf*.py and config_gguf.py name are read from a
 file, and every value is checked here, once, whatever file it came from.
 """
 

@@ -16,18 +16,12 @@ import torch
 
 from fastllm.errors import ModelFileError
 from fastllm.models.config import LATENT_TYPES, MODEL_TYPES, ModelConfig
-from fastllm.models.config_hf_experts import experts_from_hf, experts_to_hf
+from fastllm.models.config_hf_experts import MAX_LAYERS_LISTED, experts_from_hf, experts_to_hf
+from fastllm.models.config_hf_rope import rope_from_hf, rope_to_hf
 from fastllm.models.fields import Fields, describe
 from fastllm.models.mla_config import MlaConfig
-from fastllm.models.rope_scaling import RopeConfig
-
-MAX_LAYERS_LISTED = 1024
-MAX_FACTORS = 512  # half of the largest head_dim
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_ROPE_NUMBERS = ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale",
-                 "mscale_all_dim", "low_freq_factor", "high_freq_factor")  # fmt: skip
-_NEEDS_ORIGINAL_LENGTH = ("llama3", "yarn", "longrope")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,17 +81,18 @@ def config_from_hf(
     """See ModelConfig.from_hf."""
     fields = Fields(values, path)
     model_type = _model_type(fields)
+    defaults = _MODELS[model_type]
     try:
         return ModelConfig(
             model_type=model_type,
-            **_sizes(fields, _MODELS[model_type]),
+            **_sizes(fields, defaults),
             **_features(fields, model_type),
             **_scalar_head(fields),
             mla=_latent(fields, model_type),
             experts=experts_from_hf(fields, model_type),
             sliding_window=_sliding_window(fields, model_type),
-            rope=_rope(fields, _MODELS[model_type]),
-            **_tokens(fields, _MODELS[model_type], Fields(generation or {}, path)),
+            rope=rope_from_hf(fields, defaults.rope_theta, defaults.max_position_embeddings),
+            **_tokens(fields, defaults, Fields(generation or {}, path)),
             dtype=_dtype(fields),
         )
     except ModelFileError:
@@ -237,38 +232,6 @@ def _sliding_window(fields: Fields, model_type: str) -> tuple[int | None, ...]:
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
-def _rope(fields: Fields, defaults: _Defaults) -> RopeConfig:
-    key = "rope_scaling" if fields.has("rope_scaling") else "rope_parameters"
-    rope = fields.section(key) or Fields({}, fields.file)
-    for name, value in rope.values.items():
-        if isinstance(value, Mapping):
-            raise rope.fail(name, "rope parameters per layer type are not supported")
-    type_key = "type" if rope.has("type") and not rope.has("rope_type") else "rope_type"
-    rope_type = rope.string(type_key, default="default")
-    if rope_type == "factors":  # a GGUF matter, not a name that config.json knows
-        raise rope.fail(type_key, "the rope type 'factors' is not one of Hugging Face's")
-    known: dict[str, Any] = {name: rope.number(name, default=None) for name in _ROPE_NUMBERS}
-    for name in ("short_factor", "long_factor"):
-        known[name] = rope.numbers(name, MAX_FACTORS, default=None)
-    original = fields.integer(
-        "original_max_position_embeddings",
-        default=rope.integer("original_max_position_embeddings", default=None),
-    )
-    if original is None and rope_type in _NEEDS_ORIGINAL_LENGTH:
-        original = fields.integer("max_position_embeddings", defaults.max_position_embeddings)
-    partial = fields.number("partial_rotary_factor", default=1.0)
-    return RopeConfig(
-        type=rope_type,
-        theta=rope.number(
-            "rope_theta", default=fields.number("rope_theta", default=defaults.rope_theta)
-        ),
-        partial_rotary_factor=rope.number("partial_rotary_factor", default=partial),
-        original_max_position_embeddings=original,
-        truncate=rope.boolean("truncate", default=True),
-        **known,
-    )
-
-
 def _tokens(fields: Fields, defaults: _Defaults, generation: Fields) -> dict[str, Any]:
     """Begin and end tokens. Chat models often list their end of turn in the generation file."""
     bos = fields.token_ids(
@@ -304,7 +267,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     values: dict[str, Any] = {
         "architectures": [_MODELS[config.model_type].class_name],
         "model_type": config.model_type,
-        "rope_parameters": _rope_to_hf(config),
+        "rope_parameters": rope_to_hf(config),
         "bos_token_id": config.bos_token_id,
         "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
         **{name: getattr(config, name) for name in (
@@ -354,34 +317,6 @@ def _latent_to_hf(config: ModelConfig, mla: MlaConfig) -> dict[str, Any]:
         "head_dim": mla.qk_rope_head_dim,
         "first_k_dense_replace": config.num_hidden_layers,
     }
-
-
-def _rope_to_hf(config: ModelConfig) -> dict[str, Any]:
-    rope = config.rope
-    values: dict[str, Any] = {"rope_type": rope.type, "rope_theta": rope.theta}
-    if rope.partial_rotary_factor != 1.0:
-        values["partial_rotary_factor"] = rope.partial_rotary_factor
-    if rope.type == "factors":  # fixed factors are a longrope whose two sets are the same
-        values |= {
-            "rope_type": "longrope",
-            "short_factor": list(rope.factors or ()),
-            "long_factor": list(rope.factors or ()),
-            "attention_factor": 1.0,
-            "factor": 1.0,
-            "original_max_position_embeddings": max(config.max_position_embeddings, 2),
-        }
-        return values
-    for name in (*_ROPE_NUMBERS, "original_max_position_embeddings"):
-        if getattr(rope, name) is not None:
-            values[name] = getattr(rope, name)
-    for name in ("short_factor", "long_factor"):
-        if getattr(rope, name) is not None:
-            values[name] = list(getattr(rope, name))
-    if not rope.truncate:
-        values["truncate"] = False
-    if rope.type == "yarn":
-        values.setdefault("factor", None)  # transformers looks it up, and derives it from None
-    return values
 
 
 def _windows_to_hf(config: ModelConfig) -> dict[str, Any]:
