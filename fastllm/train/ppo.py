@@ -87,6 +87,22 @@ class PpoConfig(RolloutConfig):
                 f"{self.kl_horizon:g}: one rollout could turn the coefficient to 0 or below"
             )
 
+    def parts(self) -> Algorithm:
+        """What is computed with a rollout."""
+        return Algorithm(
+            ratio="token", clip_low=self.cliprange, clip_high=self.cliprange, aggregation="token"
+        )
+
+    def token_rewards(self) -> TokenRewards:
+        """What the scores of a rollout become, token by token."""
+        return TokenRewards(
+            gamma=self.gamma,
+            lam=self.lam,
+            kl=self.kl_estimator,
+            whiten_rewards=self.whiten_rewards,
+            missing_eos_penalty=self.missing_eos_penalty,
+        )
+
     def critic_rate(self, hidden: int) -> float:
         """`critic_lr`, or the policy's: a step of Adam moves a value by up to the rate times the
         sum of its inputs' sizes, some hundreds; at 3e-3 SmolLM2's values swung by 1 for rewards
@@ -106,11 +122,7 @@ def main(config: PpoConfig, say: Say = print) -> RlResult:
     """
     check(config)
     with distributed.process_group(config.device) as device:
-        given = open_given(config, device)
-        algorithm = Algorithm(
-            ratio="token", clip_low=config.cliprange, clip_high=config.cliprange,
-            aggregation="token",
-        )  # fmt: skip
+        algorithm, given = config.parts(), open_given(config, device)
         hidden = given.source.config.hidden_size
         task = PpoTask(
             config,
@@ -145,20 +157,14 @@ def main(config: PpoConfig, say: Say = print) -> RlResult:
             shown=config.samples,
             values=task.values_of,
             control=KlControl(config.kl_coef, config.kl_target, config.kl_horizon),
-            rewards=TokenRewards(
-                gamma=config.gamma,
-                lam=config.lam,
-                kl=config.kl_estimator,
-                whiten_rewards=config.whiten_rewards,
-                missing_eos_penalty=config.missing_eos_penalty,
-            ),
+            rewards=config.token_rewards(),
         )
         task.batches = PpoBatches(
             collector,
             mini_batches=config.mini_batches,
             epochs=config.epochs,
             micro_tokens=task.micro_tokens,
-            aggregation="token",
+            aggregation=algorithm.aggregation,
             longest=config.max_completion,
             seed=config.loop.seed,
         )
