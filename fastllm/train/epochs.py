@@ -11,7 +11,8 @@ from typing import TypeVar
 from fastllm.models.config import ModelConfig
 from fastllm.train.data.masks import TEMPLATES
 from fastllm.train.data.order import permutation
-from fastllm.train.loop import LoopConfig, ScheduleConfig
+from fastllm.train.loop_config import LoopConfig
+from fastllm.train.schedule import ScheduleConfig
 from fastllm.train.tune_config import TuneConfig
 
 MAX_HELD_OUT = 200  # records; more make evaluation slow and no steadier

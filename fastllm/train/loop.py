@@ -19,7 +19,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +36,7 @@ from fastllm.train.checkpoint import (
     take_snapshot,
 )
 from fastllm.train.config import to_dict
+from fastllm.train.loop_config import LoopConfig
 from fastllm.train.memory import keep_freed_memory
 from fastllm.train.metrics import Metrics, MetricsConfig
 from fastllm.train.optim import clip_grad_norm_, set_rates
@@ -49,37 +50,6 @@ __all__ = ["LoopConfig", "MetricsConfig", "Progress", "Result", "ScheduleConfig"
 
 # Steps after which `seconds` decides the number of steps again: a slow start must not end a run.
 _PLANNED_AT = frozenset(10 * 2**i for i in range(20))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LoopConfig:
-    """How long, how often, where to. Counts are optimizer steps; 0 switches a thing off.
-
-    Raises ValueError for a count below its least value.
-    """
-
-    out: str = "runs/latest"  # folder of the run: config, metrics, report, checkpoints
-    resume: str = "none"  # none, auto (the newest whole checkpoint of `out`) or a checkpoint's path
-    steps: int = 1000
-    seconds: float = 0.0  # above 0: as many steps as take about so long, measured at the start
-    seed: int = 0
-    max_norm: float = 1.0  # the gradient's norm is clipped to this
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    eval_every: int = 250
-    sample_every: int = 0
-    save_every: int = 250
-    keep: int = 2  # checkpoints; older ones are deleted
-    async_save: bool = True  # write while training goes on; costs a copy of the state in memory
-    metrics: MetricsConfig = field(default_factory=MetricsConfig)
-
-    def __post_init__(self) -> None:
-        least = {"steps": 1, "keep": 1, "eval_every": 0, "sample_every": 0, "save_every": 0}
-        for name, low in least.items():
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
-        for name in ("seconds", "max_norm"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be a number from 0, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

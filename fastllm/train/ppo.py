@@ -22,7 +22,7 @@ from typing import Literal
 from fastllm.train import distributed
 from fastllm.train.config import load_config
 from fastllm.train.epochs import Say
-from fastllm.train.loop import LoopConfig
+from fastllm.train.loop_config import LoopConfig
 from fastllm.train.rl.algorithms import Algorithm
 from fastllm.train.rl.kl_control import LIMIT, KlControl
 from fastllm.train.rl.metrics import SAMPLES, SampleFile

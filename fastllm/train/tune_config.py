@@ -8,7 +8,7 @@ from typing import Literal
 
 from fastllm.models.quantization import check_quantization
 from fastllm.nn.lora import LoraConfig
-from fastllm.train.loop import LoopConfig
+from fastllm.train.loop_config import LoopConfig
 
 # Short names of keys on a command line.
 ALIASES = {

@@ -12,8 +12,9 @@ from fastllm.train.distillation.on_policy import OnPolicyConfig
 from fastllm.train.distillation.sequences import SequencesConfig
 from fastllm.train.distillation.task import LossConfig
 from fastllm.train.distillation.teacher import TeacherConfig
-from fastllm.train.loop import LoopConfig, ScheduleConfig
+from fastllm.train.loop_config import LoopConfig
 from fastllm.train.presets import ShapeConfig
+from fastllm.train.schedule import ScheduleConfig
 from fastllm.train.sft import SftConfig
 from fastllm.train.tune_config import ALIASES as TUNE_ALIASES
 
