@@ -101,18 +101,12 @@ struct NaturalSource {
 
   Tile<E> words(const TileScratch<E>& scratch, const Place& now, const Place& next) const {
     Word *k = now.packed, *v = k + key_words();
-    const Word *next_k = next.packed, *next_v = next_k + key_words();
+    const Word* next_k = next.packed;
     if (!now.packed) {
-      next_k = k = scratch.k, next_v = v = scratch.v;
+      k = scratch.k, v = scratch.v, next_k = nullptr;
       pack(now, next, k, v);
     }
-    return {k,
-            v,
-            reinterpret_cast<const char*>(next_k),
-            reinterpret_cast<const char*>(next_v),
-            nullptr,
-            nullptr,
-            now.visible};
+    return {k, v, reinterpret_cast<const char*>(next_k), nullptr, nullptr, now.visible};
   }
 
   // All threads pack the tiles of the documents that want it, a split of a KV head at a time.

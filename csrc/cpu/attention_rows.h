@@ -30,11 +30,11 @@ struct RowSpan {
   int64_t row, rows, first, last;
 };
 
-// The words of K and V of one tile, and the bytes wanted after them.
+// The words of K and V of one tile.
 template <class E>
 struct Tile {
   const typename E::Word *k, *v;
-  const char *next_k, *next_v;
+  const char* next_k;  // of tiles that are read where they lie: K of the next one, else null
   const float *k_scale, *v_scale;  // of its 64 positions, or null
   uint64_t visible;                // bit p: position p may be seen
 };

@@ -68,7 +68,7 @@ struct Run {
 // over the words of `runs`; o_stride is dim rounded up to whole vectors, v_stride the words from
 // one step of V to the next. A tile is summed from zero: chains are as short as a tile.
 //
-// Both prefetch as many bytes from `ahead` on as they read of B.
+// Both ask for as many bytes from `ahead` on as they read of B, unless it is null.
 template <class A, class Word>
 struct RowKernels {
   void (*scores)(float (*)[kTile], const A*, const Word*, int64_t, int64_t, const char*);
@@ -83,15 +83,16 @@ FASTLLM_INLINE RowKernels<F16::A, F16::Word> row_kernels(F16, int64_t rows) {
 
 namespace {
 
-// Asks for the lines that step i brings nearer: `ahead` is where the bytes lie that are wanted
-// next, and a loop that reads as many bytes as they are asks for them in ascending order, so that
-// the hardware's own prefetcher joins in (decode reads each tile once and computes a tile in a
-// third of the time that its bytes take to come).
-template <int C>
+// Step i of a loop asks for its share of the bytes that are wanted next. They lie from `ahead` on and
+// are asked for in ascending order, evenly over the loop: the hardware's own prefetcher joins in, and
+// requests that find no free miss buffer are dropped (decode reads each tile once and computes a tile
+// in a third of the time that its bytes take to come).
+template <int Lines>
 FASTLLM_INLINE void prefetch(const char* ahead, int64_t i) {
-#pragma GCC unroll 4
-  for (int line = 0; line < C * VL / 16; ++line)
-    _mm_prefetch(ahead + (i * (C * VL / 16) + line) * 64, _MM_HINT_T0);
+  if (!ahead) return;
+#pragma GCC unroll 8
+  for (int line = 0; line < Lines; ++line)
+    _mm_prefetch(ahead + (i * Lines + line) * 64, _MM_HINT_T0);
 }
 
 template <int Value>
@@ -101,17 +102,17 @@ struct Constant {
 
 // acc[r][c] += A[r] . B[c] over `steps` words. A word of row r, step i, part h: a[i * AStep + h *
 // APart + r * ARow]. Vectors of B: 16 words of a chunk side by side, chunks `chunk_stride` words apart,
-// steps `step_stride`. The lines from `ahead` on are prefetched on the way. With Masked, the last
-// vector holds only 8 words (AVX-512 with 8 columns left over).
-template <int AStep, int APart, int ARow, bool Masked, int R, int C>
+// steps `step_stride`. A step asks for so many Lines from `ahead` on. With Masked, the last vector
+// holds only 8 words (AVX-512 with 8 columns left over).
+template <int AStep, int APart, int ARow, bool Masked, int Lines, int R, int C>
 FASTLLM_INLINE void dot_tile(F32, vf (&acc)[R][C], const float* a, const float* b,
                              int64_t chunk_stride, int64_t step_stride, int64_t steps,
                              const char* ahead) {
   constexpr int kPerChunk = kChunk / VL;
   for (int64_t i = 0; i < steps; ++i, a += AStep, b += step_stride) {
-    prefetch<C>(ahead, i);
+    prefetch<Lines>(ahead, i);
     vf bv[C];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int c = 0; c < C; ++c) {
       const float* p = b + c / kPerChunk * chunk_stride + c % kPerChunk * VL;
 #if defined(__AVX512F__)
@@ -123,21 +124,21 @@ FASTLLM_INLINE void dot_tile(F32, vf (&acc)[R][C], const float* a, const float* 
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
       const vf av = vbroadcast(a + r * ARow);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int c = 0; c < C; ++c) acc[r][c] = vfma(av, bv[c], acc[r][c]);
     }
   }
 }
 
 #if defined(__AVX512BF16__)
-template <int AStep, int APart, int ARow, bool Masked, int R, int C>
+template <int AStep, int APart, int ARow, bool Masked, int Lines, int R, int C>
 FASTLLM_INLINE void dot_tile(Bf16, vf (&acc)[R][C], const uint32_t* a, const uint32_t* b,
                              int64_t chunk_stride, int64_t step_stride, int64_t steps,
                              const char* ahead) {
   for (int64_t i = 0; i < steps; ++i, a += AStep, b += step_stride) {
-    prefetch<C>(ahead, i);
+    prefetch<Lines>(ahead, i);
     __m512i bv[C];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int c = 0; c < C; ++c) {
       const uint32_t* p = b + c * chunk_stride;
       bv[c] = Masked ? _mm512_maskz_loadu_epi32(0xff, p) : _mm512_loadu_si512(p);
@@ -145,22 +146,22 @@ FASTLLM_INLINE void dot_tile(Bf16, vf (&acc)[R][C], const uint32_t* a, const uin
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
       const __m512i av = _mm512_set1_epi32(static_cast<int>(a[r * ARow]));
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int c = 0; c < C; ++c)
         acc[r][c] = (vf)_mm512_dpbf16_ps((__m512)acc[r][c], (__m512bh)av, (__m512bh)bv[c]);
     }
   }
 }
 #else
-template <int AStep, int APart, int ARow, bool Masked, int R, int C>
+template <int AStep, int APart, int ARow, bool Masked, int Lines, int R, int C>
 FASTLLM_INLINE void dot_tile(Bf16, vf (&acc)[R][C], const float* a, const uint32_t* b,
                              int64_t chunk_stride, int64_t step_stride, int64_t steps,
                              const char* ahead) {
   constexpr int kPerChunk = kChunk / VL;
   for (int64_t i = 0; i < steps; ++i, a += AStep, b += step_stride) {
-    prefetch<C>(ahead, i);
+    prefetch<Lines>(ahead, i);
     vi bv[C];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int c = 0; c < C; ++c) {
       const uint32_t* p = b + c / kPerChunk * chunk_stride + c % kPerChunk * VL;
 #if defined(__AVX512F__)
@@ -172,13 +173,13 @@ FASTLLM_INLINE void dot_tile(Bf16, vf (&acc)[R][C], const float* a, const uint32
 #pragma GCC unroll 2
     for (int part = 0; part < 2; ++part) {
       vf half[C];  // the low half of a word comes first
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int c = 0; c < C; ++c)
         half[c] = vbits(part ? bv[c] & vseti(static_cast<int>(0xffff0000u)) : bv[c] << 16);
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r) {
         const vf av = vbroadcast(a + part * APart + r * ARow);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int c = 0; c < C; ++c) acc[r][c] = vfma(av, half[c], acc[r][c]);
       }
     }

@@ -32,13 +32,7 @@ struct LatentSource {
   Tile<E> words(const TileScratch<E>& scratch, const Place& now, const Place& next) const {
     pack_tile<E>(scratch.k, scratch.v, now.rows, next.rows, now.visible, a.rows.dim,
                  a.rows.value_dim);
-    return {scratch.k,
-            scratch.v,
-            reinterpret_cast<const char*>(scratch.k),
-            reinterpret_cast<const char*>(scratch.v),
-            nullptr,
-            nullptr,
-            now.visible};
+    return {scratch.k, scratch.v, nullptr, nullptr, nullptr, now.visible};
   }
 };
 

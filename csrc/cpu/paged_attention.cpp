@@ -40,7 +40,6 @@ struct PagedSource {
       return {reinterpret_cast<const Word*>(now.k),
               reinterpret_cast<const Word*>(now.v),
               next.k,
-              next.v,
               nullptr,
               nullptr,
               ~uint64_t{0}};
@@ -52,13 +51,7 @@ struct PagedSource {
                 reinterpret_cast<const Narrow*>(next.k));
     expand_values(scratch.v, reinterpret_cast<const Narrow*>(now.v), a.rows.value_dim,
                   reinterpret_cast<const Narrow*>(next.v));
-    Tile<E> tile{scratch.k,
-                 scratch.v,
-                 reinterpret_cast<const char*>(scratch.k),
-                 reinterpret_cast<const char*>(scratch.v),
-                 nullptr,
-                 nullptr,
-                 ~uint64_t{0}};
+    Tile<E> tile{scratch.k, scratch.v, nullptr, nullptr, nullptr, ~uint64_t{0}};
     if (a.k_scales) {
       tile.k_scale = known_scales(scratch.scale[0], a.k_scales + now.scales, now.keys);
       tile.v_scale = known_scales(scratch.scale[1], a.v_scales + now.scales, now.keys);
