@@ -107,6 +107,47 @@ def test_a_sequence_alone_and_in_a_batch_of_eight_gives_the_same_bits(dtype: tor
                 assert torch.equal(batch[s], alone[s]), f"{isa}, sequence {s}, chunks of {chunk}"
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int8], ids=str)
+@pytest.mark.parametrize(
+    ("kv_heads", "group", "dim", "tokens"),
+    [
+        (13, 1, 32, 1),
+        (3, 5, 136, 1),
+        (8, 4, 128, 2),
+        (2, 16, 16, 3),
+        (5, 7, 256, 4),
+        (1, 3, 200, 1),
+    ],
+)
+@pytest.mark.parametrize("isa", ISAS)
+def test_each_kv_head_alone_has_the_bits_of_all_together(
+    isa: str, kv_heads: int, group: int, dim: int, tokens: int, dtype: torch.dtype
+) -> None:
+    """Tasks of few rows take several KV heads at once, as many as there is room for."""
+    g = torch.Generator().manual_seed(dim)
+    table = shuffled_table(3, 19)
+    places = table, int32([tokens * s for s in range(4)]), int32([1200, 64, 700])
+    q = torch.randn(3 * tokens, kv_heads * group, dim, generator=g)
+    q = q.to(torch.bfloat16 if dtype == torch.int8 else dtype)
+    shape = (table.numel(), kv_heads, 64, dim)
+    cache = new_cache(*shape, dtype)
+    for part in (cache.k, cache.v):
+        values = torch.randn(shape, generator=g) * (40 if dtype == torch.int8 else 1)
+        part.copy_(values.clamp(-128, 127))
+    for scales in (cache.k_scales, cache.v_scales):
+        if scales is not None:
+            scales.copy_(torch.rand(scales.shape, generator=g) / 40)
+    _C.set_isa(isa)
+    alone = []
+    for head in range(kv_heads):
+        parts = (None if part is None else part[:, head : head + 1].contiguous() for part in cache)
+        rows = q[:, head * group : (head + 1) * group].contiguous()
+        alone.append(attend(rows, KvCache(*parts), places))
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        assert torch.equal(attend(q, cache, places), torch.cat(alone, 1)), f"{threads} threads"
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_long_contexts_give_the_same_bits(dtype: torch.dtype) -> None:
