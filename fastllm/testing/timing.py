@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -115,14 +115,24 @@ def _best_rate(function: Function, work: float, device: str, rounds: int = 12) -
     return work / min(_time(function, 1, device) for _ in range(rounds))
 
 
+class ReadProbe(NamedTuple):
+    """A function that does nothing but read `nbytes` of memory."""
+
+    nbytes: int
+    read: Function
+
+
 @functools.cache
-def read_bandwidth(device: str = "cpu") -> float:
-    """Bytes a second that the machine reads: the best of two reductions over much memory."""
+def read_probe(device: str = "cpu") -> ReadProbe:
+    """The faster of two reductions over much memory."""
     # Ones, not zeros: untouched zero pages are one page, and it stays in the cache.
     x = torch.ones(_PROBE_BYTES[torch.device(device).type] // 8, dtype=torch.int64, device=device)
     y = x.view(torch.float32)
-    sums = _best_rate(x.sum, x.nbytes, device)
-    return max(sums, _best_rate(functools.partial(torch.dot, y, y.flip(0)), 2 * x.nbytes, device))
+    probes = [
+        ReadProbe(x.nbytes, x.sum),
+        ReadProbe(2 * x.nbytes, functools.partial(torch.dot, y, y.flip(0))),
+    ]
+    return max(probes, key=lambda probe: _best_rate(probe.read, probe.nbytes, device))
 
 
 @functools.cache
@@ -146,12 +156,9 @@ def matmul_peak(kind: str, device: str = "cpu") -> float:
     return best
 
 
-def least_seconds(
-    nbytes: float, flops: float = 0.0, kind: str = "bf16", device: str = "cpu"
-) -> float:
-    """The time below which the machine cannot do it: reading `nbytes`, or `flops` at its peak."""
-    by_bytes = nbytes / read_bandwidth(device)
-    return max(by_bytes, flops / matmul_peak(kind, device)) if flops else by_bytes
+def timed(function: Function, device: str = "cpu") -> Function:
+    """A function with its own clock: it calls `function` and returns the seconds."""
+    return functools.partial(_time, function, 1, device)
 
 
 def rounded(value: float, digits: int = 4) -> float:

@@ -71,11 +71,21 @@ def test_memory_is_in_megabytes_and_less_is_better() -> None:
 
 
 def test_percent_of_bound_never_rewards_slowness(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(suite, "least_seconds", lambda *_: 0.25)
+    probe = timing.ReadProbe(4, lambda: None)
+    monkeypatch.setattr(suite, "read_probe", lambda device: probe)
+    monkeypatch.setattr(suite, "timed", lambda read, device: lambda: 1.0)
     for unit in ("ms", "tok/s"):
         work = Work(functions={OURS: lambda: 0.5}, unit=unit, own_clock=True, nbytes=1.0)
         row = run_case(_case(work), work, "abc")
         assert row.percent_of_bound == 50.0
+
+
+def test_a_reader_of_memory_takes_about_the_time_of_its_bound() -> None:
+    probe = timing.read_probe()
+    work = Work(functions={OURS: probe.read}, unit="us", nbytes=probe.nbytes)
+    row = run_case(_case(work), work, "abc")
+    assert row.peers == {}
+    assert row.percent_of_bound is not None and 50 < row.percent_of_bound < 200
 
 
 def test_rows_have_exactly_the_agreed_fields(tmp_path: Path) -> None:
@@ -111,7 +121,9 @@ def test_the_picture_is_drawn(tmp_path: Path) -> None:
 
 
 def test_machine_probes_are_plausible() -> None:
-    assert 1e9 < timing.read_bandwidth() < 1e12
+    probe = timing.read_probe()
+    seconds = timing.alternate({"read": probe.read}, seconds=0.1)["read"].best
+    assert 1e9 < probe.nbytes / seconds < 1e12
     assert 1e9 < timing.matmul_peak("f32") < 1e14
 
 
