@@ -15,6 +15,7 @@ from fastllm.ops import packed_layout as layout
 from fastllm.ops.gated_activation import gated_activation
 from fastllm.ops.quant_format import QUANT_FORMATS
 from fastllm.ops.quant_matmul import quant_matmul_ref
+from fastllm.quantize.packed import pack_codes
 from fastllm.testing.infos.quant_matmul import VARIANTS, random_packed
 from fastllm.testing.opinfo import generator
 
@@ -79,6 +80,34 @@ def test_extreme_codes_do_not_saturate() -> None:
                 for isa in _C.isas():
                     _C.set_isa(isa)
                     assert torch.equal(quant_matmul(x, data, scales, format, 16), want)
+
+
+@pytest.mark.parametrize("others", ["ordinary", "any"])
+@pytest.mark.parametrize("format", ["fp8", "fp8_block"])
+def test_each_e4m3_keeps_its_value_whatever_stands_beside_it(format: str, others: str) -> None:
+    """Row c of the weight holds code c; its neighbours are 1.0, or any code but NaN."""
+    k = _columns(format, 64)
+    codes = torch.full((256, k), 0x38, dtype=torch.uint8)
+    if others == "any":
+        codes.random_(0, 256, generator=generator())
+        codes[codes & 0x7F == 0x7F] = 0
+    every = torch.arange(256)
+    codes[every, every % k] = every.to(torch.uint8)
+    scales = torch.ones(256, 1)
+    packed = pack_codes(format, codes, scales)
+    want = codes.view(torch.float8_e4m3fn).float().T.contiguous()
+    want[:, [0x7F, 0xFF]] = torch.nan  # 0 * NaN
+    x = torch.eye(k, dtype=torch.bfloat16)
+    for isa in _C.isas():
+        _C.set_isa(isa)
+        for rows in (1, 3, k):
+            parts = [
+                quant_matmul(
+                    part, packed.data, packed.scales, format, 256, None, "bf16", torch.float32
+                )
+                for part in x.split(rows)
+            ]
+            assert torch.equal(torch.cat(parts).nan_to_num(7e5), want.nan_to_num(7e5)), isa
 
 
 def test_strides_of_x_and_bias_do_not_matter() -> None:
