@@ -121,14 +121,12 @@ def greedy_llama_cpp(llama_cpp: Any, path: Path, ids: list[int], count: int) -> 
         model.close()
 
 
-def decided_answer(
-    path: Path, count: int, prompts: int = 64, **options: Any
-) -> tuple[list[int], list[int]]:
-    """A prompt, of so many, and its greedy answer, of whose tokens none hangs on a rounding: the
+def decided_answer(path: Path, count: int, **options: Any) -> tuple[list[int], list[int]]:
+    """A prompt, of 64, and its greedy answer, of whose tokens none hangs on a rounding: the
     answer with the largest distance between best and second logit where that is smallest."""
     llm = LLM(path, activation="fp32", **options)
     g = torch.Generator().manual_seed(1)
-    drawn = torch.randint(3, llm.config.vocab_size, (prompts, 6), generator=g).tolist()
+    drawn = torch.randint(3, llm.config.vocab_size, (64, 6), generator=g).tolist()
     params = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True, logprobs=2)
     best, found = 0.0, ([0], [0])
     for prompt, output in zip(drawn, llm.generate(drawn, params), strict=True):

@@ -125,7 +125,7 @@ def test_llama_cpp_gives_the_same_greedy_tokens(
     format: str, plain: Path, llama_cpp: Any, tmp_path: Path
 ) -> None:
     path = rewritten(plain, tmp_path / "m.gguf", mixed if format == "mixed" else uniform(format))
-    prompt, answer = decided_answer(path, 12, prompts=16)
+    prompt, answer = decided_answer(path, 12)
     assert greedy_llama_cpp(llama_cpp, path, prompt, 12) == answer
 
 
