@@ -57,15 +57,16 @@ class Documents:
 
         Raises ValueError if there is none, or one is empty.
         """
-        rows = [torch.as_tensor(document, dtype=torch.int32).cpu() for document in documents]
+        rows = [
+            torch.as_tensor(document, dtype=torch.int32, device="cpu") for document in documents
+        ]
         if not rows or any(row.dim() != 1 or not row.numel() for row in rows):
             raise ValueError("documents must be at least one, each a list of at least one token id")
-        lengths = torch.tensor([0, *(row.numel() for row in rows)])
+        places = [torch.arange(len(row), dtype=torch.int32, device="cpu") for row in rows]
+        lengths = torch.tensor([0, *map(len, rows)], device="cpu")
         return cls(
             ids=torch.cat(rows).to(device),
-            positions=torch.cat([torch.arange(len(row), dtype=torch.int32) for row in rows]).to(
-                device
-            ),
+            positions=torch.cat(places).to(device),
             cu_seqlens=lengths.cumsum(0).to(device, torch.int32),
             max_seqlen=int(lengths.max()),
         )

@@ -89,8 +89,9 @@ def add_lora(model: nn.Module, config: LoraConfig, seed: int = 0) -> list[nn.Par
     factors = {}
     for name, layer in target_layers(model, config.target_modules):
         bound = layer.in_features**-0.5
-        a = torch.empty(config.r, layer.in_features).uniform_(-bound, bound, generator=generator)
-        factors[name] = a, torch.zeros(layer.out_features, config.r)
+        a = torch.empty(config.r, layer.in_features, device="cpu")
+        b = torch.zeros(layer.out_features, config.r, device="cpu")
+        factors[name] = a.uniform_(-bound, bound, generator=generator), b
     return attach_all(model, config, factors)
 
 

@@ -49,8 +49,9 @@ class PackedMatrix(nn.Module):
 
     def name_format(self) -> None:
         """Write `weight_format` anew: files of a model may lack it."""
-        name = torch.tensor(list(self.format.encode()), dtype=torch.uint8)
-        self.register_buffer("weight_format", name.to(self.weight_codes.device))
+        device = self.weight_codes.device
+        name = torch.tensor(list(self.format.encode()), dtype=torch.uint8, device=device)
+        self.register_buffer("weight_format", name)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]

@@ -165,7 +165,7 @@ def _rope_append_kv_cpu(
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
 ) -> Tensor:
-    rotated = torch.empty(q.shape, dtype=q.dtype)
+    rotated = q.new_empty(q.shape)
     turns, caches = (positions, cos, sin), (k_cache, v_cache)
     places = (block_table, cu_seqlens_q, cache_seqlens)
     _C.rope_append_kv(rotated, q, k, v, *turns, *caches, *places, k_scales, v_scales)

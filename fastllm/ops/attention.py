@@ -95,10 +95,10 @@ def _attention_cpu(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
     key_mask: Tensor | None, sinks: Tensor | None, *numbers: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    o = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype)
-    lse = torch.empty(lse_shape(q), dtype=torch.float32)
+    o = q.new_empty(*q.shape[:-1], v.shape[-1])
+    lse = q.new_empty(lse_shape(q), dtype=torch.float32)
     size = _C.attention_scratch(q, k, v, cu_seqlens_q)
-    scratch = torch.empty(size, dtype=torch.float32) if size else None
+    scratch = q.new_empty(size, dtype=torch.float32) if size else None
     _C.attention(
         o, lse, q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask, sinks, scratch, *numbers
     )  # fmt: skip
@@ -119,15 +119,14 @@ def _attention_backward_cpu(
     lse: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
     key_mask: Tensor | None, sinks: Tensor | None, *numbers: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
-    dsinks = torch.empty(0 if sinks is None else sinks.shape[0], dtype=torch.float32)
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    dsinks = q.new_empty(0 if sinks is None else sinks.shape[0], dtype=torch.float32)
     batches = 1 if cu_seqlens_q is not None else q.shape[0]
     documents = batches if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-    scratch = torch.empty(
-        _C.attention_backward_scratch(
-            batches, documents, q.shape[-3], q.shape[-2], k.shape[-2], q.shape[-1]
-        )
+    size = _C.attention_backward_scratch(
+        batches, documents, q.shape[-3], q.shape[-2], k.shape[-2], q.shape[-1]
     )
+    scratch = q.new_empty(size, dtype=torch.float32)
     if key_mask is not None:
         key_mask = key_mask.contiguous()
     _C.attention_backward(

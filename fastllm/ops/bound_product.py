@@ -37,7 +37,7 @@ class BoundProduct:
         if k != self._k:
             raise ValueError(f"x has {k} columns, the weight {self._k}")
         # In its own shape: a view that is made without grad may not be changed in place with it.
-        y = torch.empty((*x.shape[:-1], self._n), dtype=x.dtype)
+        y = x.new_empty((*x.shape[:-1], self._n))
         _C.quant_matmul(
             y if y.ndim == 2 else y.view(rows, self._n), x2, self._data, self._scales,
             *self._arguments, self._bias, self._mode, prepared_rows(x2),

@@ -43,7 +43,7 @@ def _native_layout(data: Tensor, scales: Tensor, format: str, *_: Any) -> bool:
 def _dequantize_cpu(
     data: Tensor, scales: Tensor, format: str, n: int, k: int, dtype: torch.dtype
 ) -> Tensor:
-    y = torch.empty((n, k), dtype=dtype)
+    y = data.new_empty((n, k), dtype=dtype)
     _C.dequantize(y, data, scales, layout.FORMATS.index(format))
     return y
 

@@ -81,7 +81,7 @@ _quant_embedding = Op(
 
 @_embedding.impl("native", "cpu", dtypes=_TABLE_DTYPES, when=lambda ids, w, _: w.stride(-1) == 1)
 def _embedding_cpu(ids: Tensor, weight: Tensor, out_dtype: torch.dtype) -> Tensor:
-    y = torch.empty((*ids.shape, weight.shape[1]), dtype=out_dtype)
+    y = weight.new_empty((*ids.shape, weight.shape[1]), dtype=out_dtype)
     _C.embedding(y, ids.contiguous(), weight)
     return y
 
@@ -107,7 +107,7 @@ def _native_layout(ids: Tensor, data: Tensor, scales: Tensor, format: str, *_: A
 def _quant_embedding_cpu(
     ids: Tensor, data: Tensor, scales: Tensor, format: str, n: int, out_dtype: torch.dtype
 ) -> Tensor:
-    y = torch.empty((*ids.shape, layout.columns_of(data, format)), dtype=out_dtype)
+    y = data.new_empty((*ids.shape, layout.columns_of(data, format)), dtype=out_dtype)
     _C.quant_embedding(y, ids.contiguous(), data, scales, layout.FORMATS.index(format), n)
     return y
 

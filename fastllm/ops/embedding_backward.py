@@ -42,8 +42,8 @@ def _native(dy: Tensor, ids: Tensor, *_: Any) -> bool:
 
 @embedding_backward.impl("native", "cpu", when=_native)
 def _embedding_backward_cpu(dy: Tensor, ids: Tensor, n: int, dtype: torch.dtype) -> Tensor:
-    dweight = torch.empty((n, dy.shape[-1]), dtype=dtype)
-    order = torch.empty(n + 1 + ids.numel(), dtype=torch.int32)  # tokens sorted by id
+    dweight = dy.new_empty((n, dy.shape[-1]), dtype=dtype)
+    order = ids.new_empty(n + 1 + ids.numel(), dtype=torch.int32)  # tokens sorted by id
     _C.embedding_backward(dweight, dy, ids, order)
     return dweight
 

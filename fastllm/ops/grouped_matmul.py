@@ -107,7 +107,7 @@ def _grouped_matmul_cpu(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     n = weight.shape[2 if transposed else 1]
-    y = torch.empty((x.shape[0], n), dtype=out_dtype or x.dtype)
+    y = x.new_empty((x.shape[0], n), dtype=out_dtype)
     _C.grouped_matmul(y, contiguous_rows(x), weight, offsets, bias, transposed)
     return y
 
@@ -157,7 +157,7 @@ def _grouped_weight_grad_cpu(
     dy: Tensor, x: Tensor, offsets: Tensor, out_dtype: torch.dtype | None = None
 ) -> Tensor:
     shape = (offsets.shape[0] - 1, dy.shape[1], x.shape[1])
-    out = torch.empty(shape, dtype=out_dtype or x.dtype)
+    out = x.new_empty(shape, dtype=out_dtype)
     _C.grouped_weight_grad(out, contiguous_rows(dy), contiguous_rows(x), offsets)
     return out
 

@@ -60,7 +60,7 @@ def _layout(x: Tensor, weight: Tensor, tail: Tensor | None = None) -> bool:
 
 @_head_linear.impl("native", "cpu", when=_layout)
 def _head_linear_cpu(x: Tensor, weight: Tensor, tail: Tensor | None = None) -> Tensor:
-    y = torch.empty(_head_linear_fake(x, weight, tail).shape, dtype=x.dtype)
+    y = _head_linear_fake(x, weight, tail)
     _C.head_linear(y, x, weight, tail)
     return y
 

@@ -63,7 +63,7 @@ def _weight_gradient(g: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     plain = g.dtype == torch.bfloat16 and g.stride(1) == 1 and x.stride(1) == 1 and g.shape[0] > 0
     if dtype != torch.float32 or not plain or not values_readable(g):
         return g.T @ x
-    y = torch.empty((g.shape[1], x.shape[1]), dtype=torch.float32)
+    y = g.new_empty((g.shape[1], x.shape[1]), dtype=torch.float32)
     gradient_product(y, g, x, transposed=True)
     return y
 
@@ -73,7 +73,7 @@ def gradient_product(
 ) -> None:
     """y (+)= a @ b, or a.T @ b, natively on the CPU with fp32 sums; rows are contiguous."""
     k = a.shape[0 if transposed else 1]
-    scratch = torch.empty(_C.gradient_product_scratch(b.shape[1], k, transposed), dtype=torch.uint8)
+    scratch = b.new_empty(_C.gradient_product_scratch(b.shape[1], k, transposed), dtype=torch.uint8)
     _C.gradient_product(y, a, b, scratch, transposed, add)
 
 
@@ -106,7 +106,7 @@ def prepared_rows(x2: Tensor) -> Tensor | None:
     m, k = x2.shape
     if m <= 16 and m * k <= 65536:
         return None
-    return torch.empty((m + 12) * (4 * k + k // 32 * 8 + 64), dtype=torch.uint8)
+    return x2.new_empty((m + 12) * (4 * k + k // 32 * 8 + 64), dtype=torch.uint8)
 
 
 def _native_layout(x: Tensor, weight: Tensor, *_: Any) -> bool:
@@ -118,7 +118,7 @@ def _linear_cpu(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
 ) -> Tensor:
     x2 = as_rows(x)
-    y = torch.empty((x2.shape[0], weight.shape[0]), dtype=out_dtype or x.dtype)
+    y = x2.new_empty((x2.shape[0], weight.shape[0]), dtype=out_dtype)
     _C.linear(y, x2, weight, bias, prepared_rows(x2))
     return y.view(*x.shape[:-1], weight.shape[0])
 

@@ -63,7 +63,7 @@ def _lora_add_cpu(
 ) -> Tensor:
     t2 = as_rows(t)
     # in its own shape: autograd forbids to change an output in place that is a view
-    y = torch.empty((*t.shape[:-1], b.shape[0]), dtype=out_dtype or t.dtype)
+    y = t.new_empty((*t.shape[:-1], b.shape[0]), dtype=out_dtype)
     y2 = y.view(t2.shape[0], b.shape[0])
     _C.lora_add(y2, t2, b, as_rows(base), scale, prepared_rows(t2))
     return y

@@ -162,7 +162,7 @@ def _mla_attention_cpu(
     softmax_scale: float,
 ) -> Tensor:
     tokens, heads, _ = q.shape
-    o = torch.empty(tokens, heads, value_dim, dtype=q.dtype)
+    o = q.new_empty(tokens, heads, value_dim)
     partials = native_partials(tokens, heads, value_dim, block_table, cache.shape[1])
     paging = (block_table, cu_seqlens_q, cache_seqlens)
     _C.mla_attention(o, q, cache, *paging, partials, value_dim, softmax_scale)

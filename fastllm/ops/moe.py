@@ -189,8 +189,8 @@ def _moe_cpu(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     if interleaved and gate_up_bias is not None:
         gate_up_bias = split_pairs(gate_up_bias)
-    y = torch.empty((x.shape[0], down.shape[1]), dtype=out_dtype or x.dtype)
-    pre = torch.empty((slots.shape[0] if keep else 0, gate_up.shape[1]), dtype=x.dtype)
+    y = x.new_empty((x.shape[0], down.shape[1]), dtype=out_dtype)
+    pre = x.new_empty((slots.shape[0] if keep else 0, gate_up.shape[1]))
     size = _C.moe_scratch(x.shape[0], x.shape[1], slots.shape[0], down.shape[2])
     scratch = large_empty((size,), torch.uint8, "cpu")
     _C.moe(

@@ -49,9 +49,9 @@ def _contiguous(topk_ids: Tensor, *_: Any) -> bool:
 
 @_moe_dispatch.impl("native", "cpu", dtypes=(torch.int32,), when=_contiguous)
 def _moe_dispatch_cpu(topk_ids: Tensor, n_experts: int, first_expert: int) -> tuple[Tensor, Tensor]:
-    offsets = torch.empty(n_experts + 1, dtype=torch.int32)
-    slots = torch.empty(topk_ids.numel(), dtype=torch.int32)
-    counts = torch.empty(_C.moe_dispatch_scratch(slots.numel(), n_experts), dtype=torch.int32)
+    offsets = topk_ids.new_empty(n_experts + 1)
+    slots = topk_ids.new_empty(topk_ids.numel())
+    counts = topk_ids.new_empty(_C.moe_dispatch_scratch(slots.numel(), n_experts))
     _C.moe_dispatch(offsets, slots, counts, topk_ids, first_expert)
     return offsets, slots
 

@@ -162,7 +162,7 @@ def moe_gate_cpu(
     out = gate_outputs(logits, k)
     _C.moe_gate(
         *out,
-        torch.empty(scratch, dtype=torch.float32) if scratch else None,
+        logits.new_empty(scratch, dtype=torch.float32) if scratch else None,
         logits,
         bias,
         scoring == "sigmoid",

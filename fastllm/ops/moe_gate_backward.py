@@ -80,7 +80,7 @@ def _moe_gate_backward_cpu(
     renormalize: bool,
     scale: float,
 ) -> Tensor:
-    dlogits = torch.empty(logits.shape, dtype=torch.float32)
+    dlogits = logits.new_empty(logits.shape, dtype=torch.float32)
     gradients = d_weights, d_score_sum, d_z_sum
     _C.moe_gate_backward(
         dlogits, logits, topk_ids, *gradients, scoring == "sigmoid", renormalize, scale

@@ -170,7 +170,7 @@ def code_values(stored: Tensor, format: str) -> Tensor:
         return stored.view(torch.int8).float()
     if kind.codes == "e4m3":
         return stored.view(torch.float8_e4m3fn).float()
-    return torch.tensor(NF4_TABLE, device=stored.device)[stored.int()]
+    return torch.tensor(NF4_TABLE, dtype=torch.float32, device=stored.device)[stored.int()]
 
 
 def codes(data: Tensor, format: str, n: int) -> Tensor:

@@ -110,7 +110,7 @@ def _paged_attention_cpu(
 ) -> Tensor:
     tokens, heads, _ = q.shape
     value_dim = v_cache.shape[3]
-    o = torch.empty(tokens, heads, value_dim, dtype=q.dtype)
+    o = q.new_empty(tokens, heads, value_dim)
     partials = native_partials(tokens, heads, value_dim, block_table, k_cache.shape[2])
     _C.paged_attention(
         o,

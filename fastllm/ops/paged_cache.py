@@ -175,7 +175,7 @@ def native_partials(
     if tokens > 4 * block_table.shape[0] or positions <= SPLIT:
         return None
     row = -(-value_dim // 16) * 16 + 16
-    return torch.empty(-(-positions // SPLIT) * tokens * heads * row, dtype=torch.float32)
+    return block_table.new_empty(-(-positions // SPLIT) * tokens * heads * row, dtype=torch.float32)
 
 
 def check_paging(

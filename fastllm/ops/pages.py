@@ -142,7 +142,7 @@ class Arena:
 
     def __init__(self, chunk_bytes: int = _CHUNK) -> None:
         self._chunk_bytes = chunk_bytes
-        self._free = torch.empty(0, dtype=torch.uint8)
+        self._free = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A contiguous tensor on a 64-byte boundary; nobody else has its memory, which is zero."""

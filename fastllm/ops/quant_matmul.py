@@ -189,12 +189,12 @@ def _quant_matmul_cpu(
     option = _option(n, bias, activation, out_dtype, residual, gated)
     # Made in its own shape: autograd forbids to change an output in place that is a view.
     if not option:
-        y = torch.empty((*x.shape[:-1], n), dtype=out_dtype or x.dtype)
+        y = x.new_empty((*x.shape[:-1], n), dtype=out_dtype)
         y2 = y.view(rows, n)
         _C.quant_matmul(y2, x2, data, scales, code, n, bias, mode, prepared_rows(x2))
         return y
     columns = n // 2 if gated else n
-    y = torch.empty((*x.shape[:-1], columns), dtype=x.dtype if gated else torch.float32)
+    y = x.new_empty((*x.shape[:-1], columns), dtype=None if gated else torch.float32)
     y2 = y.view(rows, columns)
     base = None if residual is None else as_rows(residual).contiguous()
     act = GATED_ACTIVATIONS.index(gated) if gated else 0

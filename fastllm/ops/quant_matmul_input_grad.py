@@ -63,7 +63,7 @@ def _quant_matmul_input_grad_cpu(
     if dy2.stride(-1) != 1:  # gradients come as autograd makes them, expanded ones too
         dy2 = dy2.contiguous()
     k = layout.columns_of(data, format)
-    dx = torch.empty((dy2.shape[0], k), dtype=out_dtype or dy.dtype)
+    dx = dy2.new_empty((dy2.shape[0], k), dtype=out_dtype)
     code = layout.FORMATS.index(format)
     _C.quant_matmul_input_grad(dx, dy2, data, scales, code, prepared_rows(dy2))
     return dx.view(*dy.shape[:-1], k)

@@ -151,8 +151,8 @@ def _quant_moe_cpu(
     gate_up_bias: Tensor | None, down_bias: Tensor | None, base: Tensor | None,
     activation: str, mode: str, keep: bool, out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    y = torch.empty(x.shape, dtype=out_dtype or x.dtype)
-    pre = torch.empty((slots.shape[0] if keep else 0, 2 * inner), dtype=x.dtype)
+    y = x.new_empty(x.shape, dtype=out_dtype)
+    pre = x.new_empty((slots.shape[0] if keep else 0, 2 * inner))
     scratch = large_empty(
         (_C.moe_scratch(x.shape[0], x.shape[1], slots.shape[0], inner),), torch.uint8, "cpu"
     )

@@ -193,7 +193,7 @@ def _nf4_dq(x: Tensor) -> Coded:
 
 def _nf4_codes(x: Tensor, d: Tensor) -> Tensor:
     scaled = x * inverse(d).repeat_interleave(64, 1)
-    middles = torch.tensor(NF4_MIDDLES, device=x.device)
+    middles = torch.tensor(NF4_MIDDLES, dtype=torch.float32, device=x.device)
     return torch.bucketize(scaled, middles, out_int32=True).to(torch.uint8)  # ties: the lower code
 
 

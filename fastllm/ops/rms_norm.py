@@ -100,8 +100,8 @@ def _rms_norm_cpu(
 def _add_rms_norm_cpu(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    y = torch.empty(x.shape, dtype=x.dtype)
-    h = torch.empty(x.shape, dtype=torch.float32)
+    y = x.new_empty(x.shape)
+    h = x.new_empty(x.shape, dtype=torch.float32)
     _C.rms_norm(y, x, weight, residual, h, eps)
     return y, h
 

@@ -103,7 +103,7 @@ def _native_shape(dy: Tensor, x: Tensor, weight: Tensor, *_: Any) -> bool:
 def _rms_norm_backward_cpu(
     dy: Tensor, x: Tensor, weight: Tensor, eps: float, dweight_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
-    dx = torch.empty(x.shape, dtype=x.dtype)
+    dx = x.new_empty(x.shape)
     dweight, partial = _dweight_outputs(x, weight, dweight_dtype)
     _C.rms_norm_backward(dx, None, dweight, partial, dy, None, x, weight, eps)
     return dx, _dweight_like(weight, None) if dweight is None else dweight
@@ -124,8 +124,8 @@ def _add_rms_norm_backward_cpu(
     dx_dtype: torch.dtype | None,
     dweight_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx = None if dx_dtype is None else torch.empty(h.shape, dtype=dx_dtype)
-    dresidual = torch.empty(h.shape, dtype=torch.float32)
+    dx = None if dx_dtype is None else h.new_empty(h.shape, dtype=dx_dtype)
+    dresidual = h.new_empty(h.shape, dtype=torch.float32)
     dweight, partial = _dweight_outputs(h, weight, dweight_dtype)
     _C.rms_norm_backward(dx, dresidual, dweight, partial, dy, dh, h, weight, eps)
     return (
@@ -143,8 +143,8 @@ def _dweight_outputs(
         return None, None
     n = weight.shape[0]
     rows = x.numel() // n if n else 0
-    partial = torch.empty(_C.rms_norm_backward_scratch(rows, n), dtype=torch.float32)
-    return torch.empty(n, dtype=dtype), partial
+    partial = x.new_empty(_C.rms_norm_backward_scratch(rows, n), dtype=torch.float32)
+    return x.new_empty(n, dtype=dtype), partial
 
 
 @rms_norm_backward.impl("triton", "cuda")

@@ -225,30 +225,30 @@ def _sampling_native(logits: Tensor, *params: Tensor) -> bool:
 
 def _scratch(logits: Tensor, per_tile: int, per_row: int = 0) -> Tensor:
     tiles = -(-logits.shape[1] // LSE_TILE)
-    return torch.empty(logits.shape[0] * (per_tile * tiles + per_row), dtype=torch.float32)
+    return logits.new_empty(logits.shape[0] * (per_tile * tiles + per_row), dtype=torch.float32)
 
 
 @_sampling.impl("native", "cpu", dtypes=(torch.float32,), when=_sampling_native)
 def _sampling_cpu(logits: Tensor, *params: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows = logits.shape[0]
-    ids = torch.empty(rows, dtype=torch.int32)
-    logprob = torch.empty(rows, dtype=torch.float32)
-    logprob_t = torch.empty(rows, dtype=torch.float32)
+    ids = logits.new_empty(rows, dtype=torch.int32)
+    logprob = logits.new_empty(rows)
+    logprob_t = logits.new_empty(rows)
     _C.sampling(ids, logprob, logprob_t, _scratch(logits, 6, 1), logits, *params)
     return ids, logprob, logprob_t
 
 
 @_log_probs.impl("native", "cpu", dtypes=(torch.float32,), when=_log_probs_native)
 def _log_probs_cpu(logits: Tensor, ids: Tensor) -> Tensor:
-    out = torch.empty(ids.shape, dtype=torch.float32)
+    out = logits.new_empty(ids.shape)
     _C.log_probs(out, _scratch(logits, 2), logits, ids)
     return out
 
 
 @_top_log_probs.impl("native", "cpu", dtypes=(torch.float32,), when=_columns_contiguous)
 def _top_log_probs_cpu(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    values = torch.empty(logits.shape[0], k, dtype=torch.float32)
-    ids = torch.empty(logits.shape[0], k, dtype=torch.int32)
+    values = logits.new_empty(logits.shape[0], k)
+    ids = logits.new_empty((logits.shape[0], k), dtype=torch.int32)
     _C.top_log_probs(values, ids, _scratch(logits, 2), logits)
     return values, ids
 

@@ -25,8 +25,8 @@ _sum_of_squares = Op("sum_of_squares(Tensor x) -> Tensor", sum_of_squares_ref, f
 
 @_sum_of_squares.impl("native", "cpu", when=lambda x: x.is_contiguous())
 def _sum_of_squares_cpu(x: Tensor) -> Tensor:
-    total = torch.empty((), dtype=torch.float32)
-    scratch = torch.empty(_C.sum_of_squares_scratch(x.numel()), dtype=torch.float32)
+    total = x.new_empty((), dtype=torch.float32)
+    scratch = x.new_empty(_C.sum_of_squares_scratch(x.numel()), dtype=torch.float32)
     _C.sum_of_squares(total, scratch, x)
     return total
 

@@ -43,7 +43,7 @@ def _native(dy: Tensor, gate: Tensor, up: Tensor, activation: str = "silu") -> b
 
 @swiglu_backward.impl("native", "cpu", variants=ACTIVATIONS, when=_native)
 def _swiglu_backward_cpu(dy: Tensor, gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
-    both = torch.empty((*gate.shape[:-1], 2 * gate.shape[-1]), dtype=gate.dtype)
+    both = gate.new_empty((*gate.shape[:-1], 2 * gate.shape[-1]))
     _C.swiglu_backward(both, dy, gate, up, ACTIVATIONS.index(activation))
     return both
 

@@ -58,7 +58,9 @@ class PackedWeight:
 
 
 def _empty(shape: Sequence[int], dtype: torch.dtype, arena: Arena | None) -> Tensor:
-    return torch.empty(shape, dtype=dtype) if arena is None else arena.empty(shape, dtype)
+    if arena is not None:
+        return arena.empty(shape, dtype)
+    return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def _kept(packed: PackedWeight, arena: Arena | None) -> PackedWeight:
@@ -279,7 +281,7 @@ def gguf_rows(packed: PackedWeight) -> Tensor:
         raise ValueError(f"GGUF has no format {packed.format!r}: {', '.join(GGUF_FORMATS)}")
     if packed.device.type == "cpu" and packed.rows_per_group == layout.ROWS_PER_GROUP["cpu"]:
         width = row_bytes(packed.format, packed.k)
-        rows = torch.empty((packed.n, width), dtype=torch.uint8)
+        rows = packed.data.new_empty((packed.n, width), dtype=torch.uint8)
         index = layout.FORMATS.index(packed.format)
         _C.unpack_blocks(rows, packed.data, packed.scales, index, packed.n, packed.k)
         return rows

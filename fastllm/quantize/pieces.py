@@ -34,7 +34,7 @@ def unpacked_pieces(packed: PackedWeight) -> Iterator[tuple[slice, Tensor]]:
 
 def values_of(packed: PackedWeight) -> Tensor:
     """`unpack`, some rows at a time."""
-    values = torch.empty(packed.n, packed.k)
+    values = torch.empty(packed.n, packed.k, dtype=torch.float32, device=packed.device)
     for rows, piece in unpacked_pieces(packed):
         values[rows] = piece
     return values
