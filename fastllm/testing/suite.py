@@ -102,12 +102,15 @@ def run_case(case: BenchCase, work: Work, commit: str) -> Row:
     """Measure one case: the medians of alternating rounds.
 
     Where the bound is of bytes, a probe that only reads takes part in the rounds: what memory gives
-    changes with the neighbours on the machine, by a half within minutes.
+    changes with the neighbours on the machine, by a half within minutes. It stands behind ours: who
+    ends a round begins the next, with what the caches still hold, and that is ours and the last
+    peer in turn.
     """
     functions = dict(work.functions)
     probe = read_probe(case.device) if work.nbytes else None
     if probe is not None:
-        functions[_PROBE] = timed(probe.read, case.device) if work.own_clock else probe.read
+        read = timed(probe.read, case.device) if work.own_clock else probe.read
+        functions = {OURS: work.functions[OURS], _PROBE: read, **work.functions}
     samples = alternate(
         functions,
         seconds=case.seconds,

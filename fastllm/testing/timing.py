@@ -124,7 +124,7 @@ class ReadProbe(NamedTuple):
 
 @functools.cache
 def read_probe(device: str = "cpu") -> ReadProbe:
-    """The faster of two reductions over much memory."""
+    """The faster of two reductions over much memory, which stays allocated."""
     # Ones, not zeros: untouched zero pages are one page, and it stays in the cache.
     x = torch.ones(_PROBE_BYTES[torch.device(device).type] // 8, dtype=torch.int64, device=device)
     y = x.view(torch.float32)

@@ -80,6 +80,25 @@ def test_percent_of_bound_never_rewards_slowness(monkeypatch: pytest.MonkeyPatch
         assert row.percent_of_bound == 50.0
 
 
+def test_beside_a_reader_ours_and_the_peer_still_end_rounds_in_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[str] = []
+
+    def function(name: str) -> float:
+        calls.append(name)
+        return 1.0
+
+    probe = timing.ReadProbe(4, lambda: None)
+    monkeypatch.setattr(suite, "read_probe", lambda device: probe)
+    monkeypatch.setattr(suite, "timed", lambda read, device: lambda: function("read"))
+    functions = {OURS: lambda: function("ours"), "peer": lambda: function("peer")}
+    work = Work(functions=functions, own_clock=True, nbytes=1.0)
+    row = run_case(_case(work), work, "abc")
+    assert row.peers.keys() == {"peer"}
+    assert calls[:6] == ["ours", "read", "peer", "peer", "read", "ours"]
+
+
 def test_a_reader_of_memory_takes_about_the_time_of_its_bound() -> None:
     probe = timing.read_probe()
     work = Work(functions={OURS: probe.read}, unit="us", nbytes=probe.nbytes)
