@@ -177,7 +177,7 @@ FASTLLM_INLINE void finish_row(const AttentionRows& a, const Shape& shape, const
   if (d < a.value_dim) store_n(out + d, vload(o + d) * factor, a.value_dim - d);
 }
 
-// Where the o, m and l of (split, token of o, head) lie; see attention_partials in ops.h.
+// Where the o, m and l of (split, token of o, head) lie; see AttentionRows in ops_core.h.
 FASTLLM_INLINE int64_t partial_stride(const AttentionRows& a) {
   return divide_up(a.value_dim, 16) * 16 + 16;
 }
