@@ -17,8 +17,9 @@ _NEEDS_ORIGINAL_LENGTH = ("llama3", "yarn", "longrope")
 
 
 def rope_from_hf(fields: Fields, default_theta: float, default_max_positions: int) -> RopeConfig:
-    """The rotary embedding of a config.json, whose class assumes the defaults.
+    """The rotary embedding that a config.json describes.
 
+    default_theta, default_max_positions: what holds for its `model_type` where the file is silent.
     Raises ModelFileError for values that the decoder does not know.
     """
     key = "rope_scaling" if fields.has("rope_scaling") else "rope_parameters"

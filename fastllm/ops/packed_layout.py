@@ -79,7 +79,10 @@ def scales_dtype(format: str) -> torch.dtype:
 
 
 def code_bytes(format: str, k: int) -> int:
-    """Bytes of the codes of a row in a quantized format; `QuantFormat.scale_bytes`: its scales'."""
+    """Bytes that the codes of a row of k columns take in a quantized format.
+
+    Those of its scales are `QuantFormat.scale_bytes`.
+    """
     return math.prod(data_shape(format, 1, k, 1))
 
 

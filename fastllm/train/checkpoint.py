@@ -374,7 +374,7 @@ def _entry(file: Path) -> dict[str, Any]:
 
 
 def newest_of(out: str | os.PathLike[str]) -> Path | None:
-    """The newest checkpoint of the run in `out`, which need not be there."""
+    """The newest checkpoint of the run in folder `out`, whole or damaged; None if there is none."""
     return Checkpoints(Path(out) / "checkpoints", keep=1).newest()
 
 

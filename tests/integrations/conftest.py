@@ -1,4 +1,7 @@
-"""A fixture; and the helper files beside the tests importable: test folders are not packages."""
+"""What these tests share: a fixture, and the helper files beside them, made importable here.
+
+Test folders are not packages.
+"""
 
 from __future__ import annotations
 
