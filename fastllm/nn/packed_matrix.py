@@ -1,8 +1,8 @@
 """`PackedMatrix`: a module of PyTorch that holds a packed weight as two parameters of bytes.
 
 It holds one form of the weight, the layout of its device: casts leave it alone, moves between
-devices rearrange it, FSDP2 divides it among processes as it is, and `state_dict` has the rows one
-after another, whatever the device.
+devices rearrange it and keep what modules share, FSDP2 divides it among processes as it is, and
+`state_dict` has the rows one after another, whatever the device.
 """
 
 from __future__ import annotations
@@ -100,7 +100,10 @@ class PackedMatrix(nn.Module):
         wanted = layout.ROWS_PER_GROUP.get(probe.device.type, rows)
         if wanted != rows:
             codes, scales = self._in_layout_of(probe.device, wanted)
-            self.weight_codes, self.weight_scales = frozen(codes), frozen(scales)
+            if self.weight_codes.is_meta:
+                self.weight_codes, self.weight_scales = frozen(codes), frozen(scales)
+            else:  # as torch moves what several modules share: who comes later finds it moved
+                self.weight_codes.data, self.weight_scales.data = codes, scales
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 

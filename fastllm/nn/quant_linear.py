@@ -6,7 +6,8 @@ it. The weight is `PackedMatrix`'s: two frozen parameters of bytes.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -125,6 +126,10 @@ class QuantLinear(PackedMatrix, nn.Linear):  # type: ignore[override]
             known = _Bound.of(self, codes, scales, bias)
             self.__dict__["_bound"] = known
         return known.product
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.__dict__.pop("_bound", None)  # holds the memory that the codes may leave
+        return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_bound"}

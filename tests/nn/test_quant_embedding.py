@@ -17,6 +17,7 @@ from fastllm.ops import packed_layout as layout
 from fastllm.ops.bound_product import bound_product
 from fastllm.ops.quant_format import QUANT_FORMATS
 from fastllm.ops.quant_matmul import quant_matmul
+from fastllm.quantize.fastllm_files import PARTS
 from fastllm.quantize.packed import quantize_weight, unpack
 
 V, K, N = 37, 256, 40
@@ -133,6 +134,33 @@ def test_training_the_codes_is_refused_by_name() -> None:
     with pytest.raises(RuntimeError, match=r"QuantEmbedding \(q8_0\): the weight of a QuantLinear"):
         table().requires_grad_()
     assert not any(p.requires_grad for p in linear(bias=False).requires_grad_(False).parameters())
+
+
+def test_a_tied_table_stays_tied_between_devices_of_different_layouts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    embedding = table()
+    head = QuantLinear.from_packed(embedding.packed_weight())
+    head.weight_codes, head.weight_scales = embedding.weight_codes, embedding.weight_scales
+    model, x = nn.ModuleDict({"embedding": embedding, "head": head}), torch.randn(2, K).bfloat16()
+    rows, logits, codes = embedding(IDS), both(head, x), embedding.weight_codes.clone()
+
+    def tied() -> bool:
+        return all(getattr(embedding, part) is getattr(head, part) for part in PARTS)
+
+    with monkeypatch.context() as patch:
+        patch.setitem(layout.ROWS_PER_GROUP, "cpu", 1)  # as a GPU reads weights
+        model.to("cpu")
+        assert tied() and len(list(model.parameters())) == 2
+        assert head.weight_codes.shape[0] == V != codes.shape[0]
+    with torch.no_grad():
+        torch.testing.assert_close(head(x), logits, rtol=2**-7, atol=1e-3)
+    model.to("cpu")
+    assert tied() and torch.equal(head.weight_codes, codes)
+    assert torch.equal(embedding(IDS), rows) and torch.equal(both(head, x), logits)
+    with torch.no_grad():
+        quick = head._quick_product()
+    assert quick is not None and torch.equal(quick(x), logits)
 
 
 def test_copies_and_pickles_do_not_share_what_is_bound() -> None:

@@ -250,10 +250,6 @@ def _finish_read(model: PreTrainedModel, shapes: Mapping[str, torch.Size]) -> No
             module.name_format()
         if isinstance(module, QuantLinear) and module.bias is not None:
             quant_swap.check_bias(name, module)
-    for target, source in model.all_tied_weights_keys.items():
-        if target.endswith(PARTS):  # rearranged one by one
-            owner, _, part = target.rpartition(".")
-            setattr(model.get_submodule(owner), part, model.get_parameter(source))
 
 
 def _check_format(name: str, module: PackedMatrix) -> None:
