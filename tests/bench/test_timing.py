@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from fastllm.cli.bench import find_suites, measure, show, write_rows
 from fastllm.cli.demo_speed import draw
@@ -100,6 +101,7 @@ def test_beside_a_reader_ours_and_the_peer_still_end_rounds_in_turn(
 
 
 def test_a_reader_of_memory_takes_about_the_time_of_its_bound() -> None:
+    torch.set_num_threads(1)  # two wait for each other on a busy machine: every other sample doubles
     probe = timing.read_probe()
     work = Work(functions={OURS: probe.read}, unit="us", nbytes=probe.nbytes)
     row = run_case(_case(work), work, "abc")
