@@ -101,7 +101,7 @@ def test_beside_a_reader_ours_and_the_peer_still_end_rounds_in_turn(
 
 
 def test_a_reader_of_memory_takes_about_the_time_of_its_bound() -> None:
-    torch.set_num_threads(1)  # two wait for each other on a busy machine: every other sample doubles
+    torch.set_num_threads(1)  # of two, one waits for a core on a busy machine
     probe = timing.read_probe()
     work = Work(functions={OURS: probe.read}, unit="us", nbytes=probe.nbytes)
     row = run_case(_case(work), work, "abc")
