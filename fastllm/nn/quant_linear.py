@@ -105,7 +105,10 @@ class QuantLinear(PackedMatrix, nn.Linear):  # type: ignore[override]
         return self.with_term(input, self.low_rank)
 
     def with_term(self, input: Tensor, low_rank: LowRank | None) -> Tensor:
-        """`forward` with that adapter, its factors in the dtype that `compute_dtype_of` gives."""
+        """`forward` with that adapter instead of the layer's own.
+
+        Its factors have the dtype that `compute_dtype_of` gives for the input.
+        """
         given, dtype = input.dtype, compute_dtype_of(self.activation, input.dtype)
         x = input if given == dtype else input.to(dtype)
         if low_rank is None or not low_rank.enabled:

@@ -88,7 +88,7 @@ class PpoConfig(RolloutConfig):
             )
 
     def parts(self) -> Algorithm:
-        """What is computed with a rollout."""
+        """A ratio for each token, clipped alike on both sides; the mean over all tokens."""
         return Algorithm(
             ratio="token", clip_low=self.cliprange, clip_high=self.cliprange, aggregation="token"
         )
