@@ -2,12 +2,12 @@
 
 `attn_implementation="fastllm"`, `QuantConfig` and adapters of PEFT on packed layers work after
 `import fastllm` alone, which must not import transformers or PEFT (seconds, and they are optional).
-A finder waits for the file that defines what is added to; when that has run, our functions go in.
+A finder waits for the files that define what is added to; whenever one of them has run, the first
+time or by `importlib.reload`, which makes its registry anew, our functions go in.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +16,8 @@ from types import ModuleType
 
 
 def _register_transformers() -> None:
+    if not hasattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel"):
+        return  # it imports the other two, and comes here when it has run
     import transformers
 
     if int(transformers.__version__.split(".")[0]) < 5:
@@ -46,10 +48,11 @@ def _register_peft() -> None:
         )
 
 
-# file -> what follows it. transformers' defines the attention interface and imports the other two;
-# PEFT's chooses the layers of LoRA.
+# file -> what follows it. transformers' hold the registries; PEFT's chooses the layers of LoRA.
 _AWAITED: Mapping[str, Callable[[], None]] = {
     "transformers.modeling_utils": _register_transformers,
+    "transformers.masking_utils": _register_transformers,
+    "transformers.integrations.moe": _register_transformers,
     "peft.tuners.lora.model": _register_peft,
 }
 
@@ -57,29 +60,22 @@ _AWAITED: Mapping[str, Callable[[], None]] = {
 class _Finder:
     """Finds nothing by itself: it lets the others find, and adds a step after `exec_module`."""
 
-    def __init__(self) -> None:
-        self.pending: set[str] = set()
-
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name not in self.pending:
+        register = _AWAITED.get(name)
+        if register is None:
             return None
-        self.pending.discard(name)  # the others are asked next, by the same road
-        try:
-            spec = importlib.util.find_spec(name)
-        finally:
-            self.pending.add(name)  # until it has run: finding is not importing
+        others = (f for f in sys.meta_path if f is not self and hasattr(f, "find_spec"))
+        specs = (finder.find_spec(name, path, target) for finder in others)
+        spec = next((spec for spec in specs if spec is not None), None)
         if spec is None or spec.loader is None:
             return None
         run = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
             run(module)
-            _AWAITED[name]()
-            self.pending.discard(name)
-            if not self.pending and self in sys.meta_path:
-                sys.meta_path.remove(self)  # type: ignore[arg-type]
+            register()
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
@@ -90,10 +86,8 @@ _FINDER = _Finder()
 
 def wait() -> None:
     """Register now with what is loaded, with the rest when it is; idempotent."""
-    for name, register in _AWAITED.items():
-        if name in sys.modules:
-            register()
-        else:
-            _FINDER.pending.add(name)
-    if _FINDER.pending and _FINDER not in sys.meta_path:
+    loaded = (register for name, register in _AWAITED.items() if name in sys.modules)
+    for register in dict.fromkeys(loaded):
+        register()
+    if _FINDER not in sys.meta_path:
         sys.meta_path.insert(0, _FINDER)  # type: ignore[arg-type]

@@ -20,13 +20,20 @@ _ORIGINALS: dict[str, Callable[..., Any]] = {}  # kind -> what transformers had 
 
 
 def register(*, default: bool = False) -> None:
-    """Make "fastllm" known, and with `default` serve the default names too; idempotent."""
+    """Make "fastllm" known, and with `default` serve the default names too; idempotent.
+
+    Default names belong together: where some are ours, one that a registry made anew has given
+    back to transformers becomes ours again.
+    """
     with _LOCK:
         interfaces, ours = _interfaces(), _functions()
+        served = {kind: interface()[DEFAULTS[kind]] for kind, interface in interfaces.items()}
+        taken = any(served[kind] is ours[kind] for kind in served)
         for kind, interface in interfaces.items():
             interface.register(NAME, ours[kind])
             original(kind)
-            if default:
+            theirs = str(served[kind].__module__).startswith("transformers.")
+            if default or (taken and theirs):
                 interface.register(DEFAULTS[kind], ours[kind])
 
 
