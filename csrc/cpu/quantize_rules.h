@@ -59,6 +59,7 @@ FASTLLM_INLINE vf signed_bytes(const Columns& g, vi* codes) {
     const vf scaled = g.value(c) * factor, size = vabs(scaled);
     vi whole = vtruncate(size);
     whole -= size - __builtin_convertvector(whole, vf) >= 0.5f;  // a mask is -1
+    whole = vclampi(whole, 0, 127);  // of NaN it is the least integer, which has no negative
     codes[c] = scaled < 0.f ? -whole : whole;
   }
   return d;
