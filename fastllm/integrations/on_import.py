@@ -26,7 +26,7 @@ def _register_transformers() -> None:
         from .transformers import quantizer, registry
 
         registry.register()
-        quantizer.register()
+        _register(quantizer)
     except (ImportError, AttributeError) as error:  # theirs must not fail for a name they renamed
         warnings.warn(
             f"fastllm does not fit transformers {transformers.__version__} ({error}): "
@@ -39,13 +39,19 @@ def _register_peft() -> None:
     try:
         from . import peft
 
-        peft.register()
+        _register(peft)
     except (ImportError, AttributeError) as error:
         warnings.warn(
             f"fastllm does not fit the PEFT that is installed ({error}): adapters on packed layers "
             "run PEFT's own forward",
             stacklevel=2,
         )
+
+
+def _register(ours: ModuleType) -> None:
+    # Where our module is what imports theirs it is not complete yet, and registers at its end.
+    if hasattr(ours, "register"):
+        ours.register()
 
 
 # file -> what follows it. transformers' hold the registries; PEFT's chooses the layers of LoRA.

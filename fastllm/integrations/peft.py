@@ -176,3 +176,6 @@ def _refusing_merges(original: Any) -> Any:
 
     _check_merge_allowed.fastllm_original = original  # type: ignore[attr-defined]
     return _check_merge_allowed
+
+
+register()  # where this file is what imports PEFT, on_import finds it incomplete

@@ -58,6 +58,23 @@ def test_importing_both_packages_in_any_order_makes_the_name_known(first: str) -
     assert run.returncode == 0, run.stderr
 
 
+def test_our_own_modules_may_be_what_imports_the_other_packages() -> None:
+    pytest.importorskip("peft")
+    code = (
+        "import sys\n"
+        "import fastllm.integrations.transformers.quantizer as ours\n"
+        "assert ours.METHOD in ours.AUTO_QUANTIZER_MAPPING\n"
+        "assert 'peft.tuners.lora.model' not in sys.modules\n"
+        "import fastllm.integrations.peft\n"
+        "from peft.tuners.lora import model\n"
+        "assert model.dispatch_default.fastllm_original\n"
+        "from transformers.modeling_utils import AttentionInterface\n"
+        "assert 'fastllm' in AttentionInterface()\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0 and "does not fit" not in run.stderr, run.stderr
+
+
 @pytest.mark.parametrize("default", [False, True])
 def test_registries_that_a_reload_makes_anew_get_our_names_again(default: bool) -> None:
     code = (

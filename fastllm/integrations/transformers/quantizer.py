@@ -284,3 +284,6 @@ def _nbytes(model: nn.Module) -> int:
     """Of all weights and buffers, shared ones once."""
     tensors = {id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}
     return sum(tensors.values())
+
+
+register()  # where this file is what imports transformers, on_import finds it incomplete
