@@ -80,7 +80,13 @@ class QuantLoraLinear(peft_layers.Linear):  # type: ignore[misc]
 
 
 class _CastTerm(LowRank):
-    """PEFT keeps factors in float32 beside a bfloat16 model; products are in the model's dtype."""
+    """PEFT keeps factors in float32 beside a bfloat16 model; products are in the model's dtype.
+
+    They are cast in each call, in evaluation too: what writes through `.data` (copies that follow a
+    trained model, optimizers with flat buffers) changes neither a factor's identity nor its
+    version, so a cast that is kept could be an old one. Of one token at rank 16 it is 6 of 35 us at
+    576 x 576 (Zen 5, one thread).
+    """
 
     def __init__(self, a: Tensor, b: Tensor, scale: float, dtype: torch.dtype) -> None:
         self.a, self.b = _Cast(a, dtype), _Cast(b, dtype)  # type: ignore[assignment]

@@ -109,6 +109,12 @@ class QuantLinear(PackedMatrix, nn.Linear):  # type: ignore[override]
 
         Its factors have the dtype that `compute_dtype_of` gives for the input.
         """
+        if low_rank is not None and low_rank.enabled and not torch.is_grad_enabled():
+            quick = self._quick_product() if is_eager(input) and input.is_cpu else None
+            if quick is not None and input.dtype in quick.dtypes:
+                a, b = low_rank.a.weight, low_rank.b.weight
+                if _usual(a, input.dtype) and _usual(b, input.dtype):
+                    return quick.with_term(input, a, b, low_rank.scale)
         given, dtype = input.dtype, compute_dtype_of(self.activation, input.dtype)
         x = input if given == dtype else input.to(dtype)
         if low_rank is None or not low_rank.enabled:
@@ -225,6 +231,12 @@ def kernel_dtype_of(given: torch.dtype) -> torch.dtype:
 def compute_dtype_of(activation: str, given: torch.dtype) -> torch.dtype:
     """What inputs of dtype `given` are multiplied in."""
     return _COMPUTE.get(activation, kernel_dtype_of(given))
+
+
+def _usual(factor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether native kernels read an adapter's factor as it lies."""
+    plain = type(factor) is nn.Parameter or type(factor) is Tensor
+    return plain and factor.is_cpu and factor.dtype == dtype and factor.stride(-1) == 1
 
 
 def _trained(bias: Tensor | None) -> bool:

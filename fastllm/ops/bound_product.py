@@ -44,6 +44,27 @@ class BoundProduct:
         )  # fmt: skip
         return y
 
+    def with_term(self, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        """`self(x)` before its rounding, plus scale * round(x a.T) b.T, rounded once: the bits of
+        `quant_matmul`, `linear` and `lora_add` one after another.
+
+        a `[r, K]` and b `[N, r]` are on the CPU, of the dtype of x, each row contiguous.
+        """
+        x2 = contiguous_rows(as_rows(x))
+        rows, k = x2.shape
+        if k != self._k:
+            raise ValueError(f"x has {k} columns, the weight {self._k}")
+        base = x2.new_empty((rows, self._n), dtype=torch.float32)
+        t, prepared = x2.new_empty((rows, a.shape[0])), prepared_rows(x2)
+        _C.quant_matmul(
+            base, x2, self._data, self._scales, *self._arguments, self._bias, self._mode, prepared
+        )
+        _C.linear(t, x2, a, None, prepared)
+        y = x.new_empty((*x.shape[:-1], self._n))
+        y2 = y if y.ndim == 2 else y.view(rows, self._n)
+        _C.lora_add(y2, t, b, base, scale, prepared_rows(t))
+        return y
+
 
 def bound_product(
     data: Tensor, scales: Tensor, format: str, n: int, bias: Tensor | None, mode: str

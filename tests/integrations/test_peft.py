@@ -94,6 +94,20 @@ def test_saved_adapters_give_equal_outputs_here_and_in_the_engine(
     assert float((theirs - wanted[0]).norm() / wanted[0].norm()) < 0.02  # its residual is float32
 
 
+def test_factors_that_are_written_to_in_evaluation_count_at_once(base: Path) -> None:
+    model = adapted(quantized(base))
+    first = logits(model)
+    factors = [p for name, p in model.named_parameters() if "lora_B" in name]
+    for factor in factors:  # as copies that follow a trained model are written: no version counts
+        before = factor._version
+        factor.data.mul_(2)
+        assert factor._version == before
+    assert not torch.equal(logits(model), first)
+    for factor in factors:
+        factor.data.div_(2)
+    assert torch.equal(logits(model), first)
+
+
 def test_adapters_take_every_layer_out_of_int8_unless_it_was_asked_for(base: Path) -> None:
     model = adapted(quantized(base), target_modules=["q_proj"])
     assert {m.activation for m in model.modules() if isinstance(m, QuantLinear)} == {"bf16"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastllm.nn import QuantLinear
+from fastllm.nn.lora import LoraConfig, add_lora
 from fastllm.nn.quant_embedding import QuantEmbedding
 from fastllm.ops import packed_layout as layout
-from fastllm.ops.bound_product import bound_product
+from fastllm.ops.bound_product import BoundProduct, bound_product
 from fastllm.ops.quant_format import QUANT_FORMATS
 from fastllm.ops.quant_matmul import quant_matmul
 from fastllm.quantize.fastllm_files import PARTS
@@ -82,6 +84,43 @@ def both(layer: QuantLinear, x: Tensor) -> Tensor:
         quick = layer(x)
     assert torch.equal(quick, layer(x.clone().requires_grad_()).detach())
     return quick
+
+
+@pytest.mark.parametrize(
+    ("activation", "dtype"),
+    [("bf16", torch.bfloat16), ("bf16", torch.float32), ("fp32", torch.float32),
+     ("int8", torch.bfloat16)],
+)  # fmt: skip
+@pytest.mark.parametrize("format", ["q4_0", "q6_k"])
+def test_an_adapters_term_has_the_bits_of_the_recorded_one(
+    format: str, activation: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+    quick = BoundProduct.with_term
+
+    def counted(self: BoundProduct, x: Tensor, *term: Any) -> Tensor:
+        taken.append(1)
+        return quick(self, x, *term)
+
+    monkeypatch.setattr(BoundProduct, "with_term", counted)
+    for rank, shape in ((16, (1, 1, K)), (3, (K,)), (16, (3, 5, K)), (16, (0, K)), (8, (300, K))):
+        layer, x = linear(format, activation), torch.randn(shape).to(dtype)
+        add_lora(nn.ModuleDict({"layer": layer}), LoraConfig(r=rank, target_modules=["layer"]))
+        assert layer.low_rank is not None
+        nn.init.normal_(layer.low_rank.b.weight)
+        both(layer, x)
+        matching = layer.low_rank.a.weight.dtype == dtype
+        assert len(taken) == matching
+        factor = layer.low_rank.a.weight
+        layer.low_rank.a.weight = nn.Parameter(factor.detach().T.contiguous().T)
+        both(layer, x)  # whose rows are strided: the usual road
+        assert len(taken) == matching
+        taken.clear()
+    product = linear(format, activation)._quick_product()
+    assert product is not None
+    x, a, b = torch.randn(2, K - 1), torch.randn(3, K - 1), torch.randn(N, 3)
+    with pytest.raises(ValueError, match="x has 255 columns, the weight 256"):
+        product.with_term(x, a, b, 1.0)
 
 
 def test_what_is_bound_follows_the_layer() -> None:
