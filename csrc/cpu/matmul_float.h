@@ -65,7 +65,7 @@ static __attribute__((noinline)) void dense_tile(const uint32_t* data, int64_t w
       if (ahead)
 #pragma GCC unroll 4
         for (int p = 0; p < NP; ++p)
-          prefetch_lines<1>(reinterpret_cast<const char*>(panel + p * words * kPanelRows) + ahead);
+          stream_lines<1>(reinterpret_cast<const char*>(panel + p * words * kPanelRows) + ahead);
       vi w[V];
 #pragma GCC unroll 16
       for (int v = 0; v < V; ++v) w[v] = vloadi(panel + v / NV * words * kPanelRows + v % NV * VL);

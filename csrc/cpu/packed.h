@@ -9,13 +9,20 @@ constexpr int kPanelRows = 16;
 constexpr int NV = kPanelRows / VL;  // vectors to a panel
 constexpr int kBlock = 32;           // columns under one scale
 
-// How far ahead of its reads a tile prefetches weights into the L2 cache: two panels, which hides
-// the short streams of small panels from the hardware prefetcher (one thread reads 26 GB/s without,
-// 36 with).
+// How far ahead of its reads a tile of few rows asks for weights: two panels, which hides the short
+// streams of small panels from the hardware prefetcher (one thread reads 26 GB/s without, 36 with),
+// and no more than stays in the L1 cache: 8 KB into it against 32 KB into L2 are a tenth to a fifth
+// faster for 8-bit weights of 4096 columns.
 FASTLLM_INLINE int64_t prefetch_distance(int64_t panel_bytes) {
-  const int64_t most = 32 << 10;
+  const int64_t most = 8 << 10;
   return 2 * panel_bytes < most ? 2 * panel_bytes : most;
 }
+template <int LINES>
+FASTLLM_INLINE void stream_lines(const void* p) {
+#pragma GCC unroll 16
+  for (int i = 0; i < LINES; ++i) __builtin_prefetch(static_cast<const char*>(p) + 64 * i, 0, 3);
+}
+// Lines that are read later than that, into the L2 cache.
 template <int LINES>
 FASTLLM_INLINE void prefetch_lines(const void* p) {
 #pragma GCC unroll 16

@@ -12,8 +12,8 @@ namespace {
 // scales beside them. (Without: 26 GB/s of 4-bit codes for one thread and row; with: 34.)
 template <class C>
 FASTLLM_INLINE void prefetch_block(const uint8_t* codes, const uint8_t* scales) {
-  prefetch_lines<C::words * 4 * kPanelRows / 64>(codes);
-  prefetch_lines<1>(scales);
+  stream_lines<C::words * 4 * kPanelRows / 64>(codes);
+  stream_lines<1>(scales);
 }
 
 template <class F, int MR>
@@ -114,12 +114,14 @@ FASTLLM_INLINE void few_chunks(const QuantKernel& q, const uint8_t* scales, int6
     for (int p = 0; p < parts; ++p)
 #pragma GCC unroll 8
       for (int m = 0; m < MR; ++m) sum[u][p][m] = vf{};
-  const uint8_t* codes = at.codes;
+  // In ascending order, whatever the order in which the units read.
+  const uint8_t *codes = at.codes, *soon = codes + q.codes_ahead;
   const char* x = at.x;
   for (int64_t c = 0; c < columns; c += kBlock, codes += size) {
 #pragma GCC unroll 8
     for (int u = 0; u < UNITS; ++u) {
-      prefetch_block<C>(codes + u * unit_codes + q.codes_ahead, at.later);
+      prefetch_block<C>(soon, at.later);
+      soon += size;
       at.later += q.scale_step;
     }
 #pragma GCC unroll 2
