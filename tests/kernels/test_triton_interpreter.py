@@ -19,6 +19,8 @@ from types import ModuleType
 
 import pytest
 
+from fastllm.testing.machine import usable_cores
+
 # Cases of each file in the plain run, 158 in all. The others import from the first, those of packed
 # weights from quant_cases and moe_cases too.
 FILES = {
@@ -95,7 +97,7 @@ def outcomes(request: pytest.FixtureRequest) -> dict[str, dict[str, float | str]
         names = [name for name in cases if name in selected]
         count = -(-len(names) // CASES_AT_ONCE)  # neighbours cost the same: dealt out in turn
         jobs += [(str(module.__file__), names[i::count]) for i in range(count)]
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         done = pool.map(run_cases, *zip(*jobs, strict=True))
         return dict(itertools.chain.from_iterable(found.items() for found in done))
 

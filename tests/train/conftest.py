@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -167,6 +168,22 @@ class Runner:
             return self.wait(self.start(argv))
         pids = [self.start(argv, env) for env in group_environments(processes)]
         return max(self.wait(pid) for pid in pids)
+
+    def stop_when(
+        self, argv: Sequence[str], file: Path, holds: Callable[[str], bool],
+        number: int = signal.SIGKILL, delay: float = 0.0,
+    ) -> int:  # fmt: skip
+        """Start a command and end it by a signal, `delay` seconds after the text of `file` is such;
+        its exit status.
+        """
+        pid = self.start(argv)
+        deadline = time.monotonic() + 120
+        while not (file.exists() and holds(file.read_text())):
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.002)
+        time.sleep(delay)
+        os.kill(pid, number)
+        return self.wait(pid)
 
     def close(self) -> None:
         assert self._server.stdin is not None

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -291,12 +289,8 @@ def test_a_run_killed_with_9_resumes_with_the_same_bits(
     empty.write_text("")
     assert runner.run(argv(tmp_path / "whole")) == 0, runner.log.read_text()
     out = tmp_path / "run"
-    pid = runner.start(argv(out))
-    metrics = out / "metrics.jsonl"
-    while not (metrics.exists() and metrics.read_text().count("\n") > 4):
-        time.sleep(0.002)
-    os.kill(pid, signal.SIGKILL)
-    assert runner.wait(pid) in (-signal.SIGKILL, 0)
+    status = runner.stop_when(argv(out), out / "metrics.jsonl", lambda text: text.count("\n") > 4)
+    assert status in (-signal.SIGKILL, 0)
     assert runner.run(argv(out)) == 0, runner.log.read_text()
     found = [dict(json.loads(x)) for x in (out / "metrics.jsonl").read_text().splitlines()]
     wanted = [json.loads(x) for x in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]

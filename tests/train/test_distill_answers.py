@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -264,12 +262,11 @@ def test_a_run_killed_with_9_in_the_middle_resumes_with_the_same_bits(
     assert runner.run(argv(tmp_path / "whole")) == 0, runner.log.read_text()
     out = tmp_path / "run"
     for number, step in ((signal.SIGTERM, 1), (signal.SIGKILL, 4)):
-        pid = runner.start(argv(out))
-        metrics = out / "metrics.jsonl"
-        while not (metrics.exists() and f'"step": {step}' in metrics.read_text()):
-            time.sleep(0.002)
-        os.kill(pid, number)  # most often within a rollout
-        assert runner.wait(pid) in (-signal.SIGKILL, 0), runner.log.read_text()
+        begun = f'"step": {step}'
+        status = runner.stop_when(  # most often within a rollout
+            argv(out), out / "metrics.jsonl", lambda text, begun=begun: begun in text, number
+        )
+        assert status in (-signal.SIGKILL, 0), runner.log.read_text()
     assert runner.run(argv(out)) == 0, runner.log.read_text()
     found, wanted = (
         [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -148,15 +145,11 @@ def test_a_run_killed_with_9_gives_the_bits_of_the_whole_one(
     assert runner.run(argv(tmp_path / "whole")) == 0, runner.log.read_text()
     out, moments = tmp_path / "run", random.Random(0)
     for step in (2, 5):  # within rollouts of four steps
-        pid = runner.start(argv(out))
-        deadline = time.monotonic() + 120
-        file = out / "metrics.jsonl"
-        while not (file.exists() and f'{{"step": {step}, "loss"' in file.read_text()):
-            assert time.monotonic() < deadline, runner.log.read_text()
-            time.sleep(0.002)
-        time.sleep(moments.uniform(0, 0.03))
-        os.kill(pid, signal.SIGKILL)
-        runner.wait(pid)
+        begun = f'{{"step": {step}, "loss"'
+        runner.stop_when(
+            argv(out), out / "metrics.jsonl", lambda text, begun=begun: begun in text,
+            delay=moments.uniform(0, 0.03),
+        )  # fmt: skip
     assert runner.run(argv(out)) == 0, runner.log.read_text()
     name = "adapter/adapter_model.safetensors"
     assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -56,6 +59,21 @@ def train(*args: Any, **kwargs: Any) -> tuple[RlResult, list[dict[str, Any]]]:
     config = grpo.load(None, words(*args, **kwargs))
     result = grpo.main(config, say=lambda line: None)
     return result, records(Path(config.loop.out))
+
+
+def before_call(
+    monkeypatch: pytest.MonkeyPatch, owner: type, name: str, number: int,
+    act: Callable[[Any], None],
+) -> None:  # fmt: skip
+    """Run `act(self)` before one call of a method: the first is number 1."""
+    original, calls = getattr(owner, name), itertools.count(1)
+
+    def called(self: Any, *args: Any) -> Any:
+        if next(calls) == number:
+            act(self)
+        return original(self, *args)
+
+    monkeypatch.setattr(owner, name, called)
 
 
 def records(out: Path, file: str = "metrics.jsonl") -> list[dict[str, Any]]:

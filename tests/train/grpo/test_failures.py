@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from grpo_runs import newest, records, result_is_that_of, train
+from grpo_runs import before_call, newest, records, result_is_that_of, train
 
 from fastllm.errors import NumericalError, RewardError
 from fastllm.train.rl.rollout import Rollouts
@@ -66,19 +65,12 @@ def test_weights_that_are_none_stop_the_rollout_and_no_checkpoint_is_lost(
     case: str, weight: str, problem: str, base: Callable[[str], Path], files: Path,
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    original = Rollouts.__call__
-    rollouts = 0
+    def poison(rollouts: Rollouts) -> None:
+        with torch.no_grad():
+            rollouts.llm.model.get_parameter(weight).fill_(float("nan"))
+        rollouts.llm.model.weights_changed()
 
-    def poisoned(self: Rollouts, *args: Any) -> Any:
-        nonlocal rollouts
-        rollouts += 1
-        if rollouts == 3:
-            with torch.no_grad():
-                self.llm.model.get_parameter(weight).fill_(float("nan"))
-            self.llm.model.weights_changed()
-        return original(self, *args)
-
-    monkeypatch.setattr(Rollouts, "__call__", poisoned)
+    before_call(monkeypatch, Rollouts, "__call__", 3, poison)
     out = tmp_path / "run"
     with pytest.raises(NumericalError, match=problem):
         train(base(case), files, out, "--steps=5", "--loop.save_every=1")

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import random
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from grpo_runs import newest, records, tensors, train, words
+from grpo_runs import before_call, newest, records, tensors, train, words
 
 from fastllm.errors import CheckpointError
 from fastllm.train import grpo
@@ -64,15 +63,11 @@ def test_a_run_killed_at_random_moments_gives_the_bits_of_the_whole_one(
     options = words(base("llama"), files, out, *RESUMED, "--resume=auto")[2:]
     argv = ["grpo", str(base("llama")), str(files / "short.jsonl"), *options]
     for step in (2, 5):
-        pid = runner.start(argv)
-        file = out / "metrics.jsonl"
-        deadline = time.monotonic() + 120
-        while not (file.exists() and f'{{"step": {step}, "loss"' in file.read_text()):
-            assert time.monotonic() < deadline, runner.log.read_text()
-            time.sleep(0.002)
-        time.sleep(moments.uniform(0, 0.03))
-        os.kill(pid, signal.SIGKILL)
-        runner.wait(pid)
+        begun = f'{{"step": {step}, "loss"'
+        runner.stop_when(
+            argv, out / "metrics.jsonl", lambda text, begun=begun: begun in text,
+            delay=moments.uniform(0, 0.03),
+        )  # fmt: skip
     assert runner.run(argv) == 0, runner.log.read_text()
     assert records(out) == records(whole)
     assert tensors(newest(out)) == tensors(newest(whole))
@@ -83,17 +78,10 @@ def test_a_signal_within_a_rollout_ends_the_run_with_what_was_done(
     whole: Path, base: Callable[[str], Path], files: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    original = Rollouts._generate
-    rollouts = 0
+    def interrupt(_: Rollouts) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
 
-    def interrupted(self: Rollouts, *args: Any) -> Any:
-        nonlocal rollouts
-        rollouts += 1
-        if rollouts == 2:  # of step 5
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, *args)
-
-    monkeypatch.setattr(Rollouts, "_generate", interrupted)
+    before_call(monkeypatch, Rollouts, "_generate", 2, interrupt)  # of step 5
     out = tmp_path / "run"
     more = [*RESUMED, "--loop.save_every=0"]
     result, _ = train(base("llama"), files, out, *more)
