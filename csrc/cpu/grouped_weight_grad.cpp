@@ -13,14 +13,16 @@ void all_experts(const GroupedWeightGradArgs& a, const Team& team) {
   const auto tasks = [&](int64_t e) {
     return weight_grad_tasks(a.n, expert_span(a.offsets, e, a.m).size(), a.m, team);
   };
+  auto* dweight = reinterpret_cast<Y*>(a.dweight);
+  const bool streamed = streams_gradient(dweight, a.k, a.experts * a.n * a.k);
   ExpertTasks list{a.experts};
   for (int64_t task; list.find(task = next_task(team), tasks);) {
     const int64_t e = list.expert, begin = expert_span(a.offsets, e, a.m).begin;
     weight_grad<D>(
-        reinterpret_cast<Y*>(a.dweight) + e * a.n * a.k, a.n, a.k,
+        dweight + e * a.n * a.k, a.n, a.k,
         weight_grad_rows(a.n, tasks(e), task - list.first), expert_span(a.offsets, e, a.m).size(),
         [&](int64_t r) { return dy + (begin + r) * a.dy_stride; },
-        [&](int64_t r) { return x + (begin + r) * a.x_stride; });
+        [&](int64_t r) { return x + (begin + r) * a.x_stride; }, streamed);
   }
 }
 

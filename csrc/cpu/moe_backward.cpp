@@ -69,20 +69,23 @@ struct MoeBackward {
   void gate_up_grad(Y* y, int64_t expert, Span out) const {
     const Span mine = rows.rows_of(expert);
     const auto* x = static_cast<const T*>(a.x);
-    const int64_t m = 2 * r.inner;
+    const int64_t m = 2 * r.inner, n = a.gate_up_columns ? m : r.hidden;
+    const bool streamed = streams_gradient(y, n, r.experts * m * r.hidden);
     y += expert * m * r.hidden;
     const auto pre = [&](int64_t i) -> const T* { return rows.dpre + (mine.begin + i) * m; };
     const auto row = [&](int64_t i) -> const T* {
       return x + rows.token_of(mine.begin + i) * a.x_stride;
     };
     if (a.gate_up_columns)
-      weight_grad<D>(y, r.hidden, m, out, mine.size(), row, pre);
+      weight_grad<D>(y, r.hidden, m, out, mine.size(), row, pre, streamed);
     else
-      weight_grad<D>(y, m, r.hidden, out, mine.size(), pre, row);
+      weight_grad<D>(y, m, r.hidden, out, mine.size(), pre, row, streamed);
   }
   template <class Y>
   void down_grad(Y* y, int64_t expert, Span out) const {
     const Span mine = rows.rows_of(expert);
+    const int64_t n = a.down_columns ? r.hidden : r.inner;
+    const bool streamed = streams_gradient(y, n, r.experts * r.hidden * r.inner);
     y += expert * r.hidden * r.inner;
     const auto row = [&](int64_t i) -> const T* {
       return rows.dy + rows.token_of(mine.begin + i) * r.dy_stride;
@@ -91,9 +94,9 @@ struct MoeBackward {
       return rows.weighted + (mine.begin + i) * r.inner;
     };
     if (a.down_columns)
-      weight_grad<D>(y, r.inner, r.hidden, out, mine.size(), weighted, row);
+      weight_grad<D>(y, r.inner, r.hidden, out, mine.size(), weighted, row, streamed);
     else
-      weight_grad<D>(y, r.hidden, r.inner, out, mine.size(), row, weighted);
+      weight_grad<D>(y, r.hidden, r.inner, out, mine.size(), row, weighted, streamed);
   }
 
   // The sum of w * row over an expert's rows; the product is rounded first. Chains of 32 rows are
