@@ -19,9 +19,16 @@ struct DenseExperts {
              int64_t n, int64_t expert, int64_t panel, int count, uint32_t* to) const {
     const auto* w = reinterpret_cast<const Element<D>*>(weight + expert * expert_bytes);
     const int64_t column = panel * kPanelRows, words = words_of<D>(k);
-    if (!columns)
-      return pack_row_strip<D>([&](int64_t c) { return w + c * stride + column; }, n - column,
-                               count, k, to);
+    if (!columns) {
+      const int64_t width = count * kPanelRows, per_line = 64 / static_cast<int64_t>(sizeof(*w));
+      const int64_t next = column + width < n ? width : 0;
+      const auto row = [&](int64_t c) __attribute__((always_inline)) {
+        const Element<D>* at = w + c * stride + column;
+        for (int64_t i = 0; i < next; i += per_line) __builtin_prefetch(at + next + i, 0, 2);
+        return at;
+      };
+      return pack_row_strip<D>(row, n - column, count, k, to);
+    }
     const int64_t size = sizeof(Element<D>);
     for (int64_t p = 0; p < count; ++p, to += words * kPanelRows) {
       const int64_t first = column + p * kPanelRows;
