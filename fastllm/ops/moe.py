@@ -28,7 +28,7 @@ from .gated_activation import ACTIVATIONS, check_activation, gated_activation
 from .grouped_matmul import expert_ranges
 from .linear import contiguous_rows
 from .moe_backward import moe_backward
-from .moe_dispatch import check_choices, check_dispatch, moe_dispatch
+from .moe_dispatch import check_choices, check_dispatch, sort_choices
 from .pages import large_empty
 from .registry import Op, gradient_dtype
 
@@ -266,7 +266,7 @@ def moe(
         x, gate_up.shape[0], down.shape[2], topk_ids, topk_weights, gate_up_bias, down_bias, base,
         activation, first_expert, dispatch, out_dtype, allow_nan,
     )  # fmt: skip
-    offsets, slots = dispatch or moe_dispatch(topk_ids, gate_up.shape[0], first_expert or 0)
+    offsets, slots = dispatch or sort_choices(topk_ids, gate_up.shape[0], first_expert)
     gate_up, down = laid_out(gate_up, interleaved), laid_out(down)
     if interleaved and x.device.type != "cpu":
         gate_up_bias = None if gate_up_bias is None else split_pairs(gate_up_bias)

@@ -84,6 +84,13 @@ def moe_dispatch(
         ValueError: on an argument of another shape, dtype or range, naming it.
     """
     check_choices(topk_ids, n_experts, first_expert)
+    return sort_choices(topk_ids, n_experts, first_expert)
+
+
+def sort_choices(
+    topk_ids: Tensor, n_experts: int, first_expert: int | None
+) -> tuple[Tensor, Tensor]:
+    """`moe_dispatch` of choices that the caller has checked."""
     return _moe_dispatch(topk_ids.contiguous(), n_experts, first_expert or 0)
 
 

@@ -20,7 +20,7 @@ from .gated_activation import ACTIVATIONS
 from .grouped_matmul import expert_ranges
 from .linear import contiguous_rows
 from .moe import activated, check_moe, combine_ref, records_gradient
-from .moe_dispatch import moe_dispatch
+from .moe_dispatch import sort_choices
 from .pages import large_empty
 from .quant_format import QUANT_FORMATS
 from .quant_matmul import check_mode, quant_matmul_ref
@@ -235,7 +235,7 @@ def quant_moe(
         x, experts, inner, topk_ids, topk_weights, gate_up_bias, down_bias, base, activation,
         first_expert, dispatch, out_dtype,
     )  # fmt: skip
-    offsets, slots = dispatch or moe_dispatch(topk_ids, experts, first_expert or 0)
+    offsets, slots = dispatch or sort_choices(topk_ids, experts, first_expert)
     base = None if base is None else contiguous_rows(base)
     gate_up_bias, down_bias = (
         None if t is None else t.contiguous() for t in (gate_up_bias, down_bias)
