@@ -66,13 +66,16 @@ def cases(settings: Settings) -> Iterator[BenchCase]:
         for tokens in DECODE[:2] if settings.quick else DECODE:
             few = replace(shape, tokens=tokens)
             yield _case(f"decode {few.label}", partial(_decode, few, settings), settings)
-    for format in ("q4_0",) if settings.quick else ("q4_0", "q8_0"):
+    for format in ("bf16", "q4_0") if settings.quick else ("bf16", "q4_0", "q8_0"):
         for tokens in DECODE[:1] if settings.quick else (*DECODE, 2048):
             few = replace(FINE, tokens=tokens)
+            dense = format == "bf16"
             yield _case(
-                f"{format} {few.label}", partial(packed_work, few, format, settings), settings,
-                dtype="int8",
-            )  # fmt: skip
+                f"{'packed ' if dense else ''}{format} {few.label}",
+                partial(packed_work, few, format, settings),
+                settings,
+                dtype="bfloat16" if dense else "int8",
+            )
     for count in () if settings.quick else COUNTS:
         shape = replace(FINE, name="count", experts=count)
         yield _case(

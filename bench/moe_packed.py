@@ -11,6 +11,7 @@ from torch import Tensor
 from fastllm import ops
 from fastllm.bench import moe_layers as layers
 from fastllm.bench.moe_layers import Inputs, Shape
+from fastllm.ops.pages import Arena
 from fastllm.quantize.gguf_blocks import row_bytes
 from fastllm.quantize.packed_experts import PackedExperts, pack_experts
 from fastllm.testing.suite import OURS, Settings, Work
@@ -21,12 +22,18 @@ Draw = tuple[Inputs, PackedExperts, PackedExperts]
 
 def packed_bytes(shape: Shape, format: str) -> int:
     """Of one expert."""
+    if format == "bf16":
+        return shape.expert_bytes
     up = 2 * shape.inner * row_bytes(format, shape.hidden)
     return up + shape.hidden * row_bytes(format, shape.inner)
 
 
 def packed_work(shape: Shape, format: str, settings: Settings) -> Work:
-    """int8 activations on packed experts, other tokens and other weights in every call."""
+    """int8 activations on packed experts, other tokens and other weights in every call.
+
+    Of "bf16" the same panels that a loaded model has, with bfloat16 activations.
+    """
+    mode = "bf16" if format == "bf16" else "int8"
     size = shape.experts * packed_bytes(shape, format)
     seeds, device = iter(range(4096)), settings.device
     packed = rotation(lambda: _draw(shape, format, device, next(seeds)), size)
@@ -39,7 +46,7 @@ def packed_work(shape: Shape, format: str, settings: Settings) -> Work:
         inputs, up, down = next(packed)
         with torch.no_grad():
             return ops.quant_moe(
-                inputs.x, up.parts, down.parts, shape.inner, inputs.ids, inputs.weights
+                inputs.x, up.parts, down.parts, shape.inner, inputs.ids, inputs.weights, mode=mode
             )
 
     def other(function: layers.Function) -> Tensor:
@@ -53,19 +60,23 @@ def packed_work(shape: Shape, format: str, settings: Settings) -> Work:
         functions=functions,
         nbytes=active * packed_bytes(shape, format),
         flops=shape.flops,
-        kind="int8",
+        kind=mode,
     )
 
 
 def _draw(shape: Shape, format: str, device: str, seed: int) -> Draw:
-    # The dense weights of the draw are let go. Blocks of one byte: timing depends on no value.
+    # The dense weights of the draw are let go. Rows of one byte: timing depends on no value. They
+    # lie in huge pages, as a loaded model's.
     few = Shape(shape.name, shape.tokens, shape.hidden, 1, shape.experts, shape.k, shape.load)
 
+    arena = Arena()
+
     def pack(rows: int, columns: int) -> PackedExperts:
-        blocks = torch.full(
-            (shape.experts, rows, row_bytes(format, columns)), 60, dtype=torch.uint8
-        )
-        return pack_experts(format, blocks, device)
+        width = 2 * columns if format == "bf16" else row_bytes(format, columns)
+        values = torch.full((shape.experts, rows, width), 60, dtype=torch.uint8)
+        if format == "bf16":
+            values = values.view(torch.bfloat16)
+        return pack_experts(format, values, device, arena)
 
     up, down = pack(2 * shape.inner, shape.hidden), pack(shape.hidden, shape.inner)
     return layers.draw(few, device, seed), up, down
