@@ -19,8 +19,8 @@ void all_experts(const GroupedWeightGradArgs& a, const Team& team) {
   for (int64_t task; list.find(task = next_task(team), tasks);) {
     const int64_t e = list.expert, begin = expert_span(a.offsets, e, a.m).begin;
     weight_grad<D>(
-        dweight + e * a.n * a.k, a.n, a.k,
-        weight_grad_rows(a.n, tasks(e), task - list.first), expert_span(a.offsets, e, a.m).size(),
+        dweight + e * a.n * a.k, a.n, a.k, weight_grad_rows(a.n, tasks(e), task - list.first),
+        expert_span(a.offsets, e, a.m).size(),
         [&](int64_t r) { return dy + (begin + r) * a.dy_stride; },
         [&](int64_t r) { return x + (begin + r) * a.x_stride; }, streamed);
   }
