@@ -30,6 +30,7 @@ struct NaturalSource {
     bool given;
     NaturalRows<Elem> rows;
     uint64_t visible;
+    int64_t keys;  // of the tile
     Word* packed;  // the tile in scratch, or null
   };
 
@@ -91,17 +92,33 @@ struct NaturalSource {
                  key * a.v.token_stride + kv_head * a.v.head_stride,
              a.k.token_stride, a.v.token_stride},
             visible,
+            n,
             packs_first(doc) ? packed_tile(s, kv_head, tile) : nullptr};
   }
 
   void pack(const Place& place, const Place& next, Word* k, Word* v) const {
-    pack_tile<E>(k, v, place.rows, next.rows, place.visible, a.rows.dim, a.rows.value_dim);
+    pack_tile<E>(k, v, place.rows, next.rows, place.visible, place.keys, a.rows.dim,
+                 a.rows.value_dim);
   }
   int64_t key_words() const { return kTile * a.rows.dim / E::kPerWord; }
 
-  Tile<E> words(const TileScratch<E>& scratch, const Place& now, const Place& next) const {
+  Tile<E> words(const TileScratch<E>& scratch, const Place& now, const Place& next,
+                bool once) const {
     Word *k = now.packed, *v = k + key_words();
     const Word* next_k = next.packed;
+    // Rows of f32 are words of V as they lie, unless one of them must not be read. Many rows want
+    // them side by side.
+    if constexpr (__is_same(E, F32))
+      if (once && !now.packed && now.visible == first_bits(now.keys)) {
+        pack(now, next, scratch.k, nullptr);
+        return {.k = scratch.k,
+                .v = now.rows.v,
+                .next_k = nullptr,
+                .k_scale = nullptr,
+                .v_scale = nullptr,
+                .visible = now.visible,
+                .v_stride = now.rows.v_stride};
+      }
     if (!now.packed) {
       k = scratch.k, v = scratch.v, next_k = nullptr;
       pack(now, next, k, v);

@@ -15,7 +15,8 @@
 // A source (of element type E) has
 //   int64_t documents();  Document document(int64_t s);
 //   Place place(document, s, kv_head, tile): where a tile lies; `given` is false if it has no keys
-//   Tile<E> words(tile scratch, place, next): the tile, and what to prefetch meanwhile
+//   Tile<E> words(tile scratch, place, next, once): the tile, what to prefetch meanwhile, and
+//     whether no more than kMaxRows rows read it
 #pragma once
 #include "cpu/attention_rows.h"
 
@@ -76,6 +77,19 @@ struct Block {
     }
   }
 
+  // Q K^T over the first `end` positions of a tile; asks for V meanwhile, if `ahead`.
+  void multiply_keys(const typename E::A* q, const Tile<E>& tile, int64_t rows, int64_t end,
+                     bool ahead) const {
+    const auto wanted = [&](const auto* v) {
+      return ahead ? reinterpret_cast<const char*>(v) : nullptr;
+    };
+    if constexpr (E::kReadsCodes)
+      if (tile.k_codes)
+        return code_kernels(rows).scores(w.scores, q, tile.k_codes, shape.steps, end,
+                                         wanted(tile.v_codes));
+    row_kernels(E{}, rows).scores(w.scores, q, tile.k, shape.steps, end, wanted(tile.v));
+  }
+
   // o += P V over positions [begin, end) of a tile. A word of bf16 pairs two positions: where one
   // of them is hidden from all rows it may hold anything and is cleared in a copy.
   void add_values(float* o, const Tile<E>& tile, const char* next, int64_t rows, int64_t begin,
@@ -83,6 +97,12 @@ struct Block {
     constexpr int64_t kPair = E::kPerWord;
     const int64_t dim = a.value_dim;
     int64_t from = begin / kPair, to = divide_up(end, kPair);
+    if constexpr (E::kReadsCodes)
+      if (tile.v_codes) {  // whatever code a hidden position has, it times 0 is 0
+        const Run<CodePair> run{tile.v_codes + from * dim, to - from};
+        return code_kernels(rows).values(o, shape.value_stride, w.alpha, w.p + from, &run, 1, dim,
+                                         dim, next);
+      }
     const typename E::A* p = w.p + from * E::kParts;
     Run<Word> runs[3];
     int count = 0;
@@ -98,9 +118,11 @@ struct Block {
         for (int64_t d = 0; d < dim; ++d) w.edge_values[1][d] = tile.v[to * dim + d] & 0xffffu;
       }
     }
-    if (from < to) runs[count++] = {tile.v + from * dim, to - from};
+    const int64_t stride = tile.v_stride ? tile.v_stride : dim;
+    if (from < to) runs[count++] = {tile.v + from * stride, to - from};
     if (kPair == 2 && end % 2) runs[count++] = {w.edge_values[1], 1};
-    row_kernels(E{}, rows).values(o, shape.value_stride, w.alpha, p, runs, count, dim, dim, next);
+    row_kernels(E{}, rows).values(o, shape.value_stride, w.alpha, p, runs, count, stride, dim,
+                                  next);
   }
 
   // Asks for V while it multiplies K, and for the next K while it multiplies V: further ahead, what
@@ -114,9 +136,8 @@ struct Block {
     if (begin >= end) return;
     const bool all_visible = tile.visible == ~uint64_t{0} && first_key(a, rows.last) <= first &&
                              end_key(a, doc.keys, rows.first) >= first + kTile;
-    row_kernels(E{}, rows.rows)
-        .scores(w.scores, w.q + unit * shape.steps * E::kParts * kMaxRows, tile.k, shape.steps, end,
-                g || !tile.next_k ? nullptr : reinterpret_cast<const char*>(tile.v));
+    multiply_keys(w.q + unit * shape.steps * E::kParts * kMaxRows, tile, rows.rows, end,
+                  g == 0 && tile.next_k);
     if (tile.k_scale) scale_columns(w.scores, rows.rows, tile.k_scale);
     if (a.softcap > 0) cap_scores(w.scores, rows.rows, shape.cap_scale);
     if (!all_visible) mask(rows, index, tile.visible);
@@ -147,7 +168,7 @@ struct Block {
                : index + 1 < end ? source.place(doc, s, kv_head, index + 1)
                                  : follow;
         if (!now.given) continue;
-        const Tile<E> tile = source.words(w.tile, now, next.given ? next : now);
+        const Tile<E> tile = source.words(w.tile, now, next.given ? next : now, groups() == 1);
         for (int64_t g = 0; g < groups(); ++g) tile_step(h, g, index, tile);
       }
   }

@@ -37,6 +37,9 @@ struct Tile {
   const char* next_k;  // of tiles that are read where they lie: K of the next one, else null
   const float *k_scale, *v_scale;  // of its 64 positions, or null
   uint64_t visible;                // bit p: position p may be seen
+  // Of a tile of codes that is multiplied as it lies; k and v are not made then.
+  const CodePair *k_codes = nullptr, *v_codes = nullptr;
+  int64_t v_stride = 0;  // words from one step of V to the next, if not value_dim
 };
 
 struct Shape {

@@ -1,6 +1,8 @@
 // The two products of attention for every number of rows (see attention_tile.h).
 #include "cpu/attention_tile.h"
 
+#include "cpu/attention_codes.h"
+
 namespace fastllm::FASTLLM_ISA {
 namespace {
 
@@ -10,14 +12,6 @@ template <int R>
 constexpr int vectors_at_once() {
   return (VL == 16 ? R <= 6 : R <= 3) ? 4 : 2;
 }
-
-// Words of Q K^T summed in one chain before they join the total. Of bf16 128 dimensions: one chain
-// over 224 put lse past its bound. Of f32 8, which err as a blocked GEMM does and cost 0.5% of the
-// forward: 16 put lse of D = 16 past its bound, 32 erred by a fifth to two fifths more on average.
-template <class E>
-constexpr int64_t kChain = 64;
-template <>
-constexpr int64_t kChain<F32> = 8;
 
 template <class E, int R>
 static void score_rows(float (*scores)[kTile], const typename E::A* q, const typename E::Word* k,
@@ -124,25 +118,39 @@ static void value_rows(float* o, int64_t o_stride, const float* alpha, const typ
 }
 
 template <class E>
-FASTLLM_INLINE RowKernels<typename E::A, typename E::Word> kernels_for(int64_t rows) {
+struct WordKernels {
+  template <int R>
+  static constexpr RowKernels<typename E::A, typename E::Word> of = {score_rows<E, R>,
+                                                                     value_rows<E, R>};
+};
+
+template <class K>
+FASTLLM_INLINE auto kernels_for(int64_t rows) {
   switch (rows) {
-    case 1: return {score_rows<E, 1>, value_rows<E, 1>};
-    case 2: return {score_rows<E, 2>, value_rows<E, 2>};
-    case 3: return {score_rows<E, 3>, value_rows<E, 3>};
-    case 4: return {score_rows<E, 4>, value_rows<E, 4>};
+    case 1: return K::template of<1>;
+    case 2: return K::template of<2>;
+    case 3: return K::template of<3>;
+    case 4: return K::template of<4>;
 #if defined(__AVX512F__)
     case 5:
-    case 6: return {score_rows<E, 6>, value_rows<E, 6>};
+    case 6: return K::template of<6>;
     case 7:
-    case 8: return {score_rows<E, 8>, value_rows<E, 8>};
+    case 8: return K::template of<8>;
 #endif
-    default: return {score_rows<E, kMaxRows>, value_rows<E, kMaxRows>};
+    default: return K::template of<kMaxRows>;
   }
 }
 
 }  // namespace
 
-RowKernels<F32::A, F32::Word> row_kernels(F32, int64_t rows) { return kernels_for<F32>(rows); }
-RowKernels<Bf16::A, Bf16::Word> row_kernels(Bf16, int64_t rows) { return kernels_for<Bf16>(rows); }
+RowKernels<F32::A, F32::Word> row_kernels(F32, int64_t rows) {
+  return kernels_for<WordKernels<F32>>(rows);
+}
+RowKernels<Bf16::A, Bf16::Word> row_kernels(Bf16, int64_t rows) {
+  return kernels_for<WordKernels<Bf16>>(rows);
+}
+#if defined(__AVX512BF16__)
+RowKernels<Bf16::A, CodePair> code_kernels(int64_t rows) { return kernels_for<CodeKernels>(rows); }
+#endif
 
 }  // namespace fastllm::FASTLLM_ISA

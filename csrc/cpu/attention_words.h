@@ -4,6 +4,7 @@
 // A tile: K [4][D/w][16][w], V [64/w][Dv][w], with w = 2 for bf16 and 1 for the others.
 #pragma once
 #include "cpu/attention_tile.h"
+#include "cpu/integers.h"
 #include "cpu/transpose.h"
 #include "ops_core.h"
 
@@ -25,11 +26,15 @@ alignas(64) constexpr float kZeroRow[kMaxHeadDim] = {};
 struct Pair {
   vf low, high;
 };
-FASTLLM_INLINE Pair load_pairs(const int8_t* p) {
-  const vi x = vload_u16(p);
-  return {__builtin_convertvector((x << 24) >> 24, vf),
-          __builtin_convertvector((x << 16) >> 24, vf)};
+// Code c, the first byte of a lane, makes the float 2^23 + 128 + c of its own bits, the second byte
+// 2^15 + 128 + c: a logical operation and a subtraction each, where sign extension and conversion
+// are three operations that fewer ports have (a cached tile of 64 x 128, 4 rows: 1.96 -> 1.69 us on
+// Zen 4).
+FASTLLM_INLINE Pair split_codes(vi x) {
+  return {vbits((x & 0xff) ^ 0x4b000080) - vset(8388736.f),
+          vbits((x & 0xff00) ^ 0x47008000) - vset(32896.f)};
 }
+FASTLLM_INLINE Pair load_pairs(const int8_t* p) { return split_codes(vload_u16(p)); }
 FASTLLM_INLINE Pair load_pairs(const Half* p) {
   vi x;
   __builtin_memcpy(&x, p, sizeof x);
@@ -69,13 +74,13 @@ static void expand_values(float* to, const Narrow* from, int64_t dim, const Narr
     split_pairs(to + 2 * i * dim, to + (2 * i + 1) * dim, from + 2 * i * dim, dim,
                 ahead + 2 * i * dim);
 }
-// As pairs of bf16 the order stays.
+// As pairs of bf16, the upper halves of the floats, the order stays.
 FASTLLM_INLINE void expand_words(uint32_t* to, const int8_t* from, int64_t words,
                                  const int8_t* ahead) {
   for (int64_t i = 0; i < words; i += VL) {
     if (i % 32 == 0) _mm_prefetch(reinterpret_cast<const char*>(ahead + 2 * i), _MM_HINT_T0);
     const Pair pair = load_pairs(from + 2 * i);
-    const vi word = (vbits(pair.low) >> 16 & 0xffff) | (vbits(pair.high) & vseti(-65536));
+    const vi word = (vbits(pair.low) >> 16 & 0xffff) | vbits(pair.high);
     __builtin_memcpy(to + i, &word, sizeof word);
   }
 }
@@ -202,29 +207,31 @@ FASTLLM_INLINE void prefetch_rows(const Elem* rows, int64_t stride, int64_t dim)
       _mm_prefetch(reinterpret_cast<const char*>(rows + r * stride + line), _MM_HINT_T0);
 }
 
-// The words of one tile. A position whose bit of `visible` is 0 becomes zeros: what lies there is
-// not read. `next` are the rows wanted after these.
+// The words of the first `positions` of one tile, rounded up to chunks. A position whose bit of
+// `visible` is 0 becomes zeros: what lies there is not read. No words of V are made if v_words is
+// null. `next` are the rows wanted after these.
 template <class E>
 static void pack_tile(typename E::Word* k_words, typename E::Word* v_words,
                       const NaturalRows<typename E::Elem>& from,
-                      const NaturalRows<typename E::Elem>& next, uint64_t visible, int64_t dim,
-                      int64_t value_dim) {
+                      const NaturalRows<typename E::Elem>& next, uint64_t visible,
+                      int64_t positions, int64_t dim, int64_t value_dim) {
   using Elem = typename E::Elem;
   const Elem* zeros = reinterpret_cast<const Elem*>(kZeroRow);
   const Elem *k[kTile], *v[kTile];
-  for (int r = 0; r < kTile; ++r) {
+  const int end = static_cast<int>(divide_up(positions, kChunk) * kChunk);
+  for (int r = 0; r < end; ++r) {
     const bool seen = visible >> r & 1;
     k[r] = seen ? from.k + r * from.k_stride : zeros;
     v[r] = seen ? from.v + r * from.v_stride : zeros;
   }
   const int64_t steps = dim / E::kPerWord;
-  for (int r = 0; r < kTile; r += kChunk) {
+  for (int r = 0; r < end; r += kChunk) {
     prefetch_rows(next.k + r * next.k_stride, next.k_stride, dim);
     pack_chunk<E>(k_words + r * steps, k + r, steps);
   }
-  for (int r = 0; r < kTile; r += kChunk) {
+  for (int r = 0; r < end; r += kChunk) {
     if (next.v != next.k) prefetch_rows(next.v + r * next.v_stride, next.v_stride, value_dim);
-    pack_values(E{}, v_words + r / E::kPerWord * value_dim, v + r, value_dim);
+    if (v_words) pack_values(E{}, v_words + r / E::kPerWord * value_dim, v + r, value_dim);
   }
 }
 

@@ -29,8 +29,8 @@ struct LatentSource {
     return {true, {rows, rows, a.rows.dim, a.rows.dim}, first_bits(n)};
   }
 
-  Tile<E> words(const TileScratch<E>& scratch, const Place& now, const Place& next) const {
-    pack_tile<E>(scratch.k, scratch.v, now.rows, next.rows, now.visible, a.rows.dim,
+  Tile<E> words(const TileScratch<E>& scratch, const Place& now, const Place& next, bool) const {
+    pack_tile<E>(scratch.k, scratch.v, now.rows, next.rows, now.visible, kTile, a.rows.dim,
                  a.rows.value_dim);
     return {scratch.k, scratch.v, nullptr, nullptr, nullptr, now.visible};
   }

@@ -1,5 +1,6 @@
 // Causal attention over the paged cache (attention_block.h). Pages of q's own type are used where
-// they lie; int8 and half-precision pages are widened tile by tile. Bound by arithmetic for prompts
+// they lie; int8 and half-precision pages are widened tile by tile, int8 pages for few rows of bf16
+// in registers. Bound by arithmetic for prompts
 // (both products at the rate of the dot instruction) and by reading the cache for decode.
 #include "cpu/attention_paged.h"
 
@@ -31,9 +32,17 @@ struct PagedSource {
             doc.keys - tile * kTile};
   }
 
-  Tile<E> words(const TileScratch<E>& scratch, const Place& now, const Place& next) const {
+  Tile<E> words(const TileScratch<E>& scratch, const Place& now, const Place& next,
+                bool once) const {
     using Word = typename E::Word;
-    if (a.cache_dtype == DType::i8) return expanded<int8_t>(scratch, now, next);
+    if (a.cache_dtype == DType::i8) {
+      if (E::kReadsCodes && once && a.rows.value_dim % 32 == 0)
+        return scaled(
+            {nullptr, nullptr, next.k, nullptr, nullptr, ~uint64_t{0},
+             reinterpret_cast<const CodePair*>(now.k), reinterpret_cast<const CodePair*>(now.v)},
+            scratch, now);
+      return expanded<int8_t>(scratch, now, next);
+    }
     if constexpr (__is_same(E, F16))
       return expanded<Half>(scratch, now, next);
     else
@@ -51,7 +60,10 @@ struct PagedSource {
                 reinterpret_cast<const Narrow*>(next.k));
     expand_values(scratch.v, reinterpret_cast<const Narrow*>(now.v), a.rows.value_dim,
                   reinterpret_cast<const Narrow*>(next.v));
-    Tile<E> tile{scratch.k, scratch.v, nullptr, nullptr, nullptr, ~uint64_t{0}};
+    return scaled({scratch.k, scratch.v, nullptr, nullptr, nullptr, ~uint64_t{0}}, scratch, now);
+  }
+
+  Tile<E> scaled(Tile<E> tile, const TileScratch<E>& scratch, const Place& now) const {
     if (a.k_scales) {
       tile.k_scale = known_scales(scratch.scale[0], a.k_scales + now.scales, now.keys);
       tile.v_scale = known_scales(scratch.scale[1], a.v_scales + now.scales, now.keys);

@@ -121,6 +121,22 @@ def test_every_token_decoded_gives_the_bits_of_the_batch(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("keys", [1, 16, 17, 64, 70, 600])
+@pytest.mark.parametrize(("dim", "value_dim"), [(64, 128), (40, 24)])
+@pytest.mark.parametrize("isa", ISAS)
+def test_one_query_has_the_bits_of_the_last_of_many(
+    isa: str, dim: int, value_dim: int, keys: int, dtype: torch.dtype
+) -> None:
+    """Few rows of float32 read values where they lie, and keys are packed as far as they go."""
+    _C.set_isa(isa)
+    q, k, v = qkv(keys, 4, 2, dim, dtype, value_dim)
+    many = dense(q, k, v)
+    assert torch.equal(dense(q[-1:], k, v), many[-1:])
+    v = torch.cat((v, torch.full_like(v, NAN)), -1)[..., :value_dim]
+    assert torch.equal(between_others(q[-1:], k, v), many[-1:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strides_do_not_change_the_bits(dtype: torch.dtype) -> None:
     q, k, v = (x.unflatten(0, (2, 75)) for x in qkv(150, 4, 2, 32, dtype))
     fused = torch.cat((q, k, v), dim=2).contiguous()

@@ -148,6 +148,29 @@ def test_each_kv_head_alone_has_the_bits_of_all_together(
         assert torch.equal(attend(q, cache, places), torch.cat(alone, 1)), f"{threads} threads"
 
 
+@pytest.mark.parametrize(
+    ("kv_heads", "group", "dim"), [(3, 1, 64), (2, 3, 96), (2, 4, 128), (1, 7, 256), (2, 8, 80)]
+)
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_last_token_of_many_has_the_bits_of_one_over_int8_pages(
+    isa: str, kv_heads: int, group: int, dim: int
+) -> None:
+    """Few rows widen codes as they multiply, many rows multiply a widened tile."""
+    tokens, g = 14, torch.Generator().manual_seed(dim)
+    table = shuffled_table(3, 12)
+    lengths = int32([700, 64, 77])
+    cache = new_cache(table.numel(), kv_heads, 64, dim, torch.int8)
+    for part in (cache.k, cache.v):
+        part.copy_(torch.randint(-128, 128, part.shape, generator=g))
+    for scales in (cache.k_scales, cache.v_scales):
+        scales.copy_(torch.rand(scales.shape, generator=g) / 40)
+    q = torch.randn(3 * tokens, kv_heads * group, dim, generator=g).bfloat16()
+    _C.set_isa(isa)
+    many = attend(q, cache, (table, int32([tokens * s for s in range(4)]), lengths))
+    one = attend(q[tokens - 1 :: tokens].contiguous(), cache, (table, int32([0, 1, 2, 3]), lengths))
+    assert torch.equal(one, many[tokens - 1 :: tokens])
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_long_contexts_give_the_same_bits(dtype: torch.dtype) -> None:
