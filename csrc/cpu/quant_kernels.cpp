@@ -15,7 +15,8 @@ template <template <int, int> class Tile>
 struct Tiles {
 #if defined(__AVX512F__)
   static constexpr SegmentTile* all[] = {Tile<1, 4>::run, Tile<2, 4>::run, Tile<4, 4>::run,
-                                         Tile<6, 2>::run, Tile<8, 2>::run, Tile<12, 2>::run};
+                                         Tile<6, 2>::run, Tile<7, 2>::run, Tile<8, 2>::run,
+                                         Tile<12, 2>::run};
 #elif defined(__AVX2__)
   static constexpr SegmentTile* all[] = {Tile<1, 2>::run, Tile<2, 2>::run, Tile<4, 1>::run,
                                          Tile<6, 1>::run};

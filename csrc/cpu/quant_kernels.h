@@ -16,17 +16,20 @@ constexpr int64_t kFewSegment = 256, kWideWords = 160;
 constexpr int kMaxStrip = 4;  // panels of a strip
 
 // Tiles: rows x panels. Up to kFewRows rows are one group and read strips of as many panels as
-// their tile has; more rows are groups that meet strips of kWideStrip. An int8 tile of 6 rows keeps
-// integer and fp32 sums of 12 outputs in registers: with 12 rows the fp32 sums, which an FMA reads
-// and writes every 32 columns, lie in memory, and 512 x 2048 x 2048 takes 7.6 ms of q8_0, not 6.8.
-// Other modes scale less often or sum longer: q4_1 in bf16 takes 11.0 ms with 12 rows, 11.5 with 6.
+// their tile has; more rows are groups that meet strips of kWideStrip. Float tiles that scale every
+// kShortChunk columns or fewer have 7 rows: the sums of a chunk and those of all chunks fill the
+// registers, and 14 chains cover the latency of a dot (6 cycles) at two a cycle. With 12 rows the end
+// of a chunk loads and stores 24 fp32 sums: on Zen 4 75 cycles beside 384 of dots, where its FMAs
+// need 24. 24 chains are for chunks of 128. An int8 tile of 6 rows keeps both sums in registers too:
+// 512 x 2048 x 2048 takes 7.6 ms of q8_0 with 12 rows, not 6.8 (Zen 5).
 #if defined(__AVX512F__)
-constexpr int kFewRows = 8, kWideRows = 12, kWideInt8Rows = 6, kWideStrip = 2;
+constexpr int kFewRows = 8, kWideRows = 12, kShortRows = 7, kWideInt8Rows = 6, kWideStrip = 2;
 #elif defined(__AVX2__)
-constexpr int kFewRows = 4, kWideRows = 6, kWideInt8Rows = 6, kWideStrip = 1;
+constexpr int kFewRows = 4, kWideRows = 6, kShortRows = 6, kWideInt8Rows = 6, kWideStrip = 1;
 #else
-constexpr int kFewRows = 2, kWideRows = 2, kWideInt8Rows = 2, kWideStrip = 1;
+constexpr int kFewRows = 2, kWideRows = 2, kShortRows = 2, kWideInt8Rows = 2, kWideStrip = 1;
 #endif
+constexpr int64_t kShortChunk = 64;
 
 // What the canonical form and the prepared rows hold beside codes.
 enum class Sums : uint8_t {
@@ -84,7 +87,9 @@ struct QuantKernel {
   SegmentTile* const* tiles;  // by shape
   FewTile* const* few;        // of 1, 2, 4, 8 rows; null: few rows take strips too
 
-  int wide_rows() const { return word_columns == 4 ? kWideInt8Rows : kWideRows; }
+  int wide_rows() const {
+    return word_columns == 4 ? kWideInt8Rows : chunk <= kShortChunk ? kShortRows : kWideRows;
+  }
   bool valid() const { return unpack_codes != nullptr; }
   int64_t column_codes() const { return words_per_block * 4 * kPanelRows / kBlock; }  // of a panel
   // Bytes of a prepared row, and where its columns from `column` on begin (times `width`).

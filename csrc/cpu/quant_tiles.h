@@ -5,7 +5,7 @@
 // row and panel, the product of two scales and an FMA, one more with a minimum: 8/10 or 8/11 of 1,070
 // GOP/s. bf16 has 16 dots for 32 columns and one or two FMAs a chunk: 16/17 (q4_0), 16/18 (q4_1,
 // q6_k), 64/65 (chunks of 128) of 535 GFLOP/s. 24 accumulators cover the latency of a dot (6 cycles)
-// four times; fp32 sums of more than 12 outputs stay in the L1 cache, where an FMA reads them.
+// four times; fp32 sums of more than 14 outputs stay in the L1 cache, where an FMA reads them.
 #pragma once
 #include "cpu/matmul_float.h"
 #include "cpu/matmul_int8.h"
@@ -14,16 +14,17 @@
 namespace fastllm::FASTLLM_ISA {
 namespace {
 
-// Whether the fp32 sums of a segment are kept in registers beside the chunk's.
+// The fp32 sums of a segment are kept in registers if they fit beside a chunk's, of which an output
+// has PARTS.
 #if defined(__AVX512F__)
-constexpr int kRegisterSums = 12;
+constexpr int kRegisterSums = 28;
 #else
-constexpr int kRegisterSums = 4;
+constexpr int kRegisterSums = 8;
 #endif
 
-template <int MR, int V>
+template <int MR, int V, int PARTS = 1>
 struct TileSums {
-  static constexpr bool kept = MR * V <= kRegisterSums;
+  static constexpr bool kept = MR * V * (PARTS + 1) <= kRegisterSums;
   float* at;
   vf acc[kept ? MR : 1][kept ? V : 1];
   FASTLLM_INLINE TileSums begin(float* at, bool zeros) {
@@ -122,8 +123,9 @@ void float_tile(const Segment& s, const char* x, int64_t width, float* sums) {
 // SIGNED: codes are signed where dots want unsigned ones.
 template <Sums KIND, bool SIGNED, int MR, int NP>
 void int8_segment_tile(const Segment& s, const char* x, int64_t width, float* sums) {
-  constexpr int V = NP * NV, records = KIND == Sums::halves ? 44 : 40;
-  auto total = TileSums<MR, V>::begin(sums, s.first);
+  constexpr int V = NP * NV, parts = KIND == Sums::halves ? 2 : 1;
+  constexpr int records = parts == 2 ? 44 : 40;
+  auto total = TileSums<MR, V, parts>::begin(sums, s.first);
   const uint8_t* codes = s.codes;
   const float* scales = s.scales;
   const int64_t stride = width * records;
@@ -200,7 +202,7 @@ void int8_segment_tile(const Segment& s, const char* x, int64_t width, float* su
 
 // Shapes of tiles, few_tile's first.
 #if defined(__AVX512F__)
-constexpr TileShape kShapes[] = {{1, 4}, {2, 4}, {4, 4}, {6, 2}, {8, 2}, {12, 2}};
+constexpr TileShape kShapes[] = {{1, 4}, {2, 4}, {4, 4}, {6, 2}, {7, 2}, {8, 2}, {12, 2}};
 #elif defined(__AVX2__)
 constexpr TileShape kShapes[] = {{1, 2}, {2, 2}, {4, 1}, {6, 1}};
 #else
