@@ -121,7 +121,7 @@ static void strip_times_group(const P& p, const MatmulOutput& o, int64_t panel, 
   const int size = tile_rows<P>(live);
   if constexpr (P::rows >= 12)
     if (size == 12) return tile_and_store<P, 12, NP>(p, o, panel, x, group, live, first);
-  if constexpr (P::few >= 8 && NP == 1)
+  if constexpr (P::few >= 8)
     if (size == 8) return tile_and_store<P, 8, NP>(p, o, panel, x, group, live, first);
   if constexpr (P::rows >= 6)
     if (size == 6) return tile_and_store<P, 6, NP>(p, o, panel, x, group, live, first);
