@@ -67,7 +67,7 @@ def quantize_model(
             report.keep(name, "shares its weight with another module")
             quantizer.leave.add(name)
     _check(model, quantizer, activation)
-    for names in _names_of(model, lambda module: type(module) is nn.Linear):
+    for names in _names_of(model, _is_plain):
         _replace(model, names, quantizer, activation)
     _pack_layers(model, quantizer)
     if not report.layers:
@@ -138,6 +138,11 @@ def _sharing(model: nn.Module) -> list[str]:
     return [name for name in shared if isinstance(model.get_submodule(name), nn.Linear | Linear)]
 
 
+def _is_plain(module: nn.Module) -> bool:
+    """Whether it is PyTorch's own layer, under `fastllm.patch` too, and no subclass of it."""
+    return getattr(type(module), "fastllm_original", type(module)) is nn.Linear
+
+
 def _names_of(model: nn.Module, chosen: Callable[[nn.Module], bool]) -> list[list[str]]:
     """All names of each chosen module; names alone, so that a module that is replaced can go."""
     names: dict[nn.Module, list[str]] = {}
@@ -173,7 +178,7 @@ def _check(model: nn.Module, quantizer: Quantizer, activation: str | None) -> No
 
 def _plain_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Weights that may be quantized: [n, k] of layers, [E, n, k] of fastllm's experts."""
-    for name, *_ in _names_of(model, lambda m: type(m) in (nn.Linear, Linear)):
+    for name, *_ in _names_of(model, lambda m: _is_plain(m) or type(m) is Linear):
         weight = model.get_submodule(name).weight
         if isinstance(weight, Tensor):  # None: it is packed already
             yield name, weight.detach()

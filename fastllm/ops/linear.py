@@ -114,9 +114,10 @@ def _native_layout(x: Tensor, weight: Tensor, *_: Any) -> bool:
 
 
 @_linear.impl("native", "cpu", when=_native_layout)
-def _linear_cpu(
+def native_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
 ) -> Tensor:
+    """`linear` of right arguments on the CPU, outside of autograd: what a layer calls per token."""
     x2 = as_rows(x)
     y = x2.new_empty((x2.shape[0], weight.shape[0]), dtype=out_dtype)
     _C.linear(y, x2, weight, bias, prepared_rows(x2))

@@ -11,7 +11,15 @@ import transformers
 from tiny_models import FAMILIES, inputs, tiny
 from torch import Tensor
 
-from fastllm.integrations.transformers import attention, mlp, patch, patched, unpatch, verify
+from fastllm.integrations.transformers import (
+    attention,
+    linear,
+    mlp,
+    patch,
+    patched,
+    unpatch,
+    verify,
+)
 
 EVERYTHING = {  # family -> what its report must show as replaced everywhere
     "llama": {"attention", "norm", "rope", "mlp", "loss"},
@@ -31,6 +39,7 @@ def kernels_at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Our kernels also serve what is so small that torch would be faster."""
     torch.set_num_threads(1)
     monkeypatch.setattr(mlp, "_FROM", dict.fromkeys(mlp._FROM, (0, 0)))
+    monkeypatch.setattr(linear, "_FROM", 0)
     monkeypatch.setattr(attention, "_faster_there", lambda *arguments: False)
 
 

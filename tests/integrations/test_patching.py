@@ -352,4 +352,4 @@ def test_a_script_of_torch_jit_inside_a_model_stays() -> None:
 
 
 def test_ops_are_the_parts_that_the_page_names() -> None:
-    assert OPS == ("attention", "experts", "norm", "rope", "mlp", "loss")
+    assert OPS == ("attention", "experts", "norm", "rope", "mlp", "linear", "loss")

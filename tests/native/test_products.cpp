@@ -105,7 +105,7 @@ void quantized() {
 void finished() {
   Random random(7);
   for (Format format : {Format::q4_1, Format::q8_0})
-    for (int64_t m : {1, 5, 14}) {
+    for (int64_t m : {1, 5, 8, 12, 20}) {
       const int64_t n = 64, k = 96, code = static_cast<int64_t>(format);
       Packed w = pack_random(random, format, n, k);
       Owned x = random.tensor(DType::f32, {m, k}), bias = random.tensor(DType::f32, {n});
@@ -152,12 +152,12 @@ void dense() {
   Random random(6);
   for (DType dtype : {DType::f32, DType::bf16})
     for (int64_t n : {1, 16, 37})
-      for (int64_t k : {1, 31, 66}) {
+      for (int64_t k : {1, 31, 66, 96}) {
         const Format format = dtype == DType::bf16 ? Format::bf16 : Format::f32;
         const int64_t code = static_cast<int64_t>(format);
         Packed w = pack_random(random, format, n, k);
         Owned weight = random.tensor(dtype, {n, k});
-        for (int64_t m : {1, 5, 14}) {
+        for (int64_t m : {1, 5, 8, 12, 20}) {
           Owned x = random.tensor(dtype, {m, k}), y(dtype, {m, n});
           run_everywhere("quant_matmul", &Kernels::quant_matmul,
                          quant_matmul_args(y, x, w.data, w.scales, code, n, {},

@@ -12,7 +12,7 @@ from fastllm.testing.opinfo import generator
 
 
 @pytest.mark.parametrize("format", ["bf16", "f32"])
-@pytest.mark.parametrize(("n", "k"), [(100, 576), (17, 31), (33, 1), (64, 600)])
+@pytest.mark.parametrize(("n", "k"), [(100, 576), (17, 31), (33, 1), (64, 600), (80, 544)])
 def test_packed_on_the_fly_and_alone_give_the_same_bits(format: str, n: int, k: int) -> None:
     dtype = torch.bfloat16 if format == "bf16" else torch.float32
     x = torch.randn(30, k, generator=generator()).to(dtype)
@@ -21,7 +21,7 @@ def test_packed_on_the_fly_and_alone_give_the_same_bits(format: str, n: int, k: 
     for isa in _C.isas():
         _C.set_isa(isa)
         whole = linear(x, weight, None, torch.float32)
-        for count in (1, 2, 5, 13):
+        for count in (1, 2, 3, 5, 6, 8, 9, 12, 13, 20):
             for threads in (1, 2):
                 torch.set_num_threads(threads)
                 rows = x[4 : 4 + count]

@@ -116,7 +116,7 @@ def shape_of(forward: Callable[..., Any]) -> Shape | None:
 def head_refusal(model: Any) -> str | None:
     """Why the op cannot take the place of `model.lm_head`, or None if it can."""
     head = model.lm_head
-    if type(head) is not nn.Linear:
+    if original(head) is not nn.Linear:
         return f"its lm_head is a {type(head).__module__}.{type(head).__name__}, no plain Linear"
     if "forward" in head.__dict__ or hooked(head):
         return "its lm_head has hooks or a forward of its own"

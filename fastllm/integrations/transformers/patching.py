@@ -28,6 +28,7 @@ _PARTS = {
     "norm": "norm",
     "rope": "rope",
     "mlp": "mlp",
+    "linear": "linear",
     "loss": "loss",
 }
 OPS = tuple(_PARTS)
