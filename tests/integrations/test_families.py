@@ -11,6 +11,7 @@ import transformers
 from tiny_models import FAMILIES, inputs, tiny
 from torch import Tensor
 
+from fastllm import _C
 from fastllm.integrations.transformers import (
     attention,
     linear,
@@ -22,9 +23,9 @@ from fastllm.integrations.transformers import (
 )
 
 EVERYTHING = {  # family -> what its report must show as replaced everywhere
-    "llama": {"attention", "norm", "rope", "mlp", "loss"},
-    "qwen3": {"attention", "norm", "rope", "mlp", "loss"},
-    "mixtral": {"attention", "norm", "rope", "experts", "loss"},
+    "llama": {"attention", "norm", "rope", "mlp", "linear", "loss"},
+    "qwen3": {"attention", "norm", "rope", "mlp", "linear", "loss"},
+    "mixtral": {"attention", "norm", "rope", "experts", "linear", "loss"},
 }
 TIGHT = 1e-4  # of the largest value, in float32
 
@@ -36,10 +37,11 @@ def family(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(autouse=True)
 def kernels_at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Our kernels also serve what is so small that torch would be faster."""
+    """Our kernels also serve what is so small that torch would be faster, at every level."""
     torch.set_num_threads(1)
     monkeypatch.setattr(mlp, "_FROM", dict.fromkeys(mlp._FROM, (0, 0)))
     monkeypatch.setattr(linear, "_FROM", 0)
+    monkeypatch.setattr(linear, "_LEVEL", _C.isa())
     monkeypatch.setattr(attention, "_faster_there", lambda *arguments: False)
 
 
