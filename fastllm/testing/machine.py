@@ -26,13 +26,18 @@ LIBRARIES = (
 
 
 def processor() -> str:
-    """The processor's name."""
+    """The processor's name, with its numbers on x86: virtual machines call many the same."""
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
-        if found:
-            return found.group(1)
-    return platform.processor() or platform.machine()
+    text = info.read_text() if info.exists() else ""
+
+    def field(name: str) -> str:
+        match = re.search(rf"^{name}\s*:\s*(.+)$", text, re.MULTILINE)
+        return match.group(1) if match else ""
+
+    name, family, model = field("model name"), field("cpu family"), field("model")
+    if name and family:
+        return f"{name} (family {family}, model {model})"
+    return name or platform.processor() or platform.machine()
 
 
 def usable_cores() -> int:
