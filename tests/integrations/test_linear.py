@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
+import peft
 import pytest
 import torch
 from tiny_models import inputs, tiny
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 
 import fastllm
 from fastllm.integrations.transformers import linear
@@ -117,6 +120,44 @@ def test_only_plain_layers_that_the_kernel_gains_by_are_offered(
     assert linear.offer("", layer(BF16), nn.Module()) is not None
     monkeypatch.setattr(linear, "_LEVEL", "another")
     assert linear.offer("", layer(BF16), nn.Module()) is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+def test_pruned_and_parametrized_layers_compute_what_they_are(
+    name: str, first: bool, calls: list[Any]
+) -> None:
+    x = torch.randn(1, 96)
+    for change in (
+        lambda m: prune.l1_unstructured(m, name, amount=0.5),
+        lambda m: parametrize.register_parametrization(m, name, nn.Tanh()),
+    ):
+        module = layer(F32)
+        if not first:
+            replaced(module)
+        change(module)
+        wanted = nn.functional.linear(x, module.weight, module.bias)
+        fastllm.patch(nn.ModuleList([module]), ops=("linear",))
+        assert torch.equal(module(x), wanted) and not calls
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # by PEFT
+def test_adapters_of_peft_go_on_top_and_merge(calls: list[Any]) -> None:
+    plain = tiny("llama").eval()
+    model = copy.deepcopy(plain)
+    fastllm.patch(model)
+    config = peft.LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "down_proj"])
+    tuned = peft.get_peft_model(model, config)
+    other = peft.get_peft_model(plain, config)
+    other.load_state_dict(tuned.state_dict())
+    ids = torch.arange(3, 8)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(tuned(ids).logits, other(ids).logits, atol=1e-4, rtol=1e-4)
+        assert (1, 5, 64) in calls
+        torch.testing.assert_close(
+            tuned.merge_and_unload()(ids).logits, other(ids).logits, atol=1e-4, rtol=1e-4
+        )
 
 
 @torch.no_grad()

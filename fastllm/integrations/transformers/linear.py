@@ -26,6 +26,7 @@ _FEW = 12  # rows for which a weight is read where it lies
 # Elements of a weight from which that is faster. torch / ours in us, one row, two Zen 5 cores:
 # bfloat16 64 x 64 13 / 24, 128 x 128 54 / 30, 256 x 256 47 / 31; float32 8 / 15, 19 / 18, 50 / 31.
 _FROM = 1 << 16
+_ELSEWHERE = Tensor()  # a bias that is computed: it is parametrized or pruned
 _LINE = 64  # bytes; rows of whole lines are read in place
 
 
@@ -33,7 +34,7 @@ def offer(name: str, module: nn.Module, model: nn.Module) -> Offer | None:
     """The answer of this part (see `parts`): every plain `nn.Linear` that the kernel can serve."""
     if original(module) is not nn.Linear or _C.isa() != _LEVEL:
         return None
-    weight = module._parameters["weight"]
+    weight = module._parameters.get("weight")  # pruned and parametrized layers have it elsewhere
     if weight is None or not weight.is_cpu or weight.numel() < _FROM:
         return None
     if weight.shape[1] * weight.itemsize % _LINE:
@@ -44,9 +45,9 @@ def offer(name: str, module: nn.Module, model: nn.Module) -> Offer | None:
 def forward(self: nn.Linear, input: Tensor) -> Tensor:
     """`nn.Linear.forward`, with our product for what the module's docstring says."""
     if not torch.is_grad_enabled() and is_eager(input):
-        parameters = self._parameters  # an attribute of a module costs half a microsecond
-        weight, bias = parameters["weight"], parameters["bias"]
-        if weight is not None and _ours(input, weight, bias):
+        own = self._parameters  # an attribute of a module costs half a microsecond
+        weight, bias = own.get("weight"), own.get("bias", _ELSEWHERE)
+        if weight is not None and bias is not _ELSEWHERE and _ours(input, weight, bias):
             return native_linear(input, weight, bias)
     return nn.Linear.forward(self, input)
 
