@@ -78,6 +78,8 @@ Tensor tensor_view(py::handle object, int device_type) {
     t.stride[i] = view.strides ? view.strides[i] : expect;
     expect *= view.shape[i];
   }
+  if (!view.data && expect != 0)
+    throw py::value_error("a tensor has no memory: its storage was freed, or it only says zero");
   return t;
 }
 

@@ -16,7 +16,8 @@ struct Words {
   vi even, odd;
 };
 FASTLLM_INLINE vi word_of(vi pairs) {
-  const Pair pair = split_codes(pairs);  // floats of 8 bits: a bf16 is the upper half of one
+  // Floats of 8 bits: a bf16 is bytes 2 and 3 of one. The low code of a pair comes first.
+  const Pair pair = split_codes(pairs);
   const __m512i upper_to_lower = _mm512_set4_epi32(0x0f0e0f0e, 0x0b0a0b0a, 0x07060706, 0x03020302);
   return (vi)_mm512_mask_shuffle_epi8((__m512i)pair.high, 0x3333333333333333, (__m512i)pair.low,
                                       upper_to_lower);

@@ -12,37 +12,40 @@ namespace {
 template <class D>
 struct LinearProduct : DenseRows<D> {
   static constexpr int64_t element = D::columns == 2 ? 2 : 4;
-  static constexpr bool reads_rows = kReadsRows && D::steps == 1;
+  static constexpr bool reads_rows = kReadsRows && D::steps == 1;  // a word of both is one step
   static constexpr int few = reads_rows ? 12 : DenseRows<D>::few;
   const LinearArgs& a;
-  const int64_t row_bytes_;  // from one row of the weight to the next
-  const bool direct;
-  int64_t end_ = 0;  // few rows: where this thread's rows of the weight end
+  const int64_t weight_row_bytes;  // from one row of the weight to the next
+  const bool direct;               // its rows are read where they lie
+  int64_t end = 0;                 // few rows: where this thread's rows of the weight end
   uint32_t* panels;
 
   LinearProduct(const LinearArgs& args, const Team& team)
       : DenseRows<D>{args.x, args.type, args.m, args.k, args.x_stride},
         a(args),
-        row_bytes_(args.weight_stride * element),
+        weight_row_bytes(args.weight_stride * element),
         direct(reads_rows && args.m <= few && args.k * element % 64 == 0),
         panels(static_cast<uint32_t*>(thread_scratch(
             Scratch::panels, this->words() * kPanelRows * DenseRows<D>::strip * 4))) {
     int64_t begin;
-    my_share(team, a.out.n, kPanelRows, &begin, &end_);
+    my_share(team, a.out.n, kPanelRows, &begin, &end);
   }
 
-  const char* row(int64_t i) const { return static_cast<const char*>(a.weight) + i * row_bytes_; }
+  const char* row(int64_t i) const {
+    return static_cast<const char*>(a.weight) + i * weight_row_bytes;
+  }
   // The first lines of this thread's rows, which the hardware sees as 16 streams too late.
   void prefetch_panel(int64_t panel) const {
+    constexpr int64_t most = 512;  // of a row: 8 KB in all, as of a packed weight
     const int64_t first = panel * kPanelRows, bytes = a.k * element;
-    for (int64_t i = first; i < end_ && i < first + kPanelRows; ++i)
-      for (int64_t b = 0; b < bytes && b < 512; b += 64) __builtin_prefetch(row(i) + b, 0, 2);
+    for (int64_t i = first; i < end && i < first + kPanelRows; ++i)
+      for (int64_t b = 0; b < bytes && b < most; b += 64) __builtin_prefetch(row(i) + b, 0, 2);
   }
   void begin_strip(int64_t panel, int64_t count) const {
     if (direct) return;
     for (int64_t p = 0; p < count; ++p) {
       const int64_t first = (panel + p) * kPanelRows, left = a.out.n - first;
-      pack_panel(row(first), row_bytes_, left < kPanelRows ? left : kPanelRows, a.k * element,
+      pack_panel(row(first), weight_row_bytes, left < kPanelRows ? left : kPanelRows, a.k * element,
                  this->words(), panels + p * this->words() * kPanelRows);
     }
   }
@@ -63,8 +66,8 @@ struct LinearProduct : DenseRows<D> {
     const char* rows[kPanelRows];  // past the end the last one again: nobody reads its sums
     for (int64_t i = 0; i < kPanelRows; ++i)
       rows[i] = row(first + i < a.out.n ? first + i : a.out.n - 1);
-    const int64_t left = end_ - first - kPanelRows, next = left < kPanelRows ? left : kPanelRows;
-    rows_tile<D, MR>(rows, kPanelRows * row_bytes_, next, this->words(), x, width, sums);
+    const int64_t left = end - first - kPanelRows, next = left < kPanelRows ? left : kPanelRows;
+    rows_tile<D, MR>(rows, kPanelRows * weight_row_bytes, next, this->words(), x, width, sums);
   }
 #endif
 };

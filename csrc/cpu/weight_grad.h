@@ -113,7 +113,9 @@ static void weight_grad(Y* y, int64_t m, int64_t n, Span out, int64_t rows, cons
       pack_column_group<D>([&](int64_t c) { return a[c] + row; }, smaller(R, m - row),
                            row + VL <= m, k, packed + g * group_words<D>(k));
     }
-    const bool last = r0 + k == rows, streams = streamed && last && !(r0 && sizeof(Y) == 4);
+    const bool last = r0 + k == rows;
+    // fp32 sums of earlier blocks lie in y itself, and so in the caches.
+    const bool streams = streamed && last && !(r0 && sizeof(Y) == 4);
     rows_times_strips<D>(
         packed, out.size(), words, n, 0, divide_up(n, kPanelRows), strip,
         [&](int64_t panel, int count) {

@@ -68,6 +68,18 @@ def _weight_gradient(g: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     return y
 
 
+FEW_ROWS = 12  # of x: as many as a tile holds
+_LINE = 64  # bytes
+# Where a word of the weight and of x is one step of the kernel.
+_LEVELS = {torch.bfloat16: ("avx512_bf16",), torch.float32: ("avx512", "avx512_bf16")}
+
+
+def reads_in_place(weight: Tensor) -> bool:
+    """Whether up to FEW_ROWS rows are multiplied by `weight` on the CPU where it lies, unpacked."""
+    whole = weight.ndim == 2 and weight.shape[1] * weight.itemsize % _LINE == 0
+    return whole and weight.is_cpu and _C.isa() in _LEVELS.get(weight.dtype, ())
+
+
 def gradient_product(
     y: Tensor, a: Tensor, b: Tensor, *, transposed: bool = False, add: bool = False
 ) -> None:

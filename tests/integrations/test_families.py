@@ -11,7 +11,6 @@ import transformers
 from tiny_models import FAMILIES, inputs, tiny
 from torch import Tensor
 
-from fastllm import _C
 from fastllm.integrations.transformers import (
     attention,
     linear,
@@ -41,7 +40,7 @@ def kernels_at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
     monkeypatch.setattr(mlp, "_FROM", dict.fromkeys(mlp._FROM, (0, 0)))
     monkeypatch.setattr(linear, "_FROM", 0)
-    monkeypatch.setattr(linear, "_LEVEL", _C.isa())
+    monkeypatch.setattr(linear, "reads_in_place", lambda weight: True)
     monkeypatch.setattr(attention, "_faster_there", lambda *arguments: False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import peft
@@ -33,7 +34,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
     monkeypatch.setattr(linear, "native_linear", counted)
     monkeypatch.setattr(linear, "_FROM", 0)
-    monkeypatch.setattr(linear, "_LEVEL", fastllm._C.isa())
+    monkeypatch.setattr(linear, "reads_in_place", lambda weight: weight.is_cpu)
     return seen
 
 
@@ -113,13 +114,41 @@ def test_only_plain_layers_that_the_kernel_gains_by_are_offered(
     assert linear.offer("", Scaled(96, 48), nn.Module()) is None
     assert linear.offer("", nn.Bilinear(32, 32, 32), nn.Module()) is None
     assert linear.offer("", nn.Linear(96, 48, device="meta"), nn.Module()) is None
-    assert linear.offer("", nn.Linear(40, 48, dtype=BF16), nn.Module()) is None  # 80 bytes a row
     monkeypatch.setattr(linear, "_FROM", 96 * 48 + 1)
     assert linear.offer("", layer(BF16), nn.Module()) is None
     monkeypatch.setattr(linear, "_FROM", 96 * 48)
     assert linear.offer("", layer(BF16), nn.Module()) is not None
-    monkeypatch.setattr(linear, "_LEVEL", "another")
+    monkeypatch.setattr(linear, "reads_in_place", lambda weight: False)
     assert linear.offer("", layer(BF16), nn.Module()) is None
+
+
+@torch.no_grad()
+def test_biases_and_layouts_that_only_torch_takes_are_torchs(calls: list[Any]) -> None:
+    x = torch.randn(3, 96)
+    for bias in (torch.randn(48, 3)[:, 1], torch.randn(1).expand(48), torch.randn(1)):
+        module = replaced(layer(F32))
+        module.bias = nn.Parameter(bias)
+        assert torch.equal(module(x), nn.functional.linear(x, module.weight, bias))
+    module.bias = nn.Parameter(torch.randn(47))
+    with pytest.raises(RuntimeError):
+        module(x)
+    module = replaced(layer(F32, bias=False))
+    wanted = module(x)
+    calls.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch: sparse CSR is in beta
+        module.weight = nn.Parameter(module.weight.to_sparse_csr())
+        torch.testing.assert_close(module(x), wanted)
+        assert linear.offer("", module, module) is None
+    assert not calls
+
+
+@torch.no_grad()
+def test_a_weight_without_memory_is_refused_and_read_by_nobody() -> None:
+    module = replaced(layer(F32))
+    module.weight.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="no memory"):
+        module(torch.randn(1, 96))
 
 
 @torch.no_grad()

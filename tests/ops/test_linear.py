@@ -7,6 +7,7 @@ import torch
 
 from fastllm import _C
 from fastllm.ops import embedding, linear, quant_matmul
+from fastllm.ops.linear import reads_in_place
 from fastllm.quantize.packed import pack
 from fastllm.testing.opinfo import generator
 
@@ -31,6 +32,24 @@ def test_packed_on_the_fly_and_alone_give_the_same_bits(format: str, n: int, k: 
                 )
                 assert torch.equal(got, whole[4 : 4 + count])
                 assert torch.equal(ahead, got)
+
+
+def test_what_is_read_in_place_is_known_beforehand() -> None:
+    def weight(k: int, dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
+        return torch.empty(48, k, dtype=dtype, device=device)
+
+    for isa in _C.isas():
+        _C.set_isa(isa)
+        assert reads_in_place(weight(96, torch.bfloat16)) == (isa == "avx512_bf16")
+        assert reads_in_place(weight(16, torch.float32)) == isa.startswith("avx512")
+        for other in (
+            weight(40, torch.bfloat16),  # 80 bytes a row
+            weight(24, torch.float32),
+            weight(96, torch.float16),
+            weight(96, torch.float32, "meta"),
+            weight(96, torch.float32)[0],
+        ):
+            assert not reads_in_place(other)
 
 
 def test_bad_arguments_are_named() -> None:
