@@ -12,64 +12,44 @@ namespace {
 template <class D>
 struct LinearProduct : DenseRows<D> {
   static constexpr int64_t element = D::columns == 2 ? 2 : 4;
-  static constexpr bool reads_rows = kReadsRows && D::steps == 1;  // a word of both is one step
-  static constexpr int few = reads_rows ? 12 : DenseRows<D>::few;
+  static constexpr int few = kFewRowsOf<D>;
   const LinearArgs& a;
-  const int64_t weight_row_bytes;  // from one row of the weight to the next
-  const bool direct;               // its rows are read where they lie
-  int64_t end = 0;                 // few rows: where this thread's rows of the weight end
+  const RowsInPlace weight;
+  const bool direct;  // it is read where it lies
+  int64_t end = 0;    // few rows: where this thread's rows of the weight end
   uint32_t* panels;
 
   LinearProduct(const LinearArgs& args, const Team& team)
       : DenseRows<D>{args.x, args.type, args.m, args.k, args.x_stride},
         a(args),
-        weight_row_bytes(args.weight_stride * element),
-        direct(reads_rows && args.m <= few && args.k * element % 64 == 0),
+        weight{static_cast<const char*>(args.weight), args.weight_stride * element,
+               args.k * element},
+        direct(kReadsRowsOf<D> && args.m <= few && weight.whole_lines()),
         panels(static_cast<uint32_t*>(thread_scratch(
             Scratch::panels, this->words() * kPanelRows * DenseRows<D>::strip * 4))) {
     int64_t begin;
     my_share(team, a.out.n, kPanelRows, &begin, &end);
   }
 
-  const char* row(int64_t i) const {
-    return static_cast<const char*>(a.weight) + i * weight_row_bytes;
-  }
-  // The first lines of this thread's rows, which the hardware sees as 16 streams too late.
-  void prefetch_panel(int64_t panel) const {
-    constexpr int64_t most = 512;  // of a row: 8 KB in all, as of a packed weight
-    const int64_t first = panel * kPanelRows, bytes = a.k * element;
-    for (int64_t i = first; i < end && i < first + kPanelRows; ++i)
-      for (int64_t b = 0; b < bytes && b < most; b += 64) __builtin_prefetch(row(i) + b, 0, 2);
-  }
+  void prefetch_panel(int64_t panel) const { weight.prefetch(panel * kPanelRows, end); }
   void begin_strip(int64_t panel, int64_t count) const {
     if (direct) return;
     for (int64_t p = 0; p < count; ++p) {
-      const int64_t first = (panel + p) * kPanelRows, left = a.out.n - first;
-      pack_panel(row(first), weight_row_bytes, left < kPanelRows ? left : kPanelRows, a.k * element,
-                 this->words(), panels + p * this->words() * kPanelRows);
+      const int64_t first = (panel + p) * kPanelRows;
+      pack_panel(weight.data + first * weight.stride, weight.stride,
+                 smaller(a.out.n - first, kPanelRows), weight.bytes, this->words(),
+                 panels + p * this->words() * kPanelRows);
     }
   }
   template <int MR, int NP>
   void tile(int64_t panel, const char* x, int64_t width, bool, float* sums) const {
     const auto* words = reinterpret_cast<const uint32_t*>(x);
 #if defined(__AVX512F__)
-    if constexpr (NP == 1 && reads_rows)
-      if (direct) return read_rows<MR>(panel * kPanelRows, words, width, sums);
+    if constexpr (NP == 1 && kReadsRowsOf<D>)
+      if (direct) return weight.tile<D, MR>(panel * kPanelRows, end, true, words, width, sums);
 #endif
     dense_tile<D, MR, NP>(panels, this->words(), 0, words, width, sums);
   }
-
- private:
-#if defined(__AVX512F__)
-  template <int MR>
-  void read_rows(int64_t first, const uint32_t* x, int64_t width, float* sums) const {
-    const char* rows[kPanelRows];  // past the end the last one again: nobody reads its sums
-    for (int64_t i = 0; i < kPanelRows; ++i)
-      rows[i] = row(first + i < a.out.n ? first + i : a.out.n - 1);
-    const int64_t left = end - first - kPanelRows, next = left < kPanelRows ? left : kPanelRows;
-    rows_tile<D, MR>(rows, kPanelRows * weight_row_bytes, next, this->words(), x, width, sums);
-  }
-#endif
 };
 
 }  // namespace

@@ -14,8 +14,8 @@ namespace {
 template <class D>
 class PlainExperts {
  public:
-  static constexpr bool reads_rows = kReadsRows && D::steps == 1, by_strips = false;
-  static constexpr int rows = kDenseRows, strip = kDenseStrip, few = reads_rows ? 12 : 4;
+  static constexpr bool reads_rows = kReadsRowsOf<D>, by_strips = false;
+  static constexpr int rows = kDenseRows, strip = kDenseStrip, few = kFewRowsOf<D>;
   static constexpr int64_t element = sizeof(Element<D>);
 
   PlainExperts(const ExpertWeights& w, int64_t k, int sides)
@@ -39,21 +39,16 @@ class PlainExperts {
 
   // `few_rows`: the expert has at most `few`, so that strips are single panels.
   void begin_expert(int64_t e, bool few_rows) {
-    expert_ = w_.data + e * w_.expert_bytes;
-    direct_ = reads_rows && few_rows && k_ * element % 64 == 0;
+    expert_ = rows_of(e);
+    direct_ = reads_rows && few_rows && expert_.whole_lines();
   }
   // The first lines of the weight from `row` on.
-  void prefetch(int64_t e, int64_t row, int64_t end) const {
-    const char* from = w_.data + e * w_.expert_bytes + row * w_.row_bytes;
-    const int64_t bytes = smaller(k_ * element, 512);
-    for (int64_t i = 0; i < smaller(end - row, kPanelRows); ++i)
-      for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(from + i * w_.row_bytes + b, 0, 2);
-  }
+  void prefetch(int64_t e, int64_t row, int64_t end) const { rows_of(e).prefetch(row, end); }
   // Packs `count` panels of rows [row, end); `more`: the next strip follows.
   void begin_strip(int side, int64_t row, int64_t count, int64_t end, bool more) {
     if (direct_) {
       end_[side] = end;
-      fetched_ = more ? kPanelRows : 0;
+      more_ = more;
       return;
     }
     uint32_t* to = panels_ + side * side_words_;
@@ -62,31 +57,24 @@ class PlainExperts {
   }
   template <int MR, int NP>
   void tile(int side, int64_t row, const char* x, int64_t width, int64_t, float* sums) const {
+    const auto* words = reinterpret_cast<const uint32_t*>(x);
 #if defined(__AVX512F__)
     if constexpr (NP == 1 && reads_rows)
-      if (direct_) return read_rows<MR>(side, row, x, width, sums);
+      if (direct_) return expert_.tile<D, MR>(row, end_[side], more_, words, width, sums);
 #endif
     (void)row;
-    dense_tile<D, MR, NP>(panels_ + side * side_words_, words_, 0,
-                          reinterpret_cast<const uint32_t*>(x), width, sums);
+    dense_tile<D, MR, NP>(panels_ + side * side_words_, words_, 0, words, width, sums);
   }
 
  private:
-#if defined(__AVX512F__)
-  template <int MR>
-  void read_rows(int side, int64_t row, const char* x, int64_t width, float* sums) const {
-    const char* rows[kPanelRows];  // past the end the last one again: nobody reads its sums
-    for (int64_t i = 0; i < kPanelRows; ++i)
-      rows[i] = expert_ + smaller(row + i, end_[side] - 1) * w_.row_bytes;
-    const int64_t next = smaller(fetched_, end_[side] - row - kPanelRows);
-    rows_tile<D, MR>(rows, kPanelRows * w_.row_bytes, next, words_,
-                     reinterpret_cast<const uint32_t*>(x), width, sums);
+  RowsInPlace rows_of(int64_t e) const {
+    return {w_.data + e * w_.expert_bytes, w_.row_bytes, k_ * element};
   }
-#endif
   // One panel, in pieces of 256 bytes a row; as many bytes of rows [ahead, end) are fetched.
   void pack(int64_t row, int64_t count, int64_t ahead, int64_t end, uint32_t* to) const {
     constexpr int64_t piece = 256;
-    const char *from = expert_ + row * w_.row_bytes, *next = expert_ + ahead * w_.row_bytes;
+    const char *from = expert_.data + row * w_.row_bytes,
+               *next = expert_.data + ahead * w_.row_bytes;
     const int64_t bytes = k_ * element, fetched = smaller(end - ahead, kPanelRows);
     for (int64_t b = 0; b < bytes; b += piece) {
       for (int64_t i = 0; i < fetched; ++i) prefetch_lines<piece / 64>(next + i * w_.row_bytes + b);
@@ -98,9 +86,9 @@ class PlainExperts {
   const ExpertWeights& w_;
   const int64_t k_, words_, side_words_;
   uint32_t* const panels_;
-  const char* expert_ = nullptr;
-  bool direct_ = false;
-  int64_t end_[2] = {}, fetched_ = 0;
+  RowsInPlace expert_{};
+  bool direct_ = false, more_ = false;
+  int64_t end_[2] = {};
 };
 
 // NP panels from output `row` on, which need not be the first of a panel: where an expert's gate

@@ -1,7 +1,7 @@
 // Causal attention over the paged cache (attention_block.h). Pages of q's own type are used where
 // they lie; int8 and half-precision pages are widened tile by tile, int8 pages for few rows of bf16
-// in registers. Bound by arithmetic for prompts
-// (both products at the rate of the dot instruction) and by reading the cache for decode.
+// in registers. Bound by arithmetic for prompts (both products at the rate of the dot instruction)
+// and by reading the cache for decode.
 #include "cpu/attention_paged.h"
 
 namespace fastllm::FASTLLM_ISA {
@@ -37,10 +37,15 @@ struct PagedSource {
     using Word = typename E::Word;
     if (a.cache_dtype == DType::i8) {
       if (E::kReadsCodes && once && a.rows.value_dim % 32 == 0)
-        return scaled(
-            {nullptr, nullptr, next.k, nullptr, nullptr, ~uint64_t{0},
-             reinterpret_cast<const CodePair*>(now.k), reinterpret_cast<const CodePair*>(now.v)},
-            scratch, now);
+        return scaled({.k = nullptr,
+                       .v = nullptr,
+                       .next_k = next.k,
+                       .k_scale = nullptr,
+                       .v_scale = nullptr,
+                       .visible = ~uint64_t{0},
+                       .k_codes = reinterpret_cast<const CodePair*>(now.k),
+                       .v_codes = reinterpret_cast<const CodePair*>(now.v)},
+                      scratch, now);
       return expanded<int8_t>(scratch, now, next);
     }
     if constexpr (__is_same(E, F16))

@@ -104,14 +104,13 @@ FASTLLM_INLINE void vstore_u16(void* p, vi bits) {
 }
 
 FASTLLM_INLINE vf vload_bf16(const uint16_t* p) { return vbits(vload_u16(p) << 16); }
-// The bf16 bits of each lane, rounded to nearest even, in the low half of the lane.
-FASTLLM_INLINE vi vround_bf16_bits(vf x) {
+// The bf16 bits of each lane, rounded to nearest even: in its high half, whose low half then holds
+// anything, or alone in its low half.
+FASTLLM_INLINE vi vround_bf16_high(vf x) {
   const vi bits = vbits(x);
-  const vi odd = (bits >> 16) & 1;
-  const vi rounded = ((bits + (odd + 0x7fff)) >> 16) & 0xffff;
-  const vi nan = ((bits >> 16) & 0xffff) | 0x40;
-  return (x != x) ? nan : rounded;
+  return (x != x) ? (bits | 0x400000) : bits + (((bits >> 16) & 1) + 0x7fff);
 }
+FASTLLM_INLINE vi vround_bf16_bits(vf x) { return (vround_bf16_high(x) >> 16) & 0xffff; }
 FASTLLM_INLINE vf vround_bf16(vf x) { return vbits(vround_bf16_bits(x) << 16); }
 FASTLLM_INLINE void vstore_bf16(uint16_t* p, vf x) { vstore_u16(p, vround_bf16_bits(x)); }
 

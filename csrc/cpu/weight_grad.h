@@ -49,17 +49,13 @@ FASTLLM_INLINE bool streams_gradient(const Y* y, int64_t n, int64_t count) {
 }
 
 #if defined(__AVX512F__)
-// Both vectors as bf16, one behind the other: vround_bf16_bits, in the high halves of lanes.
+// Both vectors as bf16, one behind the other.
 FASTLLM_INLINE vi vpack_bf16(vf low, vf high) {
   alignas(64) static constexpr uint16_t odd[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
                                                    23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43,
                                                    45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
-  const auto round = [](vf x) __attribute__((always_inline)) {
-    const vi bits = vbits(x);
-    return (x != x) ? (bits | 0x400000) : bits + (((bits >> 16) & 1) + 0x7fff);
-  };
-  return (vi)_mm512_permutex2var_epi16((__m512i)round(low), _mm512_load_si512(odd),
-                                       (__m512i)round(high));
+  return (vi)_mm512_permutex2var_epi16((__m512i)vround_bf16_high(low), _mm512_load_si512(odd),
+                                       (__m512i)vround_bf16_high(high));
 }
 FASTLLM_INLINE void stream_sums(float* y, const float*, const float* sums, int64_t n) {
   for (int64_t c = 0; c < n; c += VL) _mm512_stream_ps(y + c, (__m512)vload(sums + c));

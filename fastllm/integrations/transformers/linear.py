@@ -23,14 +23,13 @@ NAME = "linear"
 # Elements of a weight from which that is faster. torch / ours in us, one row, two Zen 4 cores:
 # bfloat16 64 x 64 13 / 24, 128 x 128 54 / 30, 256 x 256 47 / 31; float32 8 / 15, 19 / 18, 50 / 31.
 _FROM = 1 << 16
-_ELSEWHERE = Tensor()  # a bias that is computed: it is parametrized or pruned
 
 
 def offer(name: str, module: nn.Module, model: nn.Module) -> Offer | None:
     """The answer of this part (see `parts`): every plain `nn.Linear` that the kernel can serve."""
     if original(module) is not nn.Linear:
         return None
-    weight = module._parameters.get("weight")  # pruned and parametrized layers have it elsewhere
+    weight = module._parameters.get("weight")
     if weight is None or weight.layout is not torch.strided or weight.numel() < _FROM:
         return None
     if not reads_in_place(weight):
@@ -42,9 +41,9 @@ def forward(self: nn.Linear, input: Tensor) -> Tensor:
     """`nn.Linear.forward`, with our product for what the module's docstring says."""
     if not torch.is_grad_enabled() and is_eager(input):
         own = self._parameters  # an attribute of a module costs half a microsecond
-        weight, bias = own.get("weight"), own.get("bias", _ELSEWHERE)
-        if weight is not None and bias is not _ELSEWHERE and _ours(input, weight, bias):
-            return native_linear(input, weight, bias)
+        weight = own.get("weight")  # what is pruned or parametrized is not among them
+        if weight is not None and "bias" in own and _ours(input, weight, own["bias"]):
+            return native_linear(input, weight, own["bias"])
     return nn.Linear.forward(self, input)
 
 
