@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastllm.engine.request import Logprob
 from fastllm.models.tokenizer import Tokenizer
-from fastllm.ops.sampling import log_probs, top_log_probs
+from fastllm.ops.log_probs import log_probs, top_log_probs
 
 
 def logprob_rows(

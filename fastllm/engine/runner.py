@@ -15,7 +15,7 @@ from fastllm.graph import record
 from fastllm.models.decoder import Decoder
 from fastllm.nn.batch import Batch
 from fastllm.nn.lora import adapted
-from fastllm.ops.sampling import log_probs
+from fastllm.ops.log_probs import log_probs
 
 _Outputs = tuple[Tensor, Tensor, Tensor, Tensor]  # the sampler's three results, logits
 LOGITS_ROWS = 64  # rows of logits made at once where many are wanted: 12 MB for 49,152 tokens

@@ -19,6 +19,7 @@ from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .linear_kl import linear_kl
 from .linear_logprob import linear_logprob
+from .log_probs import log_probs, top_log_probs
 from .lora_add import lora_add
 from .mla_attention import append_mla, mla_attention, new_mla_cache
 from .moe import moe
@@ -33,7 +34,7 @@ from .quant_moe import quant_moe
 from .quantize import quantize
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import rope
-from .sampling import log_probs, sampling, top_log_probs
+from .sampling import sampling
 from .sdpa import sdpa
 from .sum_of_squares import sum_of_squares
 from .swiglu import swiglu

@@ -15,7 +15,7 @@ from fastllm.engine.cache import PagedCache, page_bytes
 from fastllm.models.config import ModelConfig
 from fastllm.models.tokenizer import Tokenizer
 from fastllm.models.weights import GGUFWeights, open_weights
-from fastllm.ops.sampling import log_probs
+from fastllm.ops.log_probs import log_probs
 
 PROMPT = [(37 * i + i * i) % 400 for i in range(150)]  # three pages
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, detokenize=False, logprobs=0)

@@ -16,7 +16,7 @@ from fastllm.models.trainable import load_trainable
 from fastllm.models.weights import open_weights
 from fastllm.nn.batch import Documents
 from fastllm.nn.lora import LoraConfig, adapters_disabled, add_lora, lora_parameters
-from fastllm.ops.sampling import log_probs
+from fastllm.ops.log_probs import log_probs
 
 MODELS = [("bf16", {}), ("f32", {"dtype": "float32"}), ("q8_0", {})] + [
     (format, {"activation": "bf16"}) for format in ("q4_0", "q4_1", "q8_0")

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastllm import _C, LLM, SamplingParams
-from fastllm.ops.sampling import log_probs
+from fastllm.ops.log_probs import log_probs
 
 MODELS = [("f32", {}), ("f32", {"dtype": "float32"}), ("bf16", {})] + [
     (format, options)

@@ -17,8 +17,8 @@ from fastllm.models.trainable import load_trainable
 from fastllm.models.weights import SafetensorsWeights
 from fastllm.nn.batch import Documents
 from fastllm.nn.lora import LoraConfig, add_lora, lora_parameters
+from fastllm.ops.log_probs import log_probs
 from fastllm.ops.quant_format import QUANT_FORMATS
-from fastllm.ops.sampling import log_probs
 from fastllm.quantize.quantizer import Quantizer
 from fastllm.quantize.rule import FallbackWarning, QuantRule
 from fastllm.testing.quantized_models import directory

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastllm import LLM, SamplingParams
 from fastllm.models.tokenizer import Tokenizer
 from fastllm.models.weights import GGUFWeights, open_weights
-from fastllm.ops.sampling import log_probs
+from fastllm.ops.log_probs import log_probs
 
 transformers = pytest.importorskip("transformers")
 

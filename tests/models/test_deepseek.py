@@ -17,7 +17,7 @@ from fastllm.errors import ModelFileError
 from fastllm.models.config import ModelConfig
 from fastllm.models.loader import load_model
 from fastllm.models.mla_config import MlaConfig, half_split_index
-from fastllm.ops.sampling import log_probs
+from fastllm.ops.log_probs import log_probs
 
 transformers = pytest.importorskip("transformers")
 

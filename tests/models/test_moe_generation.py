@@ -11,7 +11,7 @@ import torch
 from moe_families import FAMILIES, PROMPT, chosen, families, some
 
 from fastllm import LLM, SamplingParams
-from fastllm.ops.sampling import log_probs
+from fastllm.ops.log_probs import log_probs
 from fastllm.testing.small_models import batch_of, model_of, random_documents
 from fastllm.train.optim import AdamW
 

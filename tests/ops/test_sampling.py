@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fastllm import _C
 from fastllm.ops import log_probs, sampling, top_log_probs
-from fastllm.ops.sampling import gumbel, philox, sampling_ref, top_log_probs_ref
+from fastllm.ops.log_probs import top_log_probs_ref
+from fastllm.ops.sampling import gumbel, philox, sampling_ref
 from fastllm.testing.infos.sampling import row_parameters
 from fastllm.testing.opinfo import generator
 
