@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastllm.nn.autocast import autocasting
 from fastllm.ops.linear import as_rows, linear
 from fastllm.ops.lora_add import lora_add
 
@@ -118,6 +119,9 @@ class _TrainedProducts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        if autocasting(grads[0]):  # the products are those of the dtype of x, as in forward
+            with torch.autocast(grads[0].device.type, enabled=False):
+                return _TrainedProducts.backward(ctx, *grads)
         x, a, t, *bs = ctx.saved_tensors
         g = [grad.to(x.dtype) for grad in grads]
         terms = [(as_rows(grad), s) for grad, s in zip(g, ctx.scales, strict=True) if s is not None]

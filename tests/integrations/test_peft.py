@@ -145,6 +145,26 @@ def test_the_fused_layer_gives_what_peft_gives_and_its_gradients(
         assert float(((mine - theirs).norm() / theirs.norm()).detach()) < tolerance
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_backward_pass_inside_autocast_gives_the_same_gradients(
+    dtype: torch.dtype, base: Path
+) -> None:
+    config = QuantConfig("q8_0")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, quantization_config=config)
+    model = adapted(model)
+    layer = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+    factors = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    x = torch.randn(3, 5, 96).to(dtype).requires_grad_()
+    results = []
+    for inside in (True, False):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = layer(x).float().square().sum()
+            if inside:
+                results.append(torch.autograd.grad(loss, (x, *factors)))
+    results.append(torch.autograd.grad(loss, (x, *factors)))
+    assert all(map(torch.equal, *results))
+
+
 @pytest.mark.parametrize(
     "config",
     [{"lora_dropout": 0.5}, {"use_dora": True}, {"lora_bias": True, "target_modules": ["q_proj"]}],
