@@ -40,6 +40,8 @@ class PackedMatrix(nn.Module):
         """Take over the memory of a packed weight; constructors call it once."""
         if packed.format in layout.DENSE:
             raise ValueError(f"format {packed.format!r} is not quantized: keep the plain module")
+        if not packed.n or not packed.k:
+            raise ValueError(f"a weight of {packed.n} x {packed.k} is empty: keep the plain module")
         self._n, self._k = packed.n, packed.k
         self.format, self.dtype = packed.format, dtype
         self._shapes = _shapes(packed.format, packed.n, packed.k)
@@ -74,12 +76,17 @@ class PackedMatrix(nn.Module):
     def packed_weight(self) -> PackedWeight:
         """The weight as kernels read it; it shares this memory.
 
-        Raises RuntimeError if FSDP2 has it sharded now.
+        Raises RuntimeError if FSDP2 has it sharded now, and under torch.jit.trace.
         """
         if is_sharded(self.weight_codes):
             raise RuntimeError(
                 "the codes are sharded among processes: they are whole inside a forward of the "
                 "module that fully_shard was called on, or after its unshard()"
+            )
+        if torch.jit.is_tracing():
+            raise RuntimeError(
+                "torch.jit.trace cannot record views of bytes as another dtype, which packed "
+                "weights are read through: use torch.export or torch.compile"
             )
         return self._packed(self.weight_codes, self.weight_scales)
 
@@ -209,8 +216,8 @@ def frozen(data: Tensor) -> nn.Parameter:
 
 
 def format_in(name: Tensor) -> str:
-    """The format that a `weight_format` names, whatever bytes a file has there."""
-    return bytes(name.flatten().tolist()).decode("ascii", "replace")
+    """The format that a `weight_format` names, whatever a file has there."""
+    return bytes(name.flatten().to(torch.uint8).tolist()).decode("ascii", "replace")
 
 
 def as_bytes(part: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ class QuantLinear(PackedMatrix, nn.Linear):  # type: ignore[override]
 
         Raises:
             ValueError: if rows do not fit the format (`fastllm.ops.quant_format.fit` names one
-                that they do), or the weight holds NaN or infinity.
+                that they do), or the weight is empty or holds NaN or infinity.
         """
         weight, kind = linear.weight.detach(), format_of(format)
         if weight.shape[1] % kind.multiple:
@@ -115,6 +115,8 @@ class QuantLinear(PackedMatrix, nn.Linear):  # type: ignore[override]
                 a, b = low_rank.a.weight, low_rank.b.weight
                 if _usual(a, input.dtype) and _usual(b, input.dtype):
                     return quick.with_term(input, a, b, low_rank.scale)
+        if not input.is_floating_point():
+            raise ValueError(f"input must be floating-point, got {input.dtype}")
         given, dtype = input.dtype, compute_dtype_of(self.activation, input.dtype)
         x = input if given == dtype else input.to(dtype)
         if low_rank is None or not low_rank.enabled:

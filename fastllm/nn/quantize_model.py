@@ -21,6 +21,12 @@ from fastllm.quantize.packed import PackedWeight, concat
 from fastllm.quantize.quantizer import Quantizer, naming
 from fastllm.quantize.rule import DEFAULT_SKIP, QuantReport, QuantRule
 
+_HOOKS = (
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks",
+    "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_backward_pre_hooks",
+    "_backward_hooks", "_is_full_backward_hook",
+)  # fmt: skip
+
 
 def quantize_model(
     model: nn.Module,
@@ -34,7 +40,9 @@ def quantize_model(
     """Quantize the linear layers of a model in place, rounding to nearest.
 
     Embeddings, norms, and what `skip` names stay as they are, and in models that others define so
-    do stacked experts. Adapters go on afterwards: `peft.get_peft_model` or `fastllm.nn.lora`.
+    do stacked experts, subclasses of `torch.nn.Linear`, and layers whose weight is made of others
+    (pruned, weight_norm, parametrized). Hooks of forward and backward stay. Adapters go on
+    afterwards: `peft.get_peft_model` or `fastllm.nn.lora`.
 
     Args:
         model: any tree of modules with `torch.nn.Linear`s, such as a model of transformers, or a
@@ -66,6 +74,7 @@ def quantize_model(
         if quantizer.rule.chooses(name):
             report.keep(name, "shares its weight with another module")
             quantizer.leave.add(name)
+    _note_others(model, quantizer)
     _check(model, quantizer, activation)
     for names in _names_of(model, _is_plain):
         _replace(model, names, quantizer, activation)
@@ -73,7 +82,7 @@ def quantize_model(
     if not report.layers:
         raise ValueError(
             f"no linear layer of the model is quantized (modules {modules!r}, skip {tuple(skip)}): "
-            + "; ".join(f"{name} is kept, {why}" for name, why in report.kept[:3])
+            + _reasons(model, report)
         )
     if own:
         model.weights_changed()  # type: ignore[operator]
@@ -140,7 +149,34 @@ def _sharing(model: nn.Module) -> list[str]:
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether it is PyTorch's own layer, under `fastllm.patch` too, and no subclass of it."""
-    return getattr(type(module), "fastllm_original", type(module)) is nn.Linear
+    own = module._parameters  # what is pruned or has a weight norm is not among them
+    return _kind(module) is nn.Linear and own.get("weight") is not None and "bias" in own
+
+
+def _kind(module: nn.Module) -> type:
+    """Its class, without `fastllm.patch`."""
+    return getattr(type(module), "fastllm_original", type(module))
+
+
+def _note_others(model: nn.Module, quantizer: Quantizer) -> None:
+    """Report the linear layers that are not plain, which are never replaced."""
+    for name, module in model.named_modules():
+        if not name or not isinstance(module, nn.Linear) or _is_plain(module):
+            continue
+        why = f"it is a {_kind(module).__name__}, not torch.nn.Linear itself"
+        if isinstance(module, QuantLinear):
+            why = "it is quantized already"
+        elif _kind(module) is nn.Linear:
+            why = "its weight or bias is made of other parameters"
+        quantizer.report.keep(name, why if quantizer.rule.chooses(name) else "not chosen")
+
+
+def _reasons(model: nn.Module, report: QuantReport) -> str:
+    """Why a model has no quantized layer."""
+    if isinstance(model, nn.Linear):
+        return "it is itself a linear layer, which fastllm.nn.QuantLinear.from_linear takes"
+    kept = [f"{name} is kept, {why}" for name, why in report.kept[:3]]
+    return "; ".join(kept) or "it has no linear layer"
 
 
 def _names_of(model: nn.Module, chosen: Callable[[nn.Module], bool]) -> list[list[str]]:
@@ -211,6 +247,10 @@ def _replace(
 
 
 def _put(model: nn.Module, names: Sequence[str], layer: nn.Module) -> None:
+    """Let a layer take the place of another, and the hooks of its calls."""
+    old = model.get_submodule(names[0])
+    for hooks in _HOOKS:
+        setattr(layer, hooks, getattr(old, hooks))
     for name in names:
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, layer)

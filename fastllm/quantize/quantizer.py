@@ -40,8 +40,11 @@ class Quantizer:
         if not self.rule.chooses(name):
             self.report.keep(name, "not chosen")
             return None
+        if 0 in shape:
+            self.report.keep(name, "its weight is empty")
+            return None
         format = self.rule.format_for(name, shape[-1])
-        if format is None or format in layout.DENSE or 0 in shape:
+        if format is None or format in layout.DENSE:
             self.report.cannot(name, shape[-1])
             return None
         return format

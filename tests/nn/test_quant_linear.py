@@ -150,6 +150,9 @@ def test_what_does_not_fit_is_named_when_a_state_is_loaded() -> None:
     del state["0.weight_scales"]
     with pytest.raises(RuntimeError, match=r"0.weight_scales is missing"):
         model.load_state_dict(state, strict=False)
+    state = model.state_dict() | {"0.weight_format": torch.full((4,), 0.5)}
+    with pytest.raises(RuntimeError, match=r"0.weight_format is .* and this layer is 'q4_0'"):
+        model.load_state_dict(state)
     with pytest.raises(RuntimeError, match=r'Missing key.*"0.weight_codes", "0.weight_scales"'):
         model.load_state_dict({})
     state = model.state_dict() | {"0.extra": torch.zeros(1)}
@@ -170,6 +173,27 @@ def test_wrong_arguments_are_named() -> None:
         QuantLinear.from_linear(broken, "q8_0")
     with pytest.raises(ValueError, match="columns"):
         QuantLinear.from_linear(linear(), "q8_0")(torch.ones(2, 32, dtype=torch.bfloat16))
+    for shape in ((K, 0), (0, N)):
+        empty = linear()
+        empty.weight = nn.Parameter(torch.empty(shape[::-1]))
+        with pytest.raises(ValueError, match="is empty: keep the plain module"):
+            QuantLinear.from_linear(empty, "q8_0")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
+@pytest.mark.parametrize("grad", [True, False])
+def test_whole_numbers_are_no_input(dtype: torch.dtype, grad: bool) -> None:
+    layer = QuantLinear.from_linear(linear(), "q8_0")
+    with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=f"input must be.*{dtype}"):
+        layer(torch.ones(2, K, dtype=dtype))
+
+
+def test_torch_export_takes_it_and_torch_jit_says_so() -> None:
+    layer, x = QuantLinear.from_linear(linear(), "q4_0"), inputs()
+    with torch.no_grad():
+        assert torch.equal(torch.export.export(layer, (x,)).module()(x), layer(x))
+        with pytest.raises(RuntimeError, match=r"torch.jit.trace cannot .* use torch.export"):
+            torch.jit.trace(layer, x)
 
 
 def test_it_compiles_into_one_graph() -> None:

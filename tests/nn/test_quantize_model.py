@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import fastllm
 from fastllm.nn import QuantLinear
@@ -138,6 +139,56 @@ def test_values_beyond_fp16_are_refused_only_by_scales_of_fp16(format: str, fits
         return
     fastllm.quantize_model(model, format)
     assert isinstance(model[1], QuantLinear)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+def test_linear_layers_that_are_more_than_a_weight_are_kept_and_named() -> None:
+    model = nn.ModuleDict({name: nn.Linear(64, 64) for name in ("plain", "pruned", "made")})
+    model["old"] = torch.nn.utils.weight_norm(nn.Linear(64, 64))
+    model["heads"] = nn.MultiheadAttention(64, 2)
+    model["empty"] = nn.Linear(64, 8)
+    model["empty"].weight.data = torch.empty(0, 64)
+    prune.l1_unstructured(model["pruned"], "weight", 0.5)
+    nn.utils.parametrizations.orthogonal(model["made"])
+    report = fastllm.quantize_model(model, "q8_0")
+    assert [layer.name for layer in report.layers] == ["plain"]
+    others = "its weight or bias is made of other parameters"
+    assert dict(report.kept) == {
+        "pruned": others,
+        "old": others,
+        "made": "it is a ParametrizedLinear, not torch.nn.Linear itself",
+        "heads.out_proj": "it is a NonDynamicallyQuantizableLinear, not torch.nn.Linear itself",
+        "empty": "its weight is empty",
+    }
+    with pytest.raises(ValueError, match="plain is kept, it is quantized already; pruned is kept"):
+        fastllm.quantize_model(model, "q8_0")
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (nn.Linear(64, 64), "itself a linear layer, which fastllm.nn.QuantLinear.from_linear"),
+        (nn.MultiheadAttention(64, 2), "out_proj is kept, it is a NonDynamically"),
+        (nn.Sequential(nn.Conv1d(64, 64, 1)), "it has no linear layer"),
+    ],
+)
+def test_a_model_without_a_quantized_layer_is_told_why(model: nn.Module, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        fastllm.quantize_model(model, "q8_0")
+
+
+def test_hooks_of_calls_stay_on_a_layer_that_is_replaced() -> None:
+    model, x, seen = nn.Sequential(nn.Linear(64, 64)), torch.ones(1, 64), []
+    model[0].register_forward_pre_hook(lambda *_, **__: seen.append("before"), with_kwargs=True)
+    after = model[0].register_forward_hook(lambda *_: seen.append("after"))
+    model[0].register_full_backward_hook(lambda *_: seen.append("backward"))
+    fastllm.quantize_model(model, "q8_0")
+    model(x.requires_grad_()).sum().backward()
+    assert seen == ["before", "after", "backward"]
+    after.remove()
+    fastllm.dequantize_model(model)
+    model(x).sum().backward()
+    assert seen[3:] == ["before", "backward"]
 
 
 def test_one_dense_layer_at_a_time_is_beside_its_codes(monkeypatch: pytest.MonkeyPatch) -> None:

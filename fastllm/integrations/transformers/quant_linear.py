@@ -91,6 +91,8 @@ class QuantExperts(nn.Module):
         """
         gate_up, down = (self.packed(part).parts for part in EXPERT_PARTS)
         given = hidden_states.dtype
+        if not hidden_states.is_floating_point():
+            raise ValueError(f"hidden_states must be floating-point, got {given}")
         x = hidden_states.to(compute_dtype_of(self.activation, given))
         y = quant_moe(
             x, gate_up, down, self.inner, top_k_index.int(),
