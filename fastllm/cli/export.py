@@ -38,7 +38,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--adapter", metavar="DIR", default=None, help="merge the LoRA adapter of a directory"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace what is at --out")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model at --out")
     options = parser.parse_args(list(argv))
     from ..models.adapters import read_adapter
     from ..models.gguf_export import export_gguf, export_hf, weights_of

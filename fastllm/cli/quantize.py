@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,7 +86,7 @@ def _parser() -> Parser:
     parser.add_argument("--format", required=True, metavar="F", help="see above")
     parser.add_argument("--out", required=True, metavar="PATH", help="the file or directory")
     add_method(parser)
-    parser.add_argument("--overwrite", action="store_true", help="replace what is at --out")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model at --out")
     group: Any = parser.add_argument_group("calibration options")
     group.add_argument(
         "--calibration", action="append", default=None, metavar="FILE",
@@ -132,8 +133,21 @@ def _check_options(options: Any) -> None:
             raise ValueError(f"--{name.replace('_', '-')} goes with --method imatrix")
     if options.imatrix is not None and (options.calibration or options.save_imatrix):
         raise ValueError("--imatrix takes the place of --calibration: give one of them")
+    if options.save_imatrix is not None:
+        _check_writable(Path(options.save_imatrix))
     if options.method != "rtn" and options.imatrix is None and not options.calibration:
         raise ValueError(f"--method {options.method} needs --calibration FILE")
+
+
+def _check_writable(file: Path) -> None:
+    """Raise OSError unless a file can be written there, which happens hours later."""
+    if file.is_dir():
+        raise IsADirectoryError(f"--save-imatrix {file} is a directory")
+    try:
+        with tempfile.TemporaryFile(dir=file.resolve().parent):
+            pass
+    except OSError as error:
+        raise OSError(f"--save-imatrix {file} cannot be written: {error.strerror}") from error
 
 
 def _inputs(

@@ -25,6 +25,7 @@ from fastllm.models.hf_layout import in_file_order
 from fastllm.models.safetensors_files import save_directory
 from fastllm.models.scorer import HEAD, with_head
 from fastllm.models.stored_tensor import LazyTensor, StoredTensor
+from fastllm.models.targets import check_apart, resolved
 from fastllm.models.tokenizer import Tokenizer
 from fastllm.models.tokenizer_to_gguf import tokenizer_metadata
 from fastllm.models.weights import GGUF_LAYER_NAMES, GGUF_MODEL_NAMES, WeightSource, half_split_rows
@@ -51,6 +52,7 @@ class Weights:
 
     config: ModelConfig
     get: Callable[[str], StoredTensor]
+    path: Path | None = None  # of the files that are read
 
     def values(self, name: str) -> Tensor:
         """One weight in float32."""
@@ -70,8 +72,9 @@ def weights_of(source: Decoder | WeightSource, adapter: Adapter | None = None) -
     if adapter is not None and adapter.head is not None and not isinstance(source, Decoder):
         source = with_head(source)
     get = _decoder_getter(source) if isinstance(source, Decoder) else source.get
+    path = None if isinstance(source, Decoder) else source.path
     if adapter is None:
-        return Weights(source.config, get)
+        return Weights(source.config, get, path)
     _check_fits(adapter, source.config)
 
     def merged(name: str) -> StoredTensor:
@@ -83,7 +86,7 @@ def weights_of(source: Decoder | WeightSource, adapter: Adapter | None = None) -
             delta = adapter.delta(name.removesuffix(".weight"))
         return stored if delta is None else _dense(stored.to_float32() + delta)
 
-    return Weights(source.config, merged)
+    return Weights(source.config, merged, path)
 
 
 def _check_fits(adapter: Adapter, config: ModelConfig) -> None:
@@ -162,14 +165,19 @@ def export_gguf(
         overwrite: replace a file that is there.
 
     Raises:
-        ValueError: for a model, tokenizer or size that the format cannot express.
+        ValueError: for a model, tokenizer or size that the format cannot express, or a `path` where
+            the weights are read from.
         FileExistsError: if `path` exists and `overwrite` is false.
     """
-    target = Path(path)
+    target = resolved(path)
     if type not in GGUF_TYPES:
         raise ValueError(f"type {type!r} is not one of {', '.join(GGUF_TYPES)}")
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} exists; remove it, or give overwrite (--overwrite)")
+    if target.is_dir():
+        raise FileExistsError(f"{target} is a directory and is not replaced by a file")
+    if weights.path is not None:
+        check_apart(target, weights.path)
     config = weights.config
     quantized = type in QUANTIZED_FORMATS
     metadata = gguf_metadata(config, name or target.stem, GGUF_TYPES[type], tokenizer, quantized)
@@ -282,12 +290,15 @@ def export_hf(
         directory: it appears whole or not at all.
         type: "f32", "f16" or "bf16", of matrices and vectors.
         tokenizer: saved beside the weights.
-        overwrite: replace a directory that is there.
+        overwrite: replace a model's directory that is there.
 
     Raises:
-        ValueError: for another type, or values too large for it.
-        FileExistsError: if the directory exists and `overwrite` is false.
+        ValueError: for another type, values too large for it, or a `directory` where the weights
+            are read from.
+        FileExistsError: if the directory exists and `overwrite` is false, or it is no model's.
     """
+    if weights.path is not None:
+        check_apart(Path(directory), weights.path)
     if type not in DENSE_DTYPES:
         raise ValueError(
             f"a Hugging Face directory holds {', '.join(DENSE_DTYPES)}, not {type!r}: quantized "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ import torch
 from fastllm.models.gguf import DEFAULT_ALIGNMENT, MAGIC
 from fastllm.models.gguf_metadata import MetadataArray
 from fastllm.models.stored_tensor import LazyTensor, StoredTensor
+from fastllm.models.targets import resolved
 from fastllm.quantize.gguf_blocks import TYPE_IDS
 
 _NUMPY_TYPES = {
@@ -31,6 +31,7 @@ def write_gguf(
 ) -> None:
     """Write a little-endian GGUF v3 file, aside first and then renamed into place.
 
+    Of a symbolic link, what it leads to is replaced.
     Types of metadata: bool, int (uint32 or the next type that holds it), float (float32), str,
     numpy scalars and arrays (their own type), and flat sequences of one of those.
     Raises TypeError or ValueError for anything else.
@@ -40,7 +41,7 @@ def write_gguf(
     pairs = dict(metadata)
     if alignment != DEFAULT_ALIGNMENT:
         pairs["general.alignment"] = alignment
-    target = Path(path)
+    target = resolved(path)
     aside = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         with aside.open("wb") as file:
@@ -49,6 +50,10 @@ def write_gguf(
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, target)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(target)) from error  # a full disk, mostly
     finally:
         aside.unlink(missing_ok=True)
 

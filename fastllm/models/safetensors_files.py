@@ -23,6 +23,7 @@ from fastllm.errors import ModelFileError
 from fastllm.models.disk import sync
 from fastllm.models.fields import describe, parse_json_object, read_json_object
 from fastllm.models.stored_tensor import StoredTensor
+from fastllm.models.targets import check_replaceable, resolved
 from fastllm.quantize.gguf_blocks import DENSE_DTYPES
 
 SINGLE_FILE = "model.safetensors"
@@ -232,15 +233,18 @@ def save_directory(
     tensors: float32, float16 or bfloat16, by Hugging Face name; with `quantized` integers and
     float8 too. config: the object for config.json.
     files: further files by name, for example {"tokenizer.json": bytes}.
+    overwrite: replace a model's directory that is there. Of a symbolic link, what it leads to.
     The directory is written aside, flushed to disk and renamed: it is there whole or not at all.
-    Raises FileExistsError if `path` exists and `overwrite` is false, ValueError or TypeError for
-    tensors that cannot be stored.
+    Raises FileExistsError if `path` exists and `overwrite` is false, or it is a directory of
+    something else than a model, ValueError or TypeError for tensors that cannot be stored.
     """
-    target = Path(path)
+    target = resolved(path)
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} exists; pass overwrite=True to replace it")
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target} is a file and is not replaced by a directory")
+    if target.exists():
+        check_replaceable(target)
     for name in files or {}:
         if Path(name).name != name or name in ("config.json", INDEX_FILE):
             raise ValueError(f"files: {name!r} is not a plain file name that is free")

@@ -106,6 +106,18 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
     assert not out.exists() and not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize("place", ["missing/x.gguf", ".", "text.txt/x.gguf"])
+def test_an_importance_matrix_that_cannot_be_kept_is_refused_before_the_work(
+    place: str, model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "m.gguf"
+    words = ["quantize", str(model), "--format", "q4_0", "--method", "imatrix", "--out", str(out)]
+    words += ["--calibration", str(text), "--save-imatrix", str(tmp_path / place)]
+    assert main(words) == 2
+    assert f"--save-imatrix {tmp_path / place}" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
 @torch.no_grad()
 def costs(exact: Path, found: Path, texts: Sequence[Sequence[int]]) -> tuple[float, float]:
     """(held-out loss above the exact model's, divergence from it), both a token, in float32."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastllm.models.config import ModelConfig
+from fastllm.models.gguf_export import export_gguf, export_hf, weights_of
 from fastllm.models.imatrix import read_imatrix, save_imatrix
 from fastllm.models.loader import load_model, save_pretrained
 from fastllm.models.moe_config import MoeConfig
@@ -23,7 +24,7 @@ from fastllm.models.quantizing import methods, work
 from fastllm.models.quantizing.block import Block
 from fastllm.models.quantizing.calibration import calibration_rows
 from fastllm.models.quantizing.methods import Awq, Settings
-from fastllm.models.quantizing.run import Progress, Report, plan_of, quantize_files
+from fastllm.models.quantizing.run import Progress, Report, _Run, plan_of, quantize_files
 from fastllm.models.tokenizer import Tokenizer
 from fastllm.models.trainable import initialize
 from fastllm.models.weights import open_weights
@@ -249,6 +250,93 @@ def test_unfinished_work_of_other_settings_is_begun_anew(
     assert resumed == [False, False] and "begun anew" in said[0]
 
 
+class Heard(Progress):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.resumed: list[bool] = []
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
+
+    def layer(self, index: int, errors: Any, found: bool) -> None:
+        self.resumed.append(found)
+
+
+def unfinished(source: Path, out: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The work folder of a run whose parts are all there, and the output is not."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr("fastllm.models.quantizing.run.write_directory", full)
+        made(source, out, "int4", method)
+    return out.with_name(f".{out.name}.quantizing")
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("part", ["top", "layer-0000", "layer-0001", "states"])
+@pytest.mark.parametrize("left", [0, 100])
+def test_a_damaged_part_is_named_and_made_again(
+    left: int, part: str, method: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, heard = tmp_path / "out", Heard()
+    file = unfinished(llama, out, method, monkeypatch) / f"{part}.safetensors"
+    if part == "states" and method == "rtn":
+        file.touch()
+    os.truncate(file, left)
+    made(llama, out, "int4", method, progress=heard)
+    assert heard.said == [f"{file} is damaged: what it held is made again"]
+    made(llama, tmp_path / "whole", "int4", method)
+    for name in ("model.safetensors", "config.json"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_layer_that_is_gone_is_not_made_from_later_states(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make(tmp_path / "source", num_hidden_layers=4)
+    out, heard = tmp_path / "out", Heard()
+    folder = unfinished(source, out, "gptq", monkeypatch)
+    (folder / "layer-0001.safetensors").unlink()
+    made(source, out, "int4", "gptq", progress=heard)
+    assert heard.resumed == [False, False, False, True]
+    made(source, tmp_path / "whole", "int4", "gptq")
+    file = "model.safetensors"
+    assert (out / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+@pytest.mark.parametrize("identity", [b"\xff\xfe", b"", None])
+def test_a_work_folder_of_unknown_work_is_named_and_begun_anew(
+    identity: bytes | None, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, heard = tmp_path / "out", Heard()
+    folder = unfinished(llama, out, "rtn", monkeypatch)
+    if identity is None:
+        (folder / "identity.json").unlink()
+    else:
+        (folder / "identity.json").write_bytes(identity)
+    made(llama, out, "int4", "rtn", progress=heard)
+    assert heard.said == [f"{folder} is not of this model and these settings: begun anew"]
+    assert heard.resumed == [False, False] and not folder.exists()
+
+
+def test_importances_of_equal_sums_are_other_importances(llama: Path, tmp_path: Path) -> None:
+    name, one = "model.layers.0.mlp.up_proj.weight", torch.ones(128)
+    other = one.clone()
+    other[0], other[1] = 0.5, 1.5
+    said = []
+    for given in (one, other):
+        heard = Heard()
+        settings, source = Settings(format="int4", method="imatrix"), open_weights(llama)
+        run = _Run(source, tmp_path / "out", settings, None, {name: given}, heard)
+        said.append(run.work.set_aside)
+    assert said == [False, True]
+
+
 def full_disk(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     """After so many finished parts the disk is full."""
     save, calls = work.save_file, []
@@ -371,11 +459,57 @@ def test_output_that_exists_is_kept(llama: Path, tmp_path: Path) -> None:
         made(llama, tmp_path / "out", "int4", "rtn")
 
 
+@pytest.mark.parametrize("format", ["int8", "q8_0"])
+@pytest.mark.parametrize("place", ["{}", "{}/../{name}", "{}/inside", "{}/..", "link"])
+def test_the_model_that_is_read_is_never_written_over(
+    place: str, format: str, tmp_path: Path
+) -> None:
+    source = make(tmp_path / "models" / "source")
+    (tmp_path / "link").symlink_to(source)
+    before = {file.name: file.read_bytes() for file in source.iterdir()}
+    out = tmp_path / place.format(source, name=source.name)
+    with pytest.raises(ValueError, match="is not written: the model that is read lies there"):
+        made(source, out, format, "rtn", overwrite=True)
+    if format == "int8":
+        with pytest.raises(ValueError, match="is not written: the model that is read lies there"):
+            export_hf(weights_of(open_weights(source)), out, "bf16", None, overwrite=True)
+    assert {file.name: file.read_bytes() for file in source.iterdir()} == before
+
+
+def test_a_gguf_file_may_lie_beside_its_weights_and_is_not_written_over_itself(
+    tmp_path: Path,
+) -> None:
+    source = make(tmp_path / "source")
+    file = source / "m.gguf"
+    for _ in range(2):
+        made(source, file, "q8_0", "rtn", overwrite=True)
+    before = file.read_bytes()
+    for write in (
+        lambda: made(file, file, "q4_0", "rtn", overwrite=True),
+        lambda: export_gguf(weights_of(open_weights(file)), file, "f16", None, overwrite=True),
+    ):
+        with pytest.raises(ValueError, match="the model that is read lies there"):
+            write()
+    assert file.read_bytes() == before
+
+
+def test_links_are_followed(llama: Path, tmp_path: Path) -> None:
+    for name, format in (("folder", "int8"), ("file.gguf", "q8_0")):
+        link = tmp_path / f"link-{name}"
+        link.symlink_to(name)
+        for _ in range(2):  # the first time it leads nowhere
+            made(llama, link, format, "rtn", overwrite=True)
+            assert link.is_symlink() and not (tmp_path / name).is_symlink()
+    assert len(list(tmp_path.iterdir())) == 4
+
+
 @pytest.mark.parametrize(
     ("name", "format", "error", "words"),
     [
         ("folder", "q8_0", FileExistsError, "is a directory and is not replaced by a file"),
         ("file", "int8", FileExistsError, "is a file and is not replaced by a directory"),
+        ("notes", "int8", FileExistsError, r"no model's directory \(it has no config.json"),
+        ("mixed", "int8", FileExistsError, "no model's file: checkpoints, notes.txt$"),
         ("new.gguf", "int8", ValueError, "int8 is written as a Hugging Face directory"),
     ],
 )
@@ -384,10 +518,16 @@ def test_places_that_do_not_fit_are_refused_before_any_work(
 ) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("kept")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "notes.txt").write_text("kept")
+    (tmp_path / "mixed" / "checkpoints").mkdir(parents=True)
+    for file in ("config.json", "model.safetensors", "notes.txt"):
+        (tmp_path / "mixed" / file).write_text("kept")
+    before = sorted(tmp_path.rglob("*"))
     settings = Settings(format=format, method="rtn")
     with pytest.raises(error, match=words):
         quantize_files(open_weights(llama), tmp_path / name, settings, None, overwrite=True)
-    assert {path.name for path in tmp_path.iterdir()} == {"folder", "file"}
+    assert sorted(tmp_path.rglob("*")) == before
     assert (tmp_path / "file").read_text() == "kept"
 
 

@@ -86,6 +86,32 @@ def test_an_existing_directory_is_kept_unless_told(
     assert_holds(tmp_path / "m", {"a": tensors["a"]})
 
 
+def test_only_a_model_s_directory_is_replaced(
+    tensors: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    save_directory(tmp_path / "m", tensors, {})
+    (tmp_path / "m" / "notes.txt").write_text("kept")
+    with pytest.raises(FileExistsError, match=r"no model's file: notes.txt"):
+        save_directory(tmp_path / "m", {}, {}, overwrite=True)
+    assert_holds(tmp_path / "m", tensors)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("kept")
+    with pytest.raises(FileExistsError, match="no model's directory"):
+        save_directory(tmp_path / "other", tensors, {}, overwrite=True)
+    (tmp_path / "empty").mkdir()
+    save_directory(tmp_path / "empty", tensors, {}, overwrite=True)
+    assert_holds(tmp_path / "empty", tensors)
+
+
+def test_a_link_is_followed(tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("real")
+    for _ in range(2):
+        save_directory(tmp_path / "link", tensors, {}, overwrite=True)
+    assert {p.name for p in tmp_path.iterdir()} == {"link", "real"}
+    assert (tmp_path / "link").is_symlink()
+    assert_holds(tmp_path / "real", tensors)
+
+
 def test_a_failed_save_leaves_the_old_directory(
     tensors: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:

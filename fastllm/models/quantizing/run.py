@@ -28,6 +28,7 @@ from fastllm.models.quantizing.layouts import GgufLayout, HfLayout, Layout, stor
 from fastllm.models.quantizing.methods import CALIBRATED, METHOD_CLASSES, Result, Settings
 from fastllm.models.quantizing.output import write_directory, write_gguf_file
 from fastllm.models.quantizing.work import WorkFolder, digest, fingerprint
+from fastllm.models.targets import check_apart, check_replaceable, resolved
 from fastllm.models.tokenizer import Tokenizer
 from fastllm.models.weights import WeightSource
 from fastllm.quantize.mixes import MIXES, Plan, plan
@@ -99,15 +100,17 @@ def quantize_files(
         tokenizer: written with the model; None: there is none.
         calibration: token ids `[rows, length]`, for gptq, awq and imatrix.
         importance: for imatrix in place of calibration: mean x^2 of inputs, by weight name.
-        overwrite: replace what is at `out`.
+        overwrite: replace a model that is at `out`; of a symbolic link, what it leads to.
         progress: is told what happens.
 
     Raises:
         FileExistsError: if `out` exists and `overwrite` is false; see `check_target`.
-        ValueError: for a format, method or model that does not fit, or calibration that is missing.
+        ValueError: for a format, method or model that does not fit, calibration that is missing, or
+            an `out` where the source lies.
         OSError: if the disk is full or gone; what was finished is gone on with next time.
     """
-    target, progress = Path(out), progress or Progress()
+    target, progress = resolved(out), progress or Progress()
+    check_apart(target, source.path)
     check_target(target, settings.format, overwrite)
     _check_inputs(settings, calibration, importance)
     formats = plan_of(source.config, settings).formats.values()
@@ -138,7 +141,7 @@ def check_target(target: Path, format: str, overwrite: bool) -> None:
 
     Raises:
         FileExistsError: if it exists and is not to be replaced, or is a file where a directory
-            would be written, or a directory where a file would be.
+            would be written, a directory where a file would be, or no model's directory.
         ValueError: for a directory that is named like a GGUF file.
     """
     is_gguf = format in MIXES
@@ -154,6 +157,8 @@ def check_target(target: Path, format: str, overwrite: bool) -> None:
     if target.is_dir() == is_gguf:
         found, wanted = ("directory", "file") if is_gguf else ("file", "directory")
         raise FileExistsError(f"{target} is a {found} and is not replaced by a {wanted}")
+    if target.is_dir():
+        check_replaceable(target)
 
 
 def _rounds_alone(format: str) -> bool:
@@ -194,11 +199,13 @@ class _Run:
         target.parent.mkdir(parents=True, exist_ok=True)
         self.work = WorkFolder(target, self._identity())
         if self.work.set_aside:
-            progress.note(f"{self.work.path} was of another model or other settings: begun anew")
+            progress.note(f"{self.work.path} is not of this model and these settings: begun anew")
+        for file in self.work.damaged:
+            progress.note(f"{file} is damaged: what it held is made again")
 
     def _identity(self) -> dict[str, Any]:
         """What a finished layer depends on."""
-        sums = [[name, float(t.double().sum())] for name, t in sorted(self.importance.items())]
+        sums = [[name, digest(t)] for name, t in sorted(self.importance.items())]
         return {
             "version": _VERSION,
             "files": fingerprint(self.source.path),
@@ -240,6 +247,7 @@ class _Run:
     def _make_all(self, report: Report) -> None:
         if not self.work.finished(TOP):
             self._write_top()
+        self._drop_later_states()
         states = None
         for index in range(self.config.num_hidden_layers):
             resumed = self.work.finished(_part(index)) and self._is_behind(index)
@@ -256,6 +264,13 @@ class _Run:
         if self.calibration is None or index == self.config.num_hidden_layers - 1:
             return True
         return self.work.finished("states") and self._states_index() >= index
+
+    def _drop_later_states(self) -> None:
+        """Forget states that are behind a layer which is missing: it cannot be made from them."""
+        count = self.config.num_hidden_layers
+        missing = [i for i in range(count) if not self.work.finished(_part(i))]
+        if missing and self.work.finished("states") and self._states_index() >= missing[0]:
+            self.work.drop("states")
 
     def _states_index(self) -> int:
         return int(self.work.read("states").notes["after"])

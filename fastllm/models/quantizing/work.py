@@ -5,7 +5,8 @@
       top.safetensors, layer-0000.safetensors, ...    finished parts, under their final names
       states.safetensors    the residual stream after the last finished layer
 
-Every file is written aside, flushed and renamed: it is there whole or not at all.
+Every file is written aside, flushed and renamed: it is there whole or not at all. One that others
+cut short is found when the folder is opened, deleted, and made again.
 """
 
 from __future__ import annotations
@@ -40,14 +41,26 @@ class WorkFolder:
 
     def __init__(self, target: Path, identity: Mapping[str, Any]) -> None:
         self.path = target.with_name(f".{target.name}.quantizing")
-        text = json.dumps(identity, indent=1, sort_keys=True)
+        text = json.dumps(identity, indent=1, sort_keys=True).encode()
         file = self.path / "identity.json"
-        self.found = file.is_file() and file.read_text(encoding="utf-8") == text
+        self.found = file.is_file() and file.read_bytes() == text
         self.set_aside = self.path.exists() and not self.found
         if not self.found:
             shutil.rmtree(self.path, ignore_errors=True)
             self.path.mkdir(parents=True)
-            file.write_text(text, encoding="utf-8")
+            file.write_bytes(text)
+        self.damaged = self._delete_damaged()
+
+    def _delete_damaged(self) -> list[Path]:
+        """Files that cannot be read: they are gone now."""
+        damaged = []
+        for file in sorted(self.path.glob("*.safetensors")):
+            try:
+                self.read(file.stem)
+            except (SafetensorError, ValueError, KeyError, TypeError):
+                file.unlink()
+                damaged.append(file)
+        return damaged
 
     def finished(self, name: str) -> bool:
         """Whether a part is there."""
@@ -79,6 +92,10 @@ class WorkFolder:
         finally:
             aside.unlink(missing_ok=True)
 
+    def drop(self, name: str) -> None:
+        """Forget a finished part."""
+        self._file(name).unlink()
+
     def remove(self) -> None:
         """Delete everything: the target is finished."""
         shutil.rmtree(self.path, ignore_errors=True)
@@ -93,8 +110,10 @@ def fingerprint(path: Path) -> list[list[Any]]:
     return [[file.name, (found := file.stat()).st_size, found.st_mtime_ns] for file in files]
 
 
-def digest(rows: Tensor | None) -> str | None:
-    """SHA-256 of calibration ids."""
-    if rows is None:
+def digest(values: Tensor | None) -> str | None:
+    """SHA-256 of calibration ids or importances."""
+    if values is None:
         return None
-    return hashlib.sha256(rows.to(torch.int64).contiguous().numpy().tobytes()).hexdigest()
+    data = values.detach().cpu().contiguous()
+    head = f"{data.dtype} {list(data.shape)}:".encode()
+    return hashlib.sha256(head + data.view(torch.uint8).numpy().tobytes()).hexdigest()
