@@ -41,12 +41,18 @@ def facts(pairs: Sequence[tuple[str, object]]) -> None:
 
 
 def table(
-    columns: Sequence[str], rows: Sequence[Sequence[object]], right: Sequence[str] = ()
+    columns: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    right: Sequence[str] = (),
+    width: int | None = None,
 ) -> None:
-    """A table; columns named in `right` are right-aligned. Plain text when not in a terminal."""
+    """A table; columns named in `right` are right-aligned. Plain text when not in a terminal.
+
+    width: of plain lines, beyond which cells are wrapped; None: they are as long as they are.
+    """
     cells = [[str(cell) for cell in row] for row in rows]
     if not console().is_terminal:
-        for line in plain_table(columns, cells, right):
+        for line in plain_table(columns, cells, right, width):
             print(line)
         return
     from rich import box

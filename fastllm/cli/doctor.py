@@ -29,6 +29,10 @@ fastllm doctor --json doctor.json
 FASTLLM_ISA=generic fastllm doctor
 """
 
+_WIDTH = 100  # of lines that no terminal wraps
+_BACKEND = ("device", "backend", "dtypes", "variants")
+_MANY = 24  # variants that are still written one by one
+
 
 def run(argv: Sequence[str]) -> int:
     """Run the command; 1 if an op is wrong on this machine."""
@@ -97,13 +101,41 @@ def show(report: dict[str, Any], *, short: bool) -> None:
     )
     if not short:
         heading("Backends (the first row that supports the arguments serves a call)")
-        columns = ["op", "device", "backend", "dtypes", "variants"]
-        table(columns, [[row[c] for c in columns] for row in report["backends"]])
-        heading(f"Quantized products on the CPU ({MEASURED})")
+        table(["op", *_BACKEND], _backend_rows(report["backends"]), width=_WIDTH)
+        heading("Quantized products on the CPU")
+        print(f"measured {MEASURED}")
         columns = ["modes", "rows", "path", "measured"]
-        table(columns, [[row[c] for c in columns] for row in report["quant_paths"]])
+        table(columns, [[row[c] for c in columns] for row in report["quant_paths"]], width=_WIDTH)
     heading("Self-test against float64")
     _show_self_test(report["self_test"])
+
+
+def _backend_rows(table: Sequence[dict[str, str]]) -> list[list[str]]:
+    """The backend table, ops with equal rows together."""
+    rows: dict[str, list[tuple[str, ...]]] = {}
+    for row in table:
+        cells = (*(row[column] for column in _BACKEND[:-1]), _brief(row["variants"]))
+        rows.setdefault(row["op"], []).append(cells)
+    ops: dict[tuple[tuple[str, ...], ...], list[str]] = {}
+    for op, own in rows.items():
+        ops.setdefault(tuple(own), []).append(op)
+    return [
+        [" ".join(names) if i == 0 else "", *cells]
+        for own, names in ops.items()
+        for i, cells in enumerate(own)
+    ]
+
+
+def _brief(variants: str) -> str:
+    """Variants, by what they are made of where there are many; --json has every one."""
+    words = variants.split()
+    if len(words) <= _MANY:
+        return variants
+    formats = sorted({part for word in words for part in word.partition("/")[0].split("+")})
+    modes = sorted({word.partition("/")[2] for word in words} - {""})
+    pairs = " in pairs" if "+" in variants else ""
+    text = f"{len(words)} of {' '.join(formats)}{pairs}"
+    return f"{text}, modes {' '.join(modes)}" if modes else text
 
 
 def _show_self_test(outcomes: Sequence[dict[str, Any]]) -> None:

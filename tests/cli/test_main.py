@@ -104,6 +104,10 @@ def test_doctor_reports_every_op_right(capsys: pytest.CaptureFixture[str], tmp_p
         outcome["cases"] and "native" in outcome["backends"] for outcome in report["self_test"]
     )
     assert report["isa"] in text and report["thread_runtime"] in text
+    tables = text[text.index("Backends") : text.index("Self-test")].splitlines()
+    assert max(map(len, tables)) <= 100 and len(tables) < 400
+    for row in report["backends"]:
+        assert row["op"] in text
 
 
 def test_doctor_fails_when_an_op_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,6 +136,12 @@ def test_plain_tables_are_aligned() -> None:
         "long   1",
         "x     12",
     ]
+
+
+def test_wide_tables_are_wrapped() -> None:
+    lines = plain_table(["name", "what it does"], [["a", "one two three"], ["bb", "x"]], width=13)
+    assert lines == ["name  what it", "      does", "a     one two", "      three", "bb    x"]
+    assert plain_table(["a"], [["x y"]], width=9) == ["a", "x y"]
 
 
 def test_bytes_are_written_for_people() -> None:
