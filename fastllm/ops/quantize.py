@@ -106,9 +106,12 @@ def quantize(w: Tensor, format: str, importance: Tensor | None = None) -> tuple[
     others, and q4_0 to q8_0 with importances, search the scales that make
     `sum importance (w - value)^2` small. Zeros stay zero.
 
-    Values that are already on a format's grid come back: bit for bit those of q4_0, q5_0, q8_0, of
-    int8, nf4 and fp8 that `quantize` made without importances; those of K-quants where every
-    sub-block holds its first code and one of the last four, and a 6-bit scale is 63.
+    What `dequantize` makes of the result and `quantize` made without importances comes back bit
+    for bit in q4_0, q5_0, q8_0, int8, nf4, fp8 and fp8_block, and in value in int4 and nf4_dq. Not
+    in K-quants and int4_asym, whose scales are searched anew: of random normal values a few in a
+    hundred change in q4_k and q5_k, a few in a thousand in q6_k and int4_asym_g32. Values on a
+    K-quant's grid come back where every sub-block holds its first code and one of the last four,
+    and a 6-bit scale is 63.
 
     Args:
         w: `[n, k]`, float32, bfloat16 or float16, finite.
@@ -122,13 +125,16 @@ def quantize(w: Tensor, format: str, importance: Tensor | None = None) -> tuple[
 
     Raises:
         ValueError: on arguments of another shape, dtype or device; on a row that holds NaN or
-            infinity, or needs a scale too large for fp16, naming the row.
+            infinity, or needs a scale too large for fp16, naming the row. Under `torch.compile`
+            values are not checked.
     """
     name = _check(w, format)
     weights = None if importance is None else _normalized(importance, w)
     w = w.detach()
     w = w if w.stride(1) == 1 else w.contiguous()
     data, scales, bad = _quantize(w, name, weights)
+    if torch.compiler.is_compiling():  # values are not known, and are the caller's to check
+        return data, scales
     not_finite, too_large = bad.tolist()
     if not_finite < w.shape[0]:
         raise ValueError(f"row {not_finite} of w holds NaN or infinity and cannot be quantized")
@@ -172,6 +178,9 @@ def _normalized(importance: Tensor, w: Tensor) -> Tensor:
     if not importance.numel():
         return importance
     importance = importance.detach().contiguous()
+    if torch.compiler.is_compiling():
+        peak = importance.amax()
+        return importance / torch.where(peak > 0, peak, 1.0)
     least, most = (float(bound) for bound in importance.aminmax())
     if not 0.0 <= least <= most < float("inf"):
         raise ValueError("importance must be finite and not negative")

@@ -186,6 +186,16 @@ def test_grids_of_k_quants_come_back_where_sub_blocks_use_their_codes(format: st
     assert torch.equal(unpack(quantize_weight(values, format)), values)
 
 
+@pytest.mark.parametrize("given", [None, "columns"])
+def test_it_compiles_into_one_graph(given: str | None) -> None:
+    w = normal(16, 256)
+    importance = None if given is None else importances(256)
+    compiled = torch.compile(quantize, fullgraph=True, backend="aot_eager")
+    for format in ("q4_0", "q4_k"):
+        made = zip(compiled(w, format, importance), quantize(w, format, importance), strict=True)
+        assert all(torch.equal(*pair) for pair in made)
+
+
 # --- edges ---------------------------------------------------------------------------------------
 
 
