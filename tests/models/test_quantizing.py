@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -491,6 +492,20 @@ def test_a_gguf_file_may_lie_beside_its_weights_and_is_not_written_over_itself(
         with pytest.raises(ValueError, match="the model that is read lies there"):
             write()
     assert file.read_bytes() == before
+
+
+def test_a_full_disk_is_told_with_the_name_of_the_gguf_file(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(
+        "fastllm.models.gguf_writer.os", SimpleNamespace(**vars(os) | {"fsync": full})
+    )
+    with pytest.raises(OSError, match=r"No space left on device: '.*/m\.gguf'"):
+        export_gguf(weights_of(open_weights(llama)), tmp_path / "m.gguf", "f16", None)
+    assert not list(tmp_path.iterdir())
 
 
 def test_links_are_followed(llama: Path, tmp_path: Path) -> None:
