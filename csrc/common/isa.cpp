@@ -12,7 +12,7 @@ namespace fastllm {
 namespace {
 
 struct Features {
-  bool v2, v3, v4, vnni, bf16;
+  bool v2, v3, v4, vnni, bf16, vbmi;
 };
 
 uint64_t xgetbv() {
@@ -43,6 +43,7 @@ Features detect() {
   f.v4 = f.v3 && zmm && (b7 & v4) == v4;
   f.vnni = f.v4 && (c7 & bit_AVX512VNNI);
   f.bf16 = f.vnni && (a71 & bit_AVX512BF16);
+  f.vbmi = f.v4 && (c7 & bit_AVX512VBMI);
   return f;
 }
 
@@ -58,7 +59,8 @@ const std::vector<Level>& levels() {
     return std::vector<Level>{{"generic", &generic::kernels, f.v2},
                               {"avx2", &avx2::kernels, f.v3},
                               {"avx512", &avx512::kernels, f.vnni},
-                              {"avx512_bf16", &avx512_bf16::kernels, f.bf16}};
+                              // Only Cooper Lake has BF16 without VBMI: it runs the level below.
+                              {"avx512_bf16", &avx512_bf16::kernels, f.bf16 && f.vbmi}};
   }();
   return all;
 }
@@ -112,6 +114,7 @@ std::string cpu_features() {
   add(f.v4, "x86-64-v4");
   add(f.vnni, "avx512_vnni");
   add(f.bf16, "avx512_bf16");
+  add(f.vbmi, "avx512_vbmi");
   return out;
 }
 

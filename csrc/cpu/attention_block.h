@@ -204,8 +204,9 @@ struct Block {
     });
   }
 
-  void run_partial(int64_t split, const Place& follow) const {
-    pack();
+  // The rows of q may be those that are packed from the task before.
+  void run_partial(int64_t split, const Place& follow, bool packed) const {
+    if (!packed) pack();
     run_split(split, follow);
     each_row([&](int64_t at, int64_t token, int64_t head) {
       float* to = partial_of(a, split, doc.begin + token, head);
@@ -215,6 +216,12 @@ struct Block {
       to[partial_stride(a) - 1] = sum(at);
     });
   }
+};
+
+// Which rows of q a block packs: its document, first KV head and first row.
+struct QueryRows {
+  int64_t s, kv_head, row;
+  bool operator==(const QueryRows&) const = default;
 };
 
 // Rows of a document and KV head that make one block.
@@ -236,6 +243,7 @@ struct TaskList {
   // Where the walk stands; `first` is the index of its first task.
   int64_t s = 0, round = 0, first = 0;
   bool found_in_round = false;
+  QueryRows packed = {-1, 0, 0};  // whose q the workspace holds
 
   Block<E, Source> block() const {
     if (s == source.documents()) return {a, source, shape, w, s, 0, 0, {}, {}};
@@ -284,21 +292,23 @@ struct TaskList {
     }
   }
 
-  // Runs task number `index`, which number index + 1 follows if `goes_on`. False past the end.
-  bool run(int64_t index, bool goes_on) {
+  // Runs task number `index`; this thread's next one is likely to be number `next_index`. False past
+  // the end.
+  bool run(int64_t index, int64_t next_index) {
     const Task task = find(index);
     if (task.block.all.rows == 0) return false;
     typename Source::Place follow{};
-    if (goes_on) {
-      TaskList list = *this;
-      const Task next = list.find(index + 1);
-      if (next.block.all.rows)
-        follow = source.place(next.block.doc, next.block.s, next.block.kv_head, next.first_tile());
-    }
-    if (parallel_splits)
-      task.block.run_partial(task.split, follow);
-    else
+    TaskList list = *this;
+    const Task next = list.find(next_index);
+    if (next.block.all.rows)
+      follow = source.place(next.block.doc, next.block.s, next.block.kv_head, next.first_tile());
+    if (parallel_splits) {
+      const QueryRows rows = {task.block.s, task.block.kv_head, task.block.all.row};
+      task.block.run_partial(task.split, follow, rows == packed);
+      packed = rows;
+    } else {
       task.block.run(follow);
+    }
     return true;
   }
 };
@@ -358,8 +368,9 @@ void attend(const AttentionRows& a, const Source& source, bool parallel_splits, 
   const Workspace<E> w = workspace<E>(shape, a, local_tiles);
   const int64_t together = heads_of_task(a, source, parallel_splits, team);
   TaskList<E, Source> tasks{a, source, shape, w, parallel_splits, together};
-  while (tasks.run(next_task(team), team.size == 1)) {
-  }
+  // Tasks are handed out in turn as long as they take equally long.
+  int64_t index = next_task(team);
+  while (tasks.run(index, index + team.size)) index = next_task(team);
   if (parallel_splits) {
     team_sync(team);
     merge_partials<E>(a, source, shape, team);

@@ -45,7 +45,7 @@ struct PagedSource {
                        .visible = ~uint64_t{0},
                        .k_codes = reinterpret_cast<const CodePair*>(now.k),
                        .v_codes = reinterpret_cast<const CodePair*>(now.v)},
-                      scratch, now);
+                      scratch, now, next);
       return expanded<int8_t>(scratch, now, next);
     }
     if constexpr (__is_same(E, F16))
@@ -65,20 +65,27 @@ struct PagedSource {
                 reinterpret_cast<const Narrow*>(next.k));
     expand_values(scratch.v, reinterpret_cast<const Narrow*>(now.v), a.rows.value_dim,
                   reinterpret_cast<const Narrow*>(next.v));
-    return scaled({scratch.k, scratch.v, nullptr, nullptr, nullptr, ~uint64_t{0}}, scratch, now);
+    return scaled({scratch.k, scratch.v, nullptr, nullptr, nullptr, ~uint64_t{0}}, scratch, now,
+                  next);
   }
 
-  Tile<E> scaled(Tile<E> tile, const TileScratch<E>& scratch, const Place& now) const {
+  Tile<E> scaled(Tile<E> tile, const TileScratch<E>& scratch, const Place& now,
+                 const Place& next) const {
     if (a.k_scales) {
-      tile.k_scale = known_scales(scratch.scale[0], a.k_scales + now.scales, now.keys);
-      tile.v_scale = known_scales(scratch.scale[1], a.v_scales + now.scales, now.keys);
+      tile.k_scale = known_scales(scratch.scale[0], a.k_scales, now, next);
+      tile.v_scale = known_scales(scratch.scale[1], a.v_scales, now, next);
     }
     return tile;
   }
 
   // Scales past the end of the sequence can be anything: P is 0 there, and 0 * NaN is not.
-  static const float* known_scales(float* to, const float* from, int64_t keys) {
-    for (int64_t i = 0; i < kTile; ++i) to[i] = i < keys ? from[i] : 0.f;
+  static const float* known_scales(float* to, const float* scales, const Place& now,
+                                   const Place& next) {
+    for (int64_t i = 0; i < kTile; i += 64 / sizeof(float))
+      _mm_prefetch(reinterpret_cast<const char*>(scales + next.scales + i), _MM_HINT_T0);
+    const float* from = scales + now.scales;
+    if (now.keys >= kTile) return from;
+    for (int64_t i = 0; i < kTile; ++i) to[i] = i < now.keys ? from[i] : 0.f;
     return to;
   }
 };
