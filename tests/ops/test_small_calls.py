@@ -10,7 +10,7 @@ import pytest
 
 PROGRAM = """
 import os, torch
-from fastllm.ops import rms_norm, rope, swiglu
+from fastllm.ops import attention, rms_norm, rope, swiglu
 torch.set_num_threads(2)
 threads = lambda: len(os.listdir("/proc/self/task"))
 one, many = torch.ones(1, 64), torch.empty(4096, 64)
@@ -19,6 +19,7 @@ before = threads()
 rms_norm(one, one[0])
 swiglu(one, one)
 rope(one[None], row, table, table)
+attention(*[one[None, None]] * 3)
 few = threads() - before
 rms_norm(many, one[0])
 print(few, threads() - before)
