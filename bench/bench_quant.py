@@ -24,6 +24,7 @@ from fastllm.bench import peers
 from fastllm.bench.bench_decode import TOKENS, decode_params
 from fastllm.bench.bench_prefill import random_prompts
 from fastllm.ops import packed_layout as layout
+from fastllm.ops.pages import Arena
 from fastllm.ops.quant_format import QUANT_FORMATS, fit
 from fastllm.quantize.packed import PackedWeight, rows_per_group
 from fastllm.testing.opinfo import generator
@@ -162,13 +163,20 @@ def _ours(product: Product, x: Tensor, device: str) -> Callable[[], float]:
 
 def _packed(product: Product, device: str) -> PackedWeight:
     # Any codes and scales will do: timing does not depend on the values. 60 is 0x3c: fp16's 1.06.
+    # On the CPU they lie in huge pages, as a loaded model's.
     kind, r = QUANT_FORMATS[product.format], rows_per_group(device)
-    data = torch.full(layout.data_shape(product.format, product.n, product.k, r), 60)
+    arena = Arena()
+
+    def filled(shape: Sequence[int], dtype: torch.dtype, value: int) -> Tensor:
+        if device == "cpu":
+            return arena.empty(shape, dtype).fill_(value)
+        return torch.full(tuple(shape), value, dtype=dtype, device=device)
+
+    data_shape = layout.data_shape(product.format, product.n, product.k, r)
     shape = layout.scales_shape(product.format, product.n, product.k, r)
-    scales = torch.full(shape, 60 if kind.mixed else 1)
     return PackedWeight(
-        data.to(torch.uint8).to(device),
-        scales.to(kind.scale_dtype).to(device),
+        filled(data_shape, torch.uint8, 60),
+        filled(shape, kind.scale_dtype, 60 if kind.mixed else 1),
         product.format,
         product.n,
         product.k,

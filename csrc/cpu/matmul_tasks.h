@@ -35,7 +35,9 @@ struct Tasks {
   int64_t count() const { return runs * blocks; }
 };
 constexpr int64_t kRowBlockBytes = 512 << 10;
-constexpr int64_t kTasksPerThread = 8;
+// Blocks of rows are made until there are as many tasks as the first; strips are handed out in as
+// many runs as the second, since a run of one strip costs nothing and threads should end together.
+constexpr int64_t kTasksPerThread = 8, kRunsPerThread = 64;
 
 FASTLLM_INLINE Tasks make_tasks(const RowGroups& rows, int64_t n, int strip_panels,
                                 int64_t block_bytes, const Team& team) {
@@ -50,7 +52,7 @@ FASTLLM_INLINE Tasks make_tasks(const RowGroups& rows, int64_t n, int strip_pane
   while (t.blocks * t.strips < wanted && t.blocks < groups) ++t.blocks;
   t.groups_per_block = t.blocks ? (groups + t.blocks - 1) / t.blocks : 1;
   if (t.groups_per_block > 0) t.blocks = (groups + t.groups_per_block - 1) / t.groups_per_block;
-  t.run = t.strips * t.blocks / wanted;
+  t.run = t.strips * t.blocks / (kRunsPerThread * team.size);
   if (t.run < 1) t.run = 1;
   if (t.run > t.strips) t.run = t.strips;
   t.runs = t.run ? (t.strips + t.run - 1) / t.run : 0;

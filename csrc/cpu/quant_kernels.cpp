@@ -14,9 +14,9 @@ namespace {
 template <template <int, int> class Tile>
 struct Tiles {
 #if defined(__AVX512F__)
-  static constexpr SegmentTile* all[] = {Tile<1, 4>::run, Tile<2, 4>::run, Tile<4, 4>::run,
-                                         Tile<6, 2>::run, Tile<7, 2>::run, Tile<8, 2>::run,
-                                         Tile<12, 2>::run};
+  static constexpr SegmentTile* all[] = {Tile<1, 4>::run, Tile<2, 4>::run, Tile<2, 2>::run,
+                                         Tile<4, 4>::run, Tile<4, 2>::run, Tile<6, 2>::run,
+                                         Tile<7, 2>::run, Tile<8, 2>::run, Tile<12, 2>::run};
 #elif defined(__AVX2__)
   static constexpr SegmentTile* all[] = {Tile<1, 2>::run, Tile<2, 2>::run, Tile<4, 1>::run,
                                          Tile<6, 1>::run};
@@ -73,6 +73,7 @@ void choose_float(QuantKernel& q, Activation mode) {
     q.word_columns = PairWordsOf::columns;
     q.unpack_codes = unpack_codes<C, PairWordsOf>;
     q.prepare_row = prepare_words<2, C::paired_by_two>;
+    if (q.sums != Sums::scaled) q.prepare_group = prepare_pairs<C::paired_by_two>;
     q.tiles = Tiles<PairTile>::all;
     q.few = FewPairTiles<F>::all;
     return;
@@ -84,10 +85,8 @@ void choose_float(QuantKernel& q, Activation mode) {
   q.tiles = Tiles<FloatTile>::all;
 }
 
-// Unpacked strips stay in the L2 cache (1 MB and more) beside rows of x, the fp32 sums of a batch of
-// groups in the L1 cache.
-constexpr int64_t kUnpackedBytes = 256 << 10;
-constexpr int64_t kBatchSums = 3072;
+// Unpacked strips stay in the L2 cache (1 MB and more) beside rows of x.
+constexpr int64_t kUnpackedBytes = 384 << 10;
 
 void prefetch_scales(const QuantKernel& q, const uint8_t* scales, int64_t column, int64_t columns) {
   const char* at = reinterpret_cast<const char*>(scales) + q.panel_scales * column / q.k;
@@ -134,23 +133,16 @@ TileShape few_tile(int64_t rows) {
   return kShapes[kShapeCount - 1];
 }
 
-StripPlan strip_plan(const QuantKernel& q, int panels, int strips, int64_t width, bool few) {
-  StripPlan p{};
-  p.group_sums = width * panels * kPanelRows;
-  p.batch = few ? 1 : larger(kBatchSums / (p.group_sums * strips), 1);
-  const int64_t unit = larger(q.chunk, kBlock), most = larger(kWideWords * q.word_columns, unit);
-  const int64_t word_bytes = 4 * kPanelRows * panels;
+StripPlan strip_plan(const QuantKernel& q, int panels, int strips, bool few) {
+  const int64_t unit = larger(q.chunk, kBlock), word_bytes = 4 * kPanelRows * panels;
   const int64_t column_bytes = word_bytes / q.word_columns + 4 * kPanelScales * panels / q.chunk;
+  StripPlan p{};
   if (few) {
     // Four panels of 256 columns in words of 2 columns or 1 would fill the L1 cache.
-    p.stretch = p.segment = q.word_columns < 4 ? kFewSegment / 2 : kFewSegment;
-  } else if (q.k * column_bytes * strips <= kUnpackedBytes) {
-    p.stretch = larger(q.k, unit);
-    const int64_t equal = divide_up(p.stretch, divide_up(p.stretch, most));
-    p.segment = divide_up(equal, unit) * unit;
+    p.stretch = q.word_columns < 4 ? kFewStretch / 2 : kFewStretch;
   } else {
-    p.segment = most / unit * unit;
-    p.stretch = larger(kUnpackedBytes / (column_bytes * strips * p.segment), 1) * p.segment;
+    const int64_t parts = larger(divide_up(q.k * column_bytes * strips, kUnpackedBytes), 1);
+    p.stretch = larger(divide_up(divide_up(q.k, parts), unit), 1) * unit;
   }
   const int64_t columns = smaller(p.stretch, q.k);
   p.scales_at = columns / q.word_columns * word_bytes;

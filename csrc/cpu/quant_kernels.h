@@ -1,6 +1,6 @@
 // Products with quantized weights, one set of compiled tiles for all formats. A strip of a few
 // panels is unpacked to a canonical form that all formats share, and met by rows of x in their
-// prepared form, a segment of columns at a time; fp32 sums stay in memory between segments. One row
+// prepared form, a stretch of columns at a time; fp32 sums stay in memory between stretches. One row
 // and a thousand take the same steps in the same order, so they have the same bits.
 //
 // Everything is chosen at run time by a table entry: its users are compiled once for all formats.
@@ -9,10 +9,8 @@
 
 namespace fastllm::FASTLLM_ISA {
 
-// Most columns of a segment. Few rows unpack one at a time, which stays in the L1 cache. Many meet a
-// strip that is unpacked already, of which they take 20 KB at a time: int8 tiles over 640 columns
-// begin and end less often than over 256 (9 ns, half a block of 32 columns).
-constexpr int64_t kFewSegment = 256, kWideWords = 160;
+// Few rows unpack so many columns at a time, which stay in the L1 cache.
+constexpr int64_t kFewStretch = 256;
 constexpr int kMaxStrip = 4;  // panels of a strip
 
 // Tiles: rows x panels. Up to kFewRows rows are one group and read strips of as many panels as
@@ -84,6 +82,10 @@ struct QuantKernel {
                         int panels, float* to);
   // One row of x of k columns to its prepared form, words `width` apart; x null: zeros.
   void (*prepare_row)(const QuantKernel&, const void* x, DType type, char* to, int64_t width);
+  // The same for `live` rows of bf16, `stride` elements apart, of a group of at most kWideRows; or
+  // null.
+  void (*prepare_group)(const QuantKernel&, const uint16_t* x, int64_t stride, int64_t live,
+                        char* to, int64_t width);
   SegmentTile* const* tiles;  // by shape
   FewTile* const* few;        // of 1, 2, 4, 8 rows; null: few rows take strips too
 
@@ -125,14 +127,12 @@ struct StripPanels {
 // What is done at a time where strips are unpacked before rows meet them (quant_strips.h); chosen by
 // shape alone.
 struct StripPlan {
-  int64_t segment, stretch;     // columns that a tile takes, and that are unpacked, at once
-  int64_t batch;                // groups of rows that meet all segments of a stretch in turn
+  int64_t stretch;              // columns that are unpacked, and that a tile takes, at once
   int64_t scales_at, unpacked;  // bytes of a stretch of one strip: codes; codes and scales
-  int64_t group_sums;           // fp32 sums of a group and strip
 };
-// For strips of `panels` panels, `strips` of them side by side, and groups of `width` rows. few: the
-// rows are one group of a few_tile.
-StripPlan strip_plan(const QuantKernel& kernel, int panels, int strips, int64_t width, bool few);
+// For strips of `panels` panels, `strips` of them side by side. few: the rows are one group of a
+// few_tile.
+StripPlan strip_plan(const QuantKernel& kernel, int panels, int strips, bool few);
 
 // The tile for so many rows of a group.
 SegmentTile* segment_tile(const QuantKernel& kernel, int64_t rows, bool few);

@@ -119,14 +119,17 @@ class QuantizedProduct {
       my_share(team_, strips, 1, &begin, &end);
       if (begin < end) prefetch_range(strip(begin, 0).panels[0].codes, kernel_.panel_codes);
       prepare();
-      return times_groups(begin, end, 0, 1, end);
+      return times_groups(begin, end, 0, 1, -1);
     }
     prepare();
     const Tasks tasks = make_tasks(x_, panels_ * kPanelRows, wide_, row_block(), team_);
-    for (int64_t t; (t = next_task(team_)) < tasks.count();) {
+    for (int64_t t = next_task(team_); t < tasks.count();) {
+      const int64_t then = next_task(team_);  // what the last strip asks for
       const int64_t first = t / tasks.runs * tasks.groups_per_block, run = t % tasks.runs;
       times_groups(run * tasks.run, smaller((run + 1) * tasks.run, tasks.strips), first,
-                   smaller(first + tasks.groups_per_block, x_.groups()), tasks.strips);
+                   smaller(first + tasks.groups_per_block, x_.groups()),
+                   then < tasks.count() ? then % tasks.runs * tasks.run : -1);
+      t = then;
     }
   }
 
@@ -138,11 +141,11 @@ class QuantizedProduct {
                    divide_up(1024, x_.width) * group);
   }
 
-  // Side 1 are the rows of up behind those of gate.
+  // Side 1 are the rows of up behind those of gate; strip -1 is none.
   StripPanels strip(int64_t index, int side) const {
     StripPanels s{};
     s.count = wide_;
-    for (int p = 0; p < wide_; ++p) {
+    for (int p = 0; index >= 0 && p < wide_; ++p) {
       const int64_t panel = index * wide_ + p, at = side * panels_ + panel;
       if (panel < panels_)
         s.panels[p] = {static_cast<const uint8_t*>(a_.data) + at * kernel_.panel_codes,
@@ -165,6 +168,12 @@ class QuantizedProduct {
   // The rows of a group share the lines of its prepared form: a stretch of columns of all of them is
   // written while it is in the L1 cache.
   void prepare_group(int64_t group) const {
+    if (!few_ && kernel_.prepare_group && a_.x_type == DType::bf16) {
+      const int64_t row = group * x_.width;
+      return kernel_.prepare_group(kernel_, static_cast<const uint16_t*>(a_.x) + row * a_.x_stride,
+                                   a_.x_stride, smaller(x_.width, a_.m - row), x_.group(group),
+                                   x_.width);
+    }
     constexpr int64_t stretch = 512;
     QuantKernel part = kernel_;
     for (int64_t column = 0; column < a_.k; column += stretch) {
@@ -191,15 +200,16 @@ class QuantizedProduct {
     if (shared) team_sync(team_);
   }
 
-  // Strips [index, end) times groups [first, last) of rows; `all`: how many strips there are.
-  void times_groups(int64_t index, int64_t end, int64_t first, int64_t last, int64_t all) {
+  // Strips [index, end) times groups [first, last) of rows; `then`: the strip behind them, or -1.
+  void times_groups(int64_t index, int64_t end, int64_t first, int64_t last, int64_t then) {
     const int sides = gated_ ? 2 : 1;
     if (few_ && kernel_.few) return times_few(index, end, sides);
     const int64_t columns = wide_ * kPanelRows;
     for (; index < end; ++index) {
       const StripPanels here[2] = {strip(index, 0), strip(index, sides - 1)};
-      const StripPanels next[2] = {strip(index + 1, 0), strip(index + 1, sides - 1)};
-      multiply_strips(kernel_, here, sides, index + 1 < all ? next : nullptr, x_, first, last, few_,
+      const int64_t behind = index + 1 < end ? index + 1 : then;
+      const StripPanels next[2] = {strip(behind, 0), strip(behind, sides - 1)};
+      multiply_strips(kernel_, here, sides, behind >= 0 ? next : nullptr, x_, first, last, few_,
                       [&](int64_t group, float* sums, int64_t size) {
                         finish(sums, size, group * x_.width, index * columns);
                       });

@@ -6,6 +6,7 @@
 #include "cpu/integers.h"
 #include "cpu/matmul_int8.h"
 #include "cpu/quant_kernels.h"
+#include "cpu/transpose.h"
 
 namespace fastllm::FASTLLM_ISA {
 namespace {
@@ -207,6 +208,52 @@ void prepare_words(const QuantKernel& kernel, const void* x, DType type, char* t
     words_of_row<COLUMNS, BY_TWO>(kernel, static_cast<const float*>(x), words, width);
   }
 }
+
+#if defined(__AVX512BF16__)
+// What prepare_words<2, BY_TWO> makes of `live` rows of bf16, `stride` elements apart, and of rows of
+// zeros behind them, `width` in all: 16 words of each are transposed in registers.
+template <bool BY_TWO>
+void prepare_pairs(const QuantKernel& kernel, const uint16_t* x, int64_t stride, int64_t live,
+                   char* to, int64_t width) {
+  uint32_t* out = reinterpret_cast<uint32_t*>(to);
+  const __mmask16 all = static_cast<__mmask16>((1 << width) - 1);
+  const __m512i order =
+      _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));
+  const auto store = [&](vi words) __attribute__((always_inline)) {
+    _mm512_mask_storeu_epi32(out, all, (__m512i)words);
+    out += width;
+  };
+  int64_t begin = 0;  // of a chunk
+  const auto end_chunk = [&](int64_t column) __attribute__((always_inline)) {
+    if (column - begin < kernel.chunk && column < kernel.k) return;
+    alignas(64) float sums[kPanelRows] = {};
+    if (kernel.sums == Sums::minimum)
+      for (int64_t i = 0; i < live; ++i)
+        sums[i] = chunk_sum(x + i * stride + begin, column - begin);
+    store(vloadi(sums));
+    begin = column;
+  };
+  for (int64_t column = 0; column < kernel.k; column += kBlock) {
+    // The other core read these lines in the last product; GCC would ask to read them.
+    for (int64_t b = 0; b < (16 * 4 + 4) * width; b += 64)
+      asm volatile("prefetchw %0" ::"m"(*(reinterpret_cast<const char*>(out) + 1024 + b)));
+    vi r[16] = {};
+#pragma GCC unroll 12
+    for (int i = 0; i < kWideRows; ++i) {
+      if (i >= live) continue;
+      r[i] = vloadi(x + i * stride + column);
+      if (BY_TWO) r[i] = (vi)_mm512_shuffle_epi8((__m512i)r[i], order);
+    }
+    transpose_16x16(r);
+#pragma GCC unroll 8
+    for (int w = 0; w < 8; ++w) store(r[w]);
+    if (kernel.chunk < kBlock) end_chunk(column + 16);
+#pragma GCC unroll 8
+    for (int w = 8; w < 16; ++w) store(r[w]);
+    end_chunk(column + kBlock);
+  }
+}
+#endif
 
 }  // namespace
 }  // namespace fastllm::FASTLLM_ISA

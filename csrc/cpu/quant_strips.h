@@ -1,6 +1,6 @@
-// The walk of rows past strips of a quantized weight. A strip is unpacked once; then batches of row
-// groups, whose fp32 sums stay in the L1 cache, meet one segment of it after the other. A group is
-// finished as soon as its sums are complete, so that its stores drain while the next tile runs.
+// The walk of rows past strips of a quantized weight. A strip is unpacked once, to the L2 cache; then
+// groups of rows meet all of it one after the other. A group is finished as soon as its sums are
+// complete, so that its stores drain while the next tile runs.
 #pragma once
 #include "cpu/integers.h"
 #include "cpu/quant_kernels.h"
@@ -50,9 +50,10 @@ FASTLLM_INLINE void multiply_strips(const QuantKernel& q, const StripPanels* str
                                     const StripPanels* next, const RowGroups& x, int64_t first,
                                     int64_t last, bool few, const Done& done) {
   const int panels = strips[0].count;
-  const StripPlan plan = strip_plan(q, panels, count, x.width, few);
+  const StripPlan plan = strip_plan(q, panels, count, few);
+  const int64_t group_sums = x.width * panels * kPanelRows;
   const bool whole = plan.stretch >= q.k;
-  const int64_t size = (whole ? smaller(plan.batch, last - first) : last - first) * plan.group_sums;
+  const int64_t size = whole ? group_sums : (last - first) * group_sums;
   uint8_t* unpacked = static_cast<uint8_t*>(
       thread_scratch(Scratch::panels, static_cast<size_t>(count * plan.unpacked)));
   float* sums = static_cast<float*>(
@@ -63,7 +64,7 @@ FASTLLM_INLINE void multiply_strips(const QuantKernel& q, const StripPanels* str
                                                                few);
   int64_t column = 0;
   do {
-    const int64_t stretch_end = smaller(column + plan.stretch, q.k);
+    const int64_t end = smaller(column + plan.stretch, q.k);
     // Few rows are done before what comes next has arrived: they look two stretches ahead.
     const int64_t later = column + (few ? 2 : 1) * plan.stretch;
     const bool inside = later < q.k;
@@ -73,37 +74,22 @@ FASTLLM_INLINE void multiply_strips(const QuantKernel& q, const StripPanels* str
     for (int s = 0; s < count; ++s) {
       const StripPanels* ahead = !known ? nullptr : inside ? &strips[s] : &next[s];
       uint8_t* codes = unpacked + s * plan.unpacked;
-      unpack_strip(q, strips[s], column, stretch_end - column, codes,
+      unpack_strip(q, strips[s], column, end - column, codes,
                    reinterpret_cast<float*>(codes + plan.scales_at), few ? ahead : nullptr, from);
       if (!few && ahead) upcoming.add(q, *ahead, from, smaller(plan.stretch, q.k - from));
     }
     upcoming.divide(last - first);
-    for (int64_t g = first; g < last; g += plan.batch) {
-      const int64_t end = smaller(g + plan.batch, last);
-      float* batch_sums = whole ? sums : sums + (g - first) * plan.group_sums;
+    for (int64_t g = first; g < last; ++g) {
+      const char* rows = x.group(g) + q.row_offset(column) * x.width;
+      float* to = whole ? sums : sums + (g - first) * group_sums;
       for (int s = 0; s < count; ++s) {
         const uint8_t* codes = unpacked + s * plan.unpacked;
-        int64_t c = column;
-        do {
-          const Segment segment{codes + (c - column) / q.word_columns * 4 * kPanelRows * panels,
-                                reinterpret_cast<const float*>(codes + plan.scales_at) +
-                                    (c - column) / q.chunk * panels * kPanelScales,
-                                smaller(plan.segment, stretch_end - c),
-                                q.chunk,
-                                q.sums,
-                                c == 0};
-          const bool complete = s + 1 == count && c + plan.segment >= q.k;
-          const char* rows = x.group(g) + q.row_offset(c) * x.width;
-          float* to = batch_sums + s * size;
-          for (int64_t i = g; i < end; ++i) {
-            (i + 1 < x.groups() ? tile : last_tile)(segment, rows, x.width, to);
-            if (complete) done(i, to - s * size, size);
-            if (s == 0 && c == column) upcoming.step();
-            rows += x.group_bytes();
-            to += plan.group_sums;
-          }
-        } while ((c += plan.segment) < stretch_end);
+        const float* scales = reinterpret_cast<const float*>(codes + plan.scales_at);
+        const Segment segment{codes, scales, end - column, q.chunk, q.sums, column == 0};
+        (g + 1 < x.groups() ? tile : last_tile)(segment, rows, x.width, to + s * size);
       }
+      if (end == q.k) done(g, to, size);
+      upcoming.step();
     }
   } while ((column += plan.stretch) < q.k);
 }

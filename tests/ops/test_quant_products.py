@@ -159,10 +159,10 @@ def test_the_full_run_holds_two_thousand_problems_of_every_format_and_mode() -> 
 
 @pytest.mark.parametrize("fmt", ["q4_1", "q6_k", "int4_g128"])
 @pytest.mark.parametrize("gated", [None, "silu"])
-def test_rows_around_a_batch_of_groups_have_the_bits_of_few_rows(
+def test_groups_and_remainders_of_many_rows_have_the_bits_of_few_rows(
     fmt: str, gated: str | None
 ) -> None:
-    """Many rows meet unpacked strips in batches, a long K in stretches; few rows do not."""
+    """Groups of 6, 7 or 12 rows meet unpacked strips, a long K in stretches; few rows do not."""
     n, k = 32, 7168
     data, scales = random_packed(generator(5), fmt, n, k, 16)
     x = torch.randn(97, k, generator=generator(6)).bfloat16()
@@ -174,5 +174,5 @@ def test_rows_around_a_batch_of_groups_have_the_bits_of_few_rows(
                 return quant_matmul(rows, data, scales, fmt, n, activation=mode, gated=gated)
 
             few = torch.cat([product(x[i : i + 2]) for i in range(0, 97, 2)])
-            for rows in (9, 47, 49, 95, 97):
+            for rows in (9, 11, 15, 47, 49, 95, 97):
                 assert torch.equal(product(x[:rows]), few[:rows]), (isa, mode, rows)
