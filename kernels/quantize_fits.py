@@ -15,6 +15,10 @@ import triton.language as tl
 
 from .triton_compat import divide, round_even
 
+# As in `fastllm.ops.quantize_search` and `quantize_rules`.
+ONE_CODE: tl.constexpr = tl.constexpr(1e-5)
+UNSEEN: tl.constexpr = tl.constexpr(2.0**-40)
+
 
 @triton.jit
 def inverse(x):
@@ -48,9 +52,9 @@ def value(x, c, mask):
 
 @triton.jit
 def weight(w, c, mask, WEIGHTED: tl.constexpr, some):
-    """Its importance; 1 where the lane has none (`some` false)."""
+    """Its importance; UNSEEN where the lane has none (`some` false)."""
     if WEIGHTED:
-        return tl.where(some, tl.load(w + c, mask=mask, other=0.0), 1.0)
+        return tl.where(some, tl.load(w + c, mask=mask, other=0.0), UNSEEN)
     else:
         return 1.0
 
@@ -62,7 +66,7 @@ def any_weight(w, mask, COLUMNS: tl.constexpr, WEIGHTED: tl.constexpr):
         total = tl.zeros(w.shape, tl.float32)
         for c in range(COLUMNS):
             total += tl.load(w + c, mask=mask, other=0.0)
-        return total > 0
+        return total > UNSEEN
     else:
         return mask
 
@@ -75,6 +79,22 @@ def extremes(x, mask, COLUMNS: tl.constexpr):
     for c in range(1, COLUMNS):
         one = value(x, c, mask)
         low, high = tl.minimum(low, one), tl.maximum(high, one)
+    return low, high
+
+
+@triton.jit
+def peak_of(x, mask, COLUMNS: tl.constexpr):
+    """The value of largest magnitude; the negative one of two."""
+    least, most = extremes(x, mask, COLUMNS)
+    return tl.where(most > -least, most, least)
+
+
+@triton.jit
+def bounds(x, mask, FREE: tl.constexpr, COLUMNS: tl.constexpr):
+    """The range of values d u + m: of the smallest, which is at most 0 unless FREE."""
+    low, high = extremes(x, mask, COLUMNS)
+    if not FREE:
+        low = tl.minimum(low, 0.0)
     return low, high
 
 
@@ -107,8 +127,7 @@ def fit_signed(
     WEIGHTED: tl.constexpr,
 ):
     """(d, sum w v^2) of values d v, v from LOW to HIGH."""
-    least, most = extremes(x, mask, COLUMNS)
-    to_peak = inverse(tl.where(most > -least, most, least))
+    to_peak = inverse(peak_of(x, mask, COLUMNS))
     gain = tl.full(x.shape, -1.0, tl.float32)
     d = tl.zeros(x.shape, tl.float32)
     squares = tl.zeros(x.shape, tl.float32)
@@ -172,9 +191,7 @@ def fit_affine(
 
     m <= 0 unless FREE.
     """
-    low, high = extremes(x, mask, COLUMNS)
-    if not FREE:
-        low = tl.minimum(low, 0.0)
+    low, high = bounds(x, mask, FREE, COLUMNS)
     sw = tl.zeros(x.shape, tl.float32)
     sy = tl.zeros(x.shape, tl.float32)
     for c in range(COLUMNS):
@@ -203,11 +220,13 @@ def fit_affine(
             suu += wu * u
             syu += wu * y
         det = sw * suu - su * su
-        m = tl.where(det > 0, ratio(suu * sy - su * syu, det), ratio(sy, sw))
+        # Codes that (almost) all weight has in common determine one number: d, of their minimum.
+        m = tl.where(det > (sw * suu) * ONE_CODE, ratio(suu * sy - su * syu, det), begin)
+        m = tl.where(suu > 0, m, ratio(sy, sw))
         if not FREE:
             m = tl.minimum(m, -low)
         rest = syu - m * su
-        d = tl.maximum(tl.where(det > 0, ratio(rest, suu), 0.0), 0.0)
+        d = tl.maximum(ratio(rest, suu), 0.0)
         found = m * (2.0 * sy - m * sw) + d * (2.0 * rest - d * suu)
         take = found > gain
         gain, best = tl.where(take, found, gain), tl.where(take, d, best)

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from .quantize_fits import (
     any_weight,
+    bounds,
     clamp,
     fit_affine,
     fit_signed,
@@ -18,11 +19,12 @@ from .quantize_fits import (
     half,
     inverse,
     ordered_sum,
+    peak_of,
     ratio,
     value,
     weight,
 )
-from .triton_compat import round_even
+from .triton_compat import divide, round_even
 
 ROUNDS: tl.constexpr = tl.constexpr(3)
 
@@ -90,6 +92,23 @@ def refit(x, w, mask, some, d, dmin, sc, mn, sw, LEVELS: tl.constexpr, WEIGHTED:
 
 
 @triton.jit
+def sub_integers(x, step):
+    return clamp(round_even(x * inverse(step)), 0.0, 63.0)
+
+
+@triton.jit
+def plain_super_min(x, mask, LEVELS: tl.constexpr):
+    """(d, dmin [B, 1], sc, mn [B, 8]) of the sub-blocks' ranges: no weights take part."""
+    low, high = bounds(x, mask, False, 32)
+    minus = tl.abs(low)
+    s = divide(high - low, tl.full(low.shape, LEVELS, tl.float32))
+    most, deepest = tl.max(s, axis=1)[:, None], tl.max(minus, axis=1)[:, None]
+    integers = tl.full(most.shape, 63.0, tl.float32)
+    d, dmin = half(divide(most, integers)), half(divide(deepest, integers))
+    return d, dmin, sub_integers(s, d), sub_integers(minus, dmin)
+
+
+@triton.jit
 def fit_super_min(
     x, w, mask, starts, LEVELS: tl.constexpr, STARTS: tl.constexpr, WEIGHTED: tl.constexpr
 ):
@@ -97,10 +116,16 @@ def fit_super_min(
     some = any_weight(w, mask, 32, WEIGHTED)
     s, m, squares, sw = fit_affine(x, w, mask, some, starts, LEVELS, False, STARTS, 32, WEIGHTED)
     d, dmin = fit_step(s, squares, 63, 32, 8)[:, None], fit_step(-m, sw, 63, 32, 8)[:, None]
-    sc = clamp(round_even(s * inverse(d)), 0.0, 63.0)
-    mn = clamp(round_even(-m * inverse(dmin)), 0.0, 63.0)
-    least = tl.full(d.shape, float("inf"), tl.float32)
-    best_d, best_dmin, best_sc, best_mn = d, dmin, sc, mn
+    sc, mn = sub_integers(s, d), sub_integers(-m, dmin)
+    plain_d, plain_dmin, plain_sc, plain_mn = plain_super_min(x, mask, LEVELS)
+    errors, _ = sub_min_error(
+        x, w, mask, some, plain_d * plain_sc, plain_dmin * plain_mn, LEVELS, WEIGHTED
+    )
+    error = ordered_sum(errors, 8)[:, None]
+    take = error < float("inf")
+    least = tl.where(take, error, float("inf"))
+    best_d, best_dmin = tl.where(take, plain_d, d), tl.where(take, plain_dmin, dmin)
+    best_sc, best_mn = tl.where(take, plain_sc, sc), tl.where(take, plain_mn, mn)
     for i in range(ROUNDS):
         if i > 0:
             d, dmin = refit(x, w, mask, some, d, dmin, sc, mn, sw, LEVELS, WEIGHTED)
@@ -126,14 +151,27 @@ def sub_error(x, w, mask, some, step, WEIGHTED: tl.constexpr):
 
 
 @triton.jit
+def plain_super(x, mask):
+    """(d [B, 1], sc [B, 16]) of the sub-blocks' largest magnitudes, as `plain_super_min`."""
+    s = divide(peak_of(x, mask, 16), tl.full(x.shape, -32.0, tl.float32))
+    most = tl.max(tl.abs(s), axis=1)[:, None]
+    d = half(divide(most, tl.full(most.shape, 127.0, tl.float32)))
+    return d, clamp(round_even(s * inverse(d)), -128.0, 127.0)
+
+
+@triton.jit
 def fit_super(x, w, mask, starts, STARTS: tl.constexpr, WEIGHTED: tl.constexpr):
     """(d [B, 1], sc [B, 16]) of values (d sc) v, v from -32 to 31."""
     some = any_weight(w, mask, 16, WEIGHTED)
     s, squares = fit_signed(x, w, mask, some, starts, -32.0, 31.0, STARTS, 16, WEIGHTED)
     d = fit_step(s, squares, 127, 64, 16)[:, None]
     sc = clamp(round_even(s * inverse(d)), -128.0, 127.0)
-    least = tl.full(d.shape, float("inf"), tl.float32)
-    best_d, best_sc = d, sc
+    plain_d, plain_sc = plain_super(x, mask)
+    errors = sub_error(x, w, mask, some, plain_d * plain_sc, WEIGHTED)
+    error = ordered_sum(errors, 16)[:, None]
+    take = error < float("inf")
+    least = tl.where(take, error, float("inf"))
+    best_d, best_sc = tl.where(take, plain_d, d), tl.where(take, plain_sc, sc)
     for i in range(ROUNDS):
         if i > 0:
             factor = inverse(d * sc)

@@ -15,6 +15,7 @@ namespace {
 
 constexpr int kStretch = 256;          // columns at a time
 constexpr int64_t kTileRows = 128;     // of an fp8_block scale
+constexpr float kUnseen = 0x1p-40f;    // of columns without importance
 constexpr int kTooLarge = 0x4f800000;  // 2^32: no fp16 scale of any format reaches it
 
 struct Stretch {
@@ -68,7 +69,7 @@ struct Panel {
   }
 };
 
-// Importances of the stretch; a group in which all are 0 counts every column alike.
+// Importances of the stretch; a group of (almost) none counts every column alike, and little.
 void load_weights(Panel& p, int64_t first, int64_t n, int64_t count, int group) {
   const QuantizeArgs& a = p.a;
   const float* importance = a.importance;
@@ -89,7 +90,7 @@ void load_weights(Panel& p, int64_t first, int64_t n, int64_t count, int group) 
       vf sum{};
       for (int i = 0; i < group; ++i) sum = sum + vload(w + i * kPanelRows);
       for (int i = 0; i < group; ++i)
-        vstore(w + i * kPanelRows, sum > 0.f ? vload(w + i * kPanelRows) : vset(1.f));
+        vstore(w + i * kPanelRows, sum > kUnseen ? vload(w + i * kPanelRows) : vset(kUnseen));
     }
 }
 

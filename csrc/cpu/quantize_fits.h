@@ -30,6 +30,7 @@ constexpr Starts kSigned127 = {6, {-126.f, -126.5f, -127.f, -127.5f, 126.f, 126.
 constexpr Starts kZero = {4, {14.f, 15.f, 16.f, 17.5f}};
 constexpr Starts kAffine = {8, {-3.f, -2.f, -1.f, -.5f, 0.f, .5f, 1.f, 2.f}};
 constexpr float kShifts[3] = {0.f, -1.f, 1.f};
+constexpr float kOneCode = 1e-5f;
 constexpr int kRounds = 3;
 
 FASTLLM_INLINE vf vround(vf x) { return (x + 12582912.f) - 12582912.f; }  // to even, |x| < 2^22
@@ -124,6 +125,20 @@ struct AffineFit {
   }
 };
 
+// The range of values d u + m: of the smallest, which is at most 0 unless FREE.
+struct Bounds {
+  vf low, high;
+};
+template <bool FREE>
+FASTLLM_INLINE Bounds bounds(const Columns& g) {
+  vf low = FREE ? g.value(0) : vset(0.f), high = g.value(0);
+  for (int c = 0; c < g.count; ++c) {
+    low = vmin(g.value(c), low);
+    high = vmax(g.value(c), high);
+  }
+  return {low, high};
+}
+
 template <bool FREE>
 static inline AffineFit fit_affine_once(const Columns& g, vf low, vf start, vf factor, float levels,
                                         vf sw, vf sy) {
@@ -137,22 +152,19 @@ static inline AffineFit fit_affine_once(const Columns& g, vf low, vf start, vf f
     syu = syu + wu * y;
   }
   const vf det = sw * suu - su * su;
-  const vi solvable = det > 0.f;
-  vf c = solvable ? ratio(suu * sy - su * syu, det) : ratio(sy, sw);
+  // Codes that (almost) all weight has in common determine one number: d, of their minimum.
+  vf c = det > kOneCode * (sw * suu) ? ratio(suu * sy - su * syu, det) : start;
+  c = suu > 0.f ? c : ratio(sy, sw);
   if constexpr (!FREE) c = vmin(c, -low);
   const vf rest = syu - c * su;
-  const vf d = vmax(solvable ? ratio(rest, suu) : vset(0.f), vset(0.f));
+  const vf d = vmax(ratio(rest, suu), vset(0.f));
   return {c * (2.f * sy - c * sw) + d * (2.f * rest - d * suu), d, c, suu};
 }
 
 // d >= 0 and m, which is at most 0 unless FREE; `c` of the result is m.
 template <bool FREE>
 static inline AffineFit fit_affine(const Columns& g, float levels) {
-  vf low = FREE ? g.value(0) : vset(0.f), high = g.value(0);
-  for (int c = 0; c < g.count; ++c) {
-    low = vmin(g.value(c), low);
-    high = vmax(g.value(c), high);
-  }
+  const auto [low, high] = bounds<FREE>(g);
   vf sw{}, sy{};
   for (int c = 0; c < g.count; ++c) {
     sw = sw + g.weight(c);

@@ -85,6 +85,30 @@ static inline void refit_super_min(const Columns& g, SuperMin& p, const vf* sw, 
   p.dmin = vround_f16(vmax(dmin, zero));
 }
 
+FASTLLM_INLINE vf sub_integer(vf x, vf step) {
+  return vclamp(vround(x * inverse(step)), vset(0.f), vset(63.f));
+}
+
+// The scales of the sub-blocks' ranges, than which no fit may be worse: weights take no part.
+static inline SuperMin plain_super_min(const Columns& g, float levels) {
+  vf s[SuperMin::subs], minus[SuperMin::subs], most{}, deepest{};
+  for (int i = 0; i < SuperMin::subs; ++i) {
+    const auto [low, high] = bounds<false>(g.at(i * SuperMin::columns, SuperMin::columns));
+    s[i] = (high - low) / levels;
+    minus[i] = vabs(low);
+    most = vmax(s[i], most);
+    deepest = vmax(minus[i], deepest);
+  }
+  SuperMin p;
+  p.d = vround_f16(most / 63.f);
+  p.dmin = vround_f16(deepest / 63.f);
+  for (int i = 0; i < SuperMin::subs; ++i) {
+    p.sc[i] = sub_integer(s[i], p.d);
+    p.mn[i] = sub_integer(minus[i], p.dmin);
+  }
+  return p;
+}
+
 static inline SuperMin fit_super_min(const Columns& g, float levels) {
   constexpr int subs = SuperMin::subs, columns = SuperMin::columns;
   vf s[subs], minus[subs], suu[subs], sw[subs], sx[subs];
@@ -104,11 +128,28 @@ static inline SuperMin fit_super_min(const Columns& g, float levels) {
   p.d = fit_step(s, suu, subs, 63.f, 32.f);
   p.dmin = fit_step(minus, sw, subs, 63.f, 32.f);
   for (int i = 0; i < subs; ++i) {
-    p.sc[i] = vclamp(vround(s[i] * inverse(p.d)), vset(0.f), vset(63.f));
-    p.mn[i] = vclamp(vround(minus[i] * inverse(p.dmin)), vset(0.f), vset(63.f));
+    p.sc[i] = sub_integer(s[i], p.d);
+    p.mn[i] = sub_integer(minus[i], p.dmin);
   }
   SuperMin best = p;
   vf least = vset(__builtin_inff());
+  const auto keep = [&](const SuperMin& tried, vf error) __attribute__((always_inline)) {
+    const vi take = error < least;
+    least = take ? error : least;
+    best.d = take ? tried.d : best.d;
+    best.dmin = take ? tried.dmin : best.dmin;
+    for (int i = 0; i < subs; ++i) {
+      best.sc[i] = take ? tried.sc[i] : best.sc[i];
+      best.mn[i] = take ? tried.mn[i] : best.mn[i];
+    }
+  };
+  const SuperMin plain = plain_super_min(g, levels);
+  vf of_plain{};
+  for (int i = 0; i < subs; ++i)
+    of_plain = of_plain + sub_min_error(g.at(i * columns, columns), plain.d, plain.dmin,
+                                        plain.sc[i], plain.mn[i], levels)
+                              .error;
+  keep(plain, of_plain);
   for (int round = 0; round < kRounds; ++round) {
     if (round > 0) refit_super_min(g, p, sw, sx, levels);
     vf error{};
@@ -118,14 +159,7 @@ static inline SuperMin fit_super_min(const Columns& g, float levels) {
       p.sc[i] = f.sc;
       p.mn[i] = f.mn;
     }
-    const vi take = error < least;
-    least = take ? error : least;
-    best.d = take ? p.d : best.d;
-    best.dmin = take ? p.dmin : best.dmin;
-    for (int i = 0; i < subs; ++i) {
-      best.sc[i] = take ? p.sc[i] : best.sc[i];
-      best.mn[i] = take ? p.mn[i] : best.mn[i];
-    }
+    keep(p, error);
   }
   return best;
 }
@@ -169,6 +203,20 @@ static inline void refit_super(const Columns& g, Super& p) {
   p.d = vround_f16(aa > 0.f ? ratio(xa, aa) : p.d);  // an infinite d stays
 }
 
+// The scales of the sub-blocks' largest magnitudes: no weights take part.
+static inline Super plain_super(const Columns& g) {
+  vf s[Super::subs], most{};
+  for (int i = 0; i < Super::subs; ++i) {
+    s[i] = peak_of(g.at(i * Super::columns, Super::columns)) / -32.f;
+    most = vmax(vabs(s[i]), most);
+  }
+  Super p;
+  p.d = vround_f16(most / 127.f);
+  for (int i = 0; i < Super::subs; ++i)
+    p.sc[i] = vclamp(vround(s[i] * inverse(p.d)), vset(-128.f), vset(127.f));
+  return p;
+}
+
 static inline Super fit_super(const Columns& g) {
   vf s[Super::subs], svv[Super::subs];
   for (int i = 0; i < Super::subs; ++i) {
@@ -183,6 +231,18 @@ static inline Super fit_super(const Columns& g) {
     p.sc[i] = vclamp(vround(s[i] * inverse(p.d)), vset(-128.f), vset(127.f));
   Super best = p;
   vf least = vset(__builtin_inff());
+  const auto keep = [&](const Super& tried, vf error) __attribute__((always_inline)) {
+    const vi take = error < least;
+    least = take ? error : least;
+    best.d = take ? tried.d : best.d;
+    for (int i = 0; i < Super::subs; ++i) best.sc[i] = take ? tried.sc[i] : best.sc[i];
+  };
+  const Super plain = plain_super(g);
+  vf of_plain{};
+  for (int i = 0; i < Super::subs; ++i)
+    of_plain =
+        of_plain + sub_error(g.at(i * Super::columns, Super::columns), plain.d * plain.sc[i]);
+  keep(plain, of_plain);
   for (int round = 0; round < kRounds; ++round) {
     if (round > 0) refit_super(g, p);
     vf error{};
@@ -198,10 +258,7 @@ static inline Super fit_super(const Columns& g) {
       error = error + smallest;
       p.sc[i] = sc;
     }
-    const vi take = error < least;
-    least = take ? error : least;
-    best.d = take ? p.d : best.d;
-    for (int i = 0; i < Super::subs; ++i) best.sc[i] = take ? p.sc[i] : best.sc[i];
+    keep(p, error);
   }
   return best;
 }

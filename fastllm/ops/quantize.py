@@ -117,8 +117,9 @@ def quantize(w: Tensor, format: str, importance: Tensor | None = None) -> tuple[
         w: `[n, k]`, float32, bfloat16 or float16, finite.
         format: a quantized format of `fastllm.ops.quant_format`, whose multiple k must be.
         importance: `[k]` or `[n, k]` weights of squared errors, not negative, of any scale; None:
-            all alike. A group of columns in which all are 0 counts every column alike. int8, nf4
-            and fp8 formats do not use it.
+            all alike. A group of columns in which all are 0 (together at most 2^-40 of the
+            largest) counts every column alike, and little beside others of a super-block. int8,
+            nf4 and fp8 formats do not use it.
 
     Returns:
         (data, scales) as described in `fastllm.ops.packed_layout`.

@@ -22,6 +22,9 @@ from .quantize_search import inverse
 
 Coded = tuple[Tensor, list[Tensor]]  # codes uint8 [n, k], the parts of `packed_layout.split_scales`
 INT8_PEAK, FP8_PEAK = 127.0, 448.0
+# What a column counts in groups without importance, where the largest of a weight is 1: enough that
+# no sum underflows, too little to move the scales that a super-block shares with others.
+UNSEEN = 2.0**-40
 TILE = 128  # rows and columns of an fp8_block tile
 # A comparison with the middle of two entries: exact, as the sum of two bfloat16 is.
 NF4_MIDDLES = tuple((a + b) / 2 for a, b in pairwise(NF4_TABLE))
@@ -58,11 +61,11 @@ def _rows(codes: Tensor) -> Tensor:
 
 
 def _weights(x: Tensor, importance: Tensor | None, group: int) -> Tensor:
-    """Importances as `_columns_first` of x; groups in which all are 0 count every column alike."""
+    """Importances as `_columns_first` of x; groups of (almost) none count every column alike."""
     if importance is None:
         return torch.ones_like(_columns_first(x, group))
     w = _columns_first(importance.expand_as(x), group)
-    return torch.where(search.column_sum(w) > 0, w, 1.0)
+    return torch.where(search.column_sum(w) > UNSEEN, w, UNSEEN)
 
 
 def _halves(*parts: Tensor) -> list[Tensor]:

@@ -29,17 +29,23 @@ def dequantize_case(format: str, dtype: torch.dtype) -> float:
 
 
 def quantize_case(format: str, dtype: torch.dtype, importance: tuple[str, ...]) -> float:
-    """Rows of normal values, with zeros and an outlier; `importance` names its dimensions."""
+    """Rows of normal values, with zeros, constants, an offset and an outlier.
+
+    `importance` names its dimensions; one column of the third block counts.
+    """
     from fastllm.kernels import quantize as quantizer
 
     n, k = 3, QUANT_FORMATS[format].multiple + (32 if QUANT_FORMATS[format].multiple == 32 else 0)
     generator = torch.Generator().manual_seed(k)
     w = 0.05 * torch.randn(n, k, generator=generator)
     w[1, :32], w[2, 5] = 0.0, 3.0
+    w[0, 32:64], w[1, 32:64] = 0.05, -0.05
+    w[1, 64:96] += 1.0
     weights: Tensor | None = None
     if importance:
         weights = torch.rand([n, k][-len(importance) :], generator=generator).pow(3)
         weights[..., :32] = 0.0
+        weights[..., 64:96], weights[..., 70:71] = 1e-8, 1.0
     w = w.to(dtype)
     codes, parts = encode(w.float() + 0.0, format, weights)
     want = layout.pack_parts(codes, parts, format, 1)

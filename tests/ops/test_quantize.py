@@ -99,6 +99,47 @@ def test_squared_error_is_at_most_that_of_llama_cpp(
         assert ours <= (0.98 if searched else 1.0001) * bound, f"{ours / bound:.4f}"
 
 
+def constant_blocks(value: float) -> Tensor:
+    w = 0.02 * normal(8, 512)
+    w[:, 32:64], w[:, 300:] = value, 2 * value
+    return w
+
+
+def one_live_column(rest: float) -> Tensor:
+    return torch.full((512,), rest).index_fill(0, torch.arange(5, 512, 32), 1.0)
+
+
+HARD = {
+    "ones": (torch.ones(4, 512), None),
+    "minus ones": (-torch.ones(4, 512), None),
+    "constant blocks": (constant_blocks(0.05), None),
+    "negative blocks": (constant_blocks(-0.05), None),
+    "offset": (1.0 + 0.01 * normal(8, 512), None),
+    "small offset": (1.0 + 0.1 * normal(8, 512), None),
+    "negative offset": (-1.0 + 0.01 * normal(8, 512), None),
+    "large": (6e4 + normal(8, 512), None),
+    "one live column": (normal(8, 512), one_live_column(0.0)),
+    "others 1e-8": (normal(8, 512), one_live_column(1e-8)),
+    "others 1e-6": (normal(8, 512), one_live_column(1e-6)),
+    "others 1e-4": (normal(8, 512), one_live_column(1e-4)),
+    "massive": (normal(8, 512), torch.ones(512).index_fill(0, torch.tensor([7]), 1e8)),
+    "offset, weighted": (1.0 + 0.01 * normal(8, 512), importances(512)),
+}
+
+
+@pytest.mark.parametrize("format", GGML_TYPES)
+@pytest.mark.parametrize("case", HARD)
+def test_constants_offsets_and_lone_importances_keep_llama_cpp_s_error(
+    ggml: ctypes.CDLL, format: str, case: str
+) -> None:
+    w, importance = HARD[case]
+    counts = torch.ones(512) if importance is None else importance
+    theirs = dequantize_blocks(format, ggml_blocks(ggml, w, format, importance))
+    bound = ((counts * (theirs - w).square()).sum() / (counts * w.square()).sum()).item()
+    # 2e-3 of a value is what fp16 scales of large minimums may cost.
+    assert error(w, format, importance) <= 1.001 * bound + 4e-6
+
+
 @pytest.mark.parametrize("format", ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0"])
 def test_without_importances_the_bytes_are_those_of_llama_cpp(
     ggml: ctypes.CDLL, format: str

@@ -18,7 +18,8 @@ BENCH_SHAPE = (1536, 4)
 
 
 def weights(g: torch.Generator, n: int, k: int) -> Tensor:
-    """Rows of different sizes: normal, zero, tiny, with an outlier, with blocks of zeros."""
+    """Rows of different sizes: normal, zero, tiny, with an outlier, with blocks of zeros; constants
+    of both signs, in whole rows and single blocks; values far from zero."""
     w = 0.05 * torch.randn(n, k, generator=g)
     if n > 4:
         w[0] = 0.0
@@ -26,6 +27,12 @@ def weights(g: torch.Generator, n: int, k: int) -> Tensor:
         w[2, k // 3] = 7.0
         w[3, 32:64] = 0.0
         w[4] = w[4].abs()
+    if n > 11:
+        w[5], w[6] = 0.05, -0.05
+        w[7, 32:64], w[8, 32:64] = 0.05, -0.05
+        w[9] = 1.0 + 0.1 * w[9]
+        w[10] = 1.0 + 0.02 * w[10]
+        w[11] += 50.0
     return w
 
 
@@ -38,6 +45,8 @@ def _case(
             return w, format, None
         weight = torch.rand(importance, generator=g).pow(3)
         weight[..., 32:64] = 0.0
+        weight[..., 64:128], weight[..., 70] = 0.0, 1.0  # one column of a block counts
+        weight[..., 96:128], weight[..., 100] = 1e-8, 1.0
         return w, format, weight
 
     name = "" if importance is None else f"-importance{len(importance)}d"
