@@ -4,7 +4,7 @@
 A call takes one of three roads, decided here once:
 
 - traced (torch.compile, FakeTensor, a tensor subclass, a dispatch mode, functorch): the torch
-  library's op, `torch.ops.fastllm.<op>`;
+  library's op, `torch.ops.fastllm.<op>`; differentiation by torch.func or in forward mode raises;
 - eager with a gradient to record: one generic `autograd.Function` made from the op's backward;
 - eager without: the first row of the table that supports the arguments, called directly.
 
@@ -32,7 +32,8 @@ DEVICES = ("cpu", "cuda")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # of ops that take halves too
 _PLAIN_TYPES = frozenset({int, float, bool, str, type(None), torch.dtype})
 _dispatch_modes = torch._C._len_torch_dispatch_stack
-_functorch_level = torch._C._functorch.maybe_current_level
+_functorch = torch._C._functorch
+_functorch_level = _functorch.maybe_current_level
 _jit_tracing = torch._C._get_tracing_state  # torch.jit.trace records torch ops, nothing else
 # What a choice needs of an Impl: function, variants, when.
 _Row = tuple[Callable[..., Any], frozenset[str], Callable[..., bool] | None]
@@ -55,10 +56,38 @@ def is_eager(x: Tensor) -> bool:
 def is_transformed() -> bool:
     """Whether torch.func (grad, vmap, jvp) or forward-mode differentiation runs this call.
 
-    Our gradients are made for backward passes alone: ops raise there, and code that has other
-    operations at hand takes those.
+    Our gradients are made for backward passes alone: ops raise where they would be differentiated
+    there, and code that has other operations at hand takes those.
     """
     return not is_compiling() and (bool(_functorch_level()) or forward_ad._current_level >= 0)
+
+
+def _refuse_derivatives(name: str, args: tuple[Any, ...]) -> None:
+    """Raise if torch.func or forward mode differentiates with respect to one of `args`.
+
+    An op would otherwise count as a constant there: tangents and gradients of 0, silently.
+    """
+    if any(isinstance(arg, Tensor) and _is_differentiated(arg) for arg in args):
+        raise NotImplementedError(
+            f"fastllm.ops.{name} has no derivatives under torch.func (grad, vjp, jvp, jacrev, "
+            "jacfwd) or in forward mode: use backward() or torch.autograd.grad, or PyTorch's own "
+            "operations"
+        )
+
+
+def _is_differentiated(x: Tensor) -> bool:
+    # Each level of torch.func wraps a tensor; one that vmap wrapped has its tangent further in.
+    while _functorch.is_functorch_wrapped_tensor(x):
+        if _functorch.is_gradtrackingtensor(x) and (
+            (x.requires_grad and torch.is_grad_enabled()) or _has_tangent(x)
+        ):
+            return True
+        x = _functorch.get_unwrapped(x)
+    return _has_tangent(x)
+
+
+def _has_tangent(x: Tensor) -> bool:
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
 
 
 def set_batch_invariant(enabled: bool) -> None:
@@ -196,7 +225,12 @@ class Op:
         return self.ref
 
     def __call__(self, *args: Any) -> Any:
-        if is_compiling() or _dispatch_modes() or _functorch_level() or _jit_tracing():
+        if is_compiling():
+            return self.overload(*args)
+        transformed = _functorch_level() or forward_ad._current_level >= 0
+        if transformed:
+            _refuse_derivatives(self.name, args)
+        if transformed or _dispatch_modes() or _jit_tracing():
             return self.overload(*args)
         first = None
         floating = needs_grad = False
@@ -209,11 +243,10 @@ class Op:
                     needs_grad = True
             elif kind not in _PLAIN_TYPES and isinstance(arg, Tensor):
                 return self.overload(*args)
-        forward_mode = forward_ad._current_level >= 0  # a kernel alone would drop the tangents
-        if (needs_grad and torch.is_grad_enabled()) or forward_mode:
+        if needs_grad and torch.is_grad_enabled():
             if self._function is not None:
                 return self._function.apply(*args)
-            if not self.mutable and needs_grad:
+            if not self.mutable:
                 raise RuntimeError(
                     f"fastllm.ops.{self.name} has no backward: call it under torch.no_grad(), "
                     "or detach its inputs"

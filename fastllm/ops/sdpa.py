@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .attention import attention
-from .registry import FLOATS
+from .registry import DEVICES, FLOATS, is_transformed
 
 
 def sdpa(
@@ -27,7 +27,8 @@ def sdpa(
 
     Our kernels serve every call without dropout whose mask is None or a boolean padding mask (the
     same keys hidden from all queries and heads of a sequence); dropout, dense and additive masks,
-    and nested tensors are handed to torch.
+    nested tensors and calls under torch.func or in forward mode are handed to torch. Under autocast
+    query, key and value are cast as torch casts them.
 
     Args:
         query: `[..., H, L, E]`.
@@ -42,7 +43,10 @@ def sdpa(
     Returns:
         `[..., H, L, Ev]`.
     """
-    if not _is_ours(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa):
+    query, key, value = (_autocast(x) for x in (query, key, value))
+    if is_transformed() or not _is_ours(
+        query, key, value, attn_mask, dropout_p, is_causal, enable_gqa
+    ):
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -57,6 +61,14 @@ def sdpa(
     assert isinstance(o, Tensor)
     heads_first = o.transpose(1, 2)
     return heads_first.squeeze(1) if query.ndim == 3 else heads_first.unflatten(0, query.shape[:-3])
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """x as autocast gives it to torch's function, which is on its list of lower precision."""
+    device = x.device.type
+    if device in DEVICES and torch.is_autocast_enabled(device) and x.is_floating_point():
+        return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device))
+    return x
 
 
 def _is_ours(

@@ -180,6 +180,48 @@ def test_forward_mode_is_refused_and_no_tangent_is_dropped() -> None:
     assert seen == [True]
 
 
+@pytest.mark.parametrize("name", sorted(INFOS))
+def test_no_derivative_of_torch_func_is_silently_zero(name: str) -> None:
+    args = small_cases(INFOS[name], 1)[0]
+    floats = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point()]
+    if not floats:  # nothing to differentiate with respect to
+        return
+    at = floats[0]
+    x = args[at].float().requires_grad_(False)
+
+    def call(x: Tensor) -> Tensor:
+        return outputs(OPS[name](*args[:at], x, *args[at + 1 :]))[0].sum()
+
+    for differentiate in (
+        torch.func.grad(call),
+        torch.func.jacfwd(call),
+        torch.func.vmap(torch.func.grad(call), in_dims=0),
+        lambda x: torch.func.vjp(call, x),
+        lambda x: torch.func.jvp(call, (x,), (x,)),
+        lambda x: torch.func.jvp(torch.func.vmap(call), (x,), (x,)),
+    ):
+        with pytest.raises(NotImplementedError, match=rf"fastllm.ops.{name} has .* under torch"):
+            differentiate(x)
+
+
+def test_what_torch_func_does_not_differentiate_runs() -> None:
+    x, w = torch.randn(3, 8, generator=generator()), torch.ones(8)
+    norm = OPS["rms_norm"]
+    want = norm(x * 2, w, 1e-5, None)
+
+    def constant(y: Tensor) -> Tensor:
+        return (norm(x * 2, w, 1e-5, None) * y).sum()
+
+    def undifferentiated(y: Tensor) -> Tensor:
+        with torch.no_grad():
+            return (norm(y * 2, w, 1e-5, None) * torch.ones_like(y)).sum() * 0
+
+    assert torch.equal(torch.func.grad(constant)(x), want)
+    assert torch.equal(torch.func.jvp(constant, (x,), (torch.ones_like(x),))[1], want.sum())
+    assert not torch.func.grad(lambda y: y.sum() * 0 + undifferentiated(y))(x).any()
+    assert torch.equal(torch.func.functionalize(lambda y: norm(y * 2, w, 1e-5, None))(x), want)
+
+
 def test_every_isa_takes_the_same_road() -> None:
     x, w = torch.ones(1, 64), torch.ones(64)
     chosen = set()

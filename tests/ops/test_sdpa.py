@@ -171,3 +171,24 @@ def test_what_torch_refuses_is_refused_with_torchs_error(name: str) -> None:
     with pytest.raises(type(theirs.value)) as ours:
         sdpa(*args, **kwargs)
     assert str(ours.value) == str(theirs.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_autocast_gives_the_dtype_of_torchs(dtype: torch.dtype) -> None:
+    q, k, v = torch.randn(3, 2, 3, 5, 16).to(dtype).unbind()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got, want = sdpa(q, k, v), F.scaled_dot_product_attention(q, k, v)
+        mixed = sdpa(q, k.bfloat16(), v) if dtype != torch.float64 else got
+    assert got.dtype == want.dtype == mixed.dtype
+    torch.testing.assert_close(got, want)
+    assert torch.equal(got, mixed)
+
+
+def test_torchs_own_serves_what_torch_func_differentiates() -> None:
+    x = torch.randn(2, 3, 5, 16)
+    for transform in (torch.func.grad, torch.func.jacfwd, torch.func.vmap):
+        got, want = (
+            transform(lambda y, f=f: f(y, y, y, is_causal=True).sum())(x)
+            for f in (sdpa, F.scaled_dot_product_attention)
+        )
+        torch.testing.assert_close(got, want)
