@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from .checks import check_tensors, laid_out
 from .paged_cache import (
     FLOAT,
     INT8,
@@ -15,6 +16,7 @@ from .paged_cache import (
     cache_variant,
     check_device,
     check_paging,
+    index_laid_out,
     native_cache,
     quantize_rows,
     read_pages,
@@ -118,11 +120,8 @@ _rope_append_kv = Op(
 )
 
 
-def _native_append(
-    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, *_: Any
-) -> bool:
-    last_contiguous = k.stride(-1) == 1 and v.stride(-1) == 1
-    return last_contiguous and native_cache(k_cache, v_cache, block_table)
+def _native_append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, *_: Any) -> bool:
+    return native_cache(k_cache, v_cache)
 
 
 @_append_kv.impl("native", "cpu", dtypes=FLOATS, variants=(FLOAT, INT8), when=_native_append)
@@ -137,6 +136,7 @@ def _append_kv_cpu(
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
 ) -> None:
+    k, v, block_table = laid_out("k", k), laid_out("v", v), laid_out("block_table", block_table)
     places = (block_table, cu_seqlens_q, cache_seqlens)
     _C.append_kv(k, v, k_cache, v_cache, *places, k_scales, v_scales)
 
@@ -144,7 +144,7 @@ def _append_kv_cpu(
 def _native_rope_append(
     q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, *cache: Any
 ) -> bool:
-    return q.stride(-1) == 1 and tables_contiguous(cos, sin) and _native_append(k, v, *cache)
+    return tables_contiguous(cos, sin) and _native_append(k, v, *cache)
 
 
 @_rope_append_kv.impl(
@@ -165,6 +165,8 @@ def _rope_append_kv_cpu(
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
 ) -> Tensor:
+    q, k, v = laid_out("q", q), laid_out("k", k), laid_out("v", v)
+    block_table = laid_out("block_table", block_table)
     rotated = q.new_empty(q.shape)
     turns, caches = (positions, cos, sin), (k_cache, v_cache)
     places = (block_table, cu_seqlens_q, cache_seqlens)
@@ -173,20 +175,21 @@ def _rope_append_kv_cpu(
 
 
 @_append_kv.impl("triton", "cuda", dtypes=FLOATS, variants=(FLOAT, INT8))
-def _append_kv_triton(*args: Any) -> None:
+def _append_kv_triton(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, *args: Any) -> None:
     from ..kernels import append_kv as kernel
 
-    kernel.append_kv(*args)
+    lengths = index_laid_out(*args[:3])
+    kernel.append_kv(laid_out("k", k), laid_out("v", v), k_cache, v_cache, *lengths, *args[3:])
 
 
 @_rope_append_kv.impl("triton", "cuda", dtypes=FLOATS, variants=(FLOAT, INT8))
 def _rope_append_kv_triton(
     q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, *cache: Any
 ) -> Tensor:
-    from ..kernels import append_kv, rope
+    from ..kernels import rope
 
-    append_kv.append_kv(rope.rope(k, positions, cos, sin), v, *cache)
-    return rope.rope(q, positions, cos, sin)
+    _append_kv_triton(rope.rope(laid_out("k", k), positions, cos, sin), v, *cache)
+    return rope.rope(laid_out("q", q), positions, cos, sin)
 
 
 def append_kv(
@@ -206,8 +209,9 @@ def append_kv(
     nothing.
 
     Args:
-        k: `[T, Hk, D]` in the caches' dtype, already rotated; any strides of T and Hk. Into int8
-            caches float32, bfloat16 or float16.
+        k: `[T, Hk, D]` in the caches' dtype, already rotated. Into int8 caches float32, bfloat16 or
+            float16. Any strides, as v and block_table (the kernels want a contiguous last
+            dimension, others are copied, which a graph capture on the CPU refuses).
         v: `[T, Hk, Dv]`, of the dtype of `k`.
         k_cache: `[num_pages, Hk, page_size, D]` as `new_cache` makes it; written.
         v_cache: `[num_pages, Hk, page_size, Dv]`; written.
@@ -217,11 +221,12 @@ def append_kv(
         k_scales, v_scales: `[num_pages, Hk, page_size]` float32, of int8 caches; written.
 
     Raises:
+        TypeError: naming the argument, on what is no tensor.
         ValueError: on mismatched shapes, dtypes or devices, pages outside the cache, lengths
             outside the table.
     """
     cache = KvCache(k_cache, v_cache, k_scales, v_scales)
-    check_paging(cache, block_table, cu_seqlens_q, cache_seqlens, _check_new_kv(k, v, cache))
+    _check_append(k, v, cache, block_table, cu_seqlens_q, cache_seqlens)
     _append_kv(k, v, k_cache, v_cache, block_table, cu_seqlens_q, cache_seqlens, k_scales, v_scales)
 
 
@@ -243,7 +248,7 @@ def rope_append_kv(
     """`rope` of q and k and `append_kv` in one pass over them, the same bits as the three ops.
 
     Args:
-        q: `[T, H, D]`, any strides of T and H (q, k, v may be views of one fused projection).
+        q: `[T, H, D]`, any strides (q, k, v may be views of one fused projection).
         k: `[T, Hk, D]`, not yet rotated.
         v: `[T, Hk, Dv]`.
         positions, cos, sin: as in `rope`.
@@ -263,11 +268,30 @@ def rope_append_kv(
             f"got {k.dtype} of {tuple(k.shape)}"
         )
     cache = KvCache(k_cache, v_cache, k_scales, v_scales)
-    check_paging(cache, block_table, cu_seqlens_q, cache_seqlens, _check_new_kv(k, v, cache))
+    _check_append(k, v, cache, block_table, cu_seqlens_q, cache_seqlens)
     places = (block_table, cu_seqlens_q, cache_seqlens)
     return _rope_append_kv(
         q, k, v, positions, cos, sin, k_cache, v_cache, *places, k_scales, v_scales
     )
+
+
+def _check_append(
+    k: Tensor,
+    v: Tensor,
+    cache: KvCache,
+    block_table: Tensor,
+    cu_seqlens_q: Tensor,
+    cache_seqlens: Tensor,
+) -> None:
+    try:
+        check_paging(cache, block_table, cu_seqlens_q, cache_seqlens, _check_new_kv(k, v, cache))
+    except AttributeError:
+        check_tensors(
+            k=k, v=v, k_cache=cache.k, v_cache=cache.v, block_table=block_table,
+            cu_seqlens_q=cu_seqlens_q, cache_seqlens=cache_seqlens, k_scales=cache.k_scales,
+            v_scales=cache.v_scales,
+        )  # fmt: skip
+        raise
 
 
 def _check_new_kv(k: Tensor, v: Tensor, cache: KvCache) -> int:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from .. import _C
 from .attention_checks import check_attention
 from .attention_ref import attention_backward_ref, attention_ref, lse_shape, wide_dtype
-from .checks import MAX_HEAD_DIM
+from .checks import MAX_HEAD_DIM, check_tensors, laid_out
 from .registry import FLOATS, Op, batch_invariant
 
 
@@ -171,9 +171,15 @@ def attention(
     `i + len_k - len_q` (the ends are aligned, as FlashAttention does). A row that sees no key gives
     0, lse -inf, and no gradient.
 
+    Logits are float32. One that overflows to +inf makes its row NaN, as in PyTorch; a row whose
+    logits all overflow to -inf counts as seeing no key. NaN and infinity in q and k stay in the
+    rows that see them; in v they also reach rows of the same block that see no such key but come
+    before (0 x NaN), as in PyTorch.
+
     Args:
         q: `[B, T, H, D]`, or `[total, H, D]` with `cu_seqlens_q`; float32, bfloat16 or float16.
-            Any strides (the kernels want a contiguous last dimension, others are copied).
+            Any strides, as all tensors (the kernels want a contiguous last dimension, others are
+            copied, which a graph capture on the CPU refuses).
         k: `[B, Tk, Hk, D]` or `[total_k, Hk, D]`; H is a multiple of Hk (grouped queries).
         v: `[B, Tk, Hk, Dv]` or `[total_k, Hk, Dv]`.
         cu_seqlens_q: int32 `[S + 1]`, where each document begins in q, and the end of the last;
@@ -193,18 +199,31 @@ def attention(
         o, `[B, T, H, Dv]` or `[total, H, Dv]`, contiguous, in the dtype of `q`; or `(o, lse)`.
 
     Raises:
+        TypeError: naming the argument, on what is no tensor.
         ValueError: naming the argument, on shapes, dtypes or devices that do not belong together,
             and, on the CPU, on `cu_seqlens` that do not ascend from 0 to at most the tokens.
     """
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
-    check_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask, sinks, window_size, softcap)
+    try:
+        check_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask, sinks, window_size, softcap)
+    except AttributeError:
+        check_tensors(
+            q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+            key_mask=key_mask, sinks=sinks,
+        )  # fmt: skip
+        raise
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
+        cu_seqlens_q = laid_out("cu_seqlens_q", cu_seqlens_q)
+        cu_seqlens_k = laid_out("cu_seqlens_k", cu_seqlens_k)
+    if key_mask is not None:
+        key_mask = laid_out("key_mask", key_mask)
     if sinks is not None:
-        sinks = sinks.to(wide_dtype(q))
+        sinks = laid_out("sinks", sinks.to(wide_dtype(q)))
     value_dim = v.shape[-1]
-    q, k, v = _whole_words(q), _whole_words(k), _whole_words(v)
+    q, k, v = _whole_words("q", q), _whole_words("k", k), _whole_words("v", v)
     o, lse = _attention(
         q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask, sinks,
         float(softmax_scale), window_size[0], 0 if causal else window_size[1], float(softcap),
@@ -214,8 +233,7 @@ def attention(
     return (o, lse) if return_lse else o
 
 
-def _whole_words(x: Tensor) -> Tensor:
+def _whole_words(name: str, x: Tensor) -> Tensor:
     """x with its last dimension contiguous, zeros appended up to a multiple of 8."""
-    if x.shape[-1] % 8:
-        return F.pad(x, (0, -x.shape[-1] % 8))
-    return x if x.stride(-1) == 1 else x.contiguous()
+    x = laid_out(name, x)
+    return F.pad(x, (0, -x.shape[-1] % 8)) if x.shape[-1] % 8 else x

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -60,17 +61,29 @@ def check_attention(
 
 def check_softcap(softcap: float) -> None:
     """Raise ValueError unless this is 0 (none) or a positive number."""
-    if not 0.0 <= softcap < float("inf"):
+    try:
+        fits = 0.0 <= softcap < float("inf")
+    except TypeError:
+        fits = False
+    if not fits:
         raise ValueError(f"softcap must be 0 (none) or a positive number, got {softcap}")
 
 
 def check_window(window_size: tuple[int, int]) -> None:
     """Raise ValueError unless this is `(left, right)`, each -1 (all) or a number of keys."""
-    if len(window_size) != 2 or min(window_size) < -1:
-        raise ValueError(
-            "window_size must be (left, right), each -1 (no limit) or a number of keys, got "
-            f"{tuple(window_size)}"
-        )
+    if isinstance(window_size, (tuple, list)) and len(window_size) == 2:
+        left, right = window_size
+        if (
+            isinstance(left, (int, Integral))
+            and isinstance(right, (int, Integral))
+            and -1 <= left < 2**63
+            and -1 <= right < 2**63
+        ):
+            return
+    raise ValueError(
+        "window_size must be (left, right), each -1 (no limit) or a number of keys, got "
+        f"{window_size!r}"
+    )
 
 
 def _tensors_fit(q: Tensor, k: Tensor, v: Tensor, ndim: int) -> bool:

@@ -29,3 +29,29 @@ def check_devices(x: Tensor, **others: Tensor | None) -> None:
     for name, tensor in others.items():
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device} and x on {x.device}")
+
+
+def check_tensors(**arguments: object) -> None:
+    """Raise TypeError naming the first of the arguments that is neither a tensor nor None."""
+    for name, argument in arguments.items():
+        if argument is not None and not isinstance(argument, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(argument).__name__}")
+
+
+def laid_out(name: str, x: Tensor) -> Tensor:
+    """`x`, copied unless its last dimension is contiguous.
+
+    Raises:
+        ValueError: naming the argument, of a sparse tensor, and inside a graph capture on the CPU:
+            a replay would read what the copy held at the capture.
+    """
+    if x.stride(-1) == 1:
+        return x
+    if x.layout != torch.strided:
+        raise ValueError(f"{name} must be a strided tensor, got {x.layout}")
+    if not torch.compiler.is_compiling() and _C.recording():
+        raise ValueError(
+            f"{name} must have a contiguous last dimension inside a graph capture, got strides "
+            f"{tuple(x.stride())}"
+        )
+    return x.clone(memory_format=torch.contiguous_format)

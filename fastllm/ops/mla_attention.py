@@ -19,8 +19,15 @@ from torch import Tensor
 
 from .. import _C
 from .attention_ref import attend, visible_keys
-from .checks import MAX_HEAD_DIM
-from .paged_cache import CHUNK, PAGE_SIZE, TILE, check_index, native_partials
+from .checks import MAX_HEAD_DIM, laid_out
+from .paged_cache import (
+    PAGE_SIZE,
+    TILE,
+    check_index,
+    check_page_size,
+    index_laid_out,
+    native_partials,
+)
 from .pages import lazy_zeros
 from .registry import FLOATS, Op, batch_invariant
 
@@ -36,7 +43,7 @@ def new_mla_cache(
 
     Args:
         num_pages: pages in the pool.
-        page_size: tokens of a page; a multiple of 16 (the kernels want a multiple of 64).
+        page_size: tokens of a page; a multiple of 64 on the CPU, of 16 elsewhere.
         width: columns of the latent and of the rotated key together.
         dtype: float32, bfloat16 or float16.
         device: where it lives; on the CPU memory is taken when it is first written.
@@ -44,8 +51,9 @@ def new_mla_cache(
     Raises:
         ValueError: on a page size or width that cannot be.
     """
-    if page_size <= 0 or page_size % CHUNK:
-        raise ValueError(f"page_size must be a positive multiple of {CHUNK}, got {page_size}")
+    check_page_size("page_size", page_size, torch.device(device))
+    if num_pages < 0:
+        raise ValueError(f"num_pages must be 0 or more, got {num_pages}")
     if width <= 0:
         raise ValueError(f"width must be positive, got {width}")
     return lazy_zeros((num_pages, page_size, width), dtype, device)
@@ -120,35 +128,30 @@ _mla_attention = Op(
 )
 
 
-def _rows_contiguous(
-    latent: Tensor, rope_key: Tensor, cache: Tensor, block_table: Tensor, *_: Tensor
-) -> bool:
-    return latent.stride(-1) == 1 and rope_key.stride(-1) == 1 and block_table.stride(-1) == 1
+@_append_mla.impl("native", "cpu", dtypes=FLOATS)
+def _append_mla_cpu(
+    latent: Tensor, rope_key: Tensor, cache: Tensor, block_table: Tensor, *lengths: Tensor
+) -> None:
+    rows = laid_out("latent", latent), laid_out("rope_key", rope_key)
+    _C.append_mla(*rows, cache, laid_out("block_table", block_table), *lengths)
 
 
-@_append_mla.impl("native", "cpu", dtypes=FLOATS, when=_rows_contiguous)
-def _append_mla_cpu(*args: Tensor) -> None:
-    _C.append_mla(*args)
-
-
-@_append_mla.impl("triton", "cuda", dtypes=FLOATS, when=_rows_contiguous)
-def _append_mla_triton(*args: Tensor) -> None:
+@_append_mla.impl("triton", "cuda", dtypes=FLOATS)
+def _append_mla_triton(latent: Tensor, rope_key: Tensor, cache: Tensor, *index: Tensor) -> None:
     from ..kernels import mla_attention as kernel
 
-    kernel.append_mla(*args)
+    rows = laid_out("latent", latent), laid_out("rope_key", rope_key)
+    kernel.append_mla(*rows, cache, *index_laid_out(*index))
 
 
 def _triton_supports(q: Tensor, cache: Tensor, block_table: Tensor, *args: Any) -> bool:
     page_size, width, value_dim = cache.shape[1], cache.shape[2], args[2]
-    inner = q.stride(-1) == 1 and block_table.is_contiguous()
-    return inner and page_size & (page_size - 1) == 0 and value_dim < width
+    return page_size & (page_size - 1) == 0 and value_dim < width
 
 
 def _native_mla(q: Tensor, cache: Tensor, block_table: Tensor, *args: Any) -> bool:
-    _, page_size, width = cache.shape
-    dims_fit = width % 8 == 0 and args[2] % 8 == 0 and width <= MAX_HEAD_DIM
-    inner = q.stride(-1) == 1 and block_table.stride(-1) == 1
-    return dims_fit and inner and page_size % TILE == 0
+    width, value_dim = cache.shape[2], args[2]
+    return width % 8 == 0 and value_dim % 8 == 0 and width <= MAX_HEAD_DIM
 
 
 @_mla_attention.impl("native", "cpu", dtypes=FLOATS, when=_native_mla)
@@ -161,6 +164,7 @@ def _mla_attention_cpu(
     value_dim: int,
     softmax_scale: float,
 ) -> Tensor:
+    q, block_table = laid_out("q", q), laid_out("block_table", block_table)
     tokens, heads, _ = q.shape
     o = q.new_empty(tokens, heads, value_dim)
     partials = native_partials(tokens, heads, value_dim, block_table, cache.shape[1])
@@ -170,10 +174,13 @@ def _mla_attention_cpu(
 
 
 @_mla_attention.impl("triton", "cuda", dtypes=FLOATS, when=_triton_supports)
-def _mla_attention_triton(*args: Any) -> Tensor:
+def _mla_attention_triton(q: Tensor, cache: Tensor, *args: Any) -> Tensor:
     from ..kernels import mla_attention as kernel
 
-    return kernel.mla_attention(*args, batch_invariant=batch_invariant())
+    lengths = index_laid_out(*args[:3])
+    return kernel.mla_attention(
+        laid_out("q", q), cache, *lengths, *args[3:], batch_invariant=batch_invariant()
+    )
 
 
 def append_mla(
@@ -190,8 +197,8 @@ def append_mla(
     nothing.
 
     Args:
-        latent: `[T, R]` in the cache's dtype, already normed; rows may lie apart.
-        rope_key: `[T, P]`, already rotated; rows may lie apart.
+        latent: `[T, R]` in the cache's dtype, already normed; any strides.
+        rope_key: `[T, P]`, already rotated; any strides.
         cache: `[num_pages, page_size, R + P]` as `new_mla_cache` makes it; written.
         block_table: `[S, P]` int32, the pages of each sequence in order.
         cu_seqlens_q: `[S + 1]` int32, where each sequence's tokens begin.
@@ -273,6 +280,8 @@ def _check_cache(cache: Tensor) -> None:
             f"[num_pages, page_size, columns], got {cache.dtype} of {tuple(cache.shape)} with "
             f"strides {cache.stride()}"
         )
+    if cache.shape[1] % TILE:
+        check_page_size("the page_size of cache", cache.shape[1], cache.device)
 
 
 def _check_places(

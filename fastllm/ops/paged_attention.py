@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import _C
 from .attention_checks import check_softcap, check_window
 from .attention_ref import attend, visible_keys
+from .checks import check_tensors, laid_out
 from .paged_cache import (
     FLOAT,
     INT8,
@@ -25,6 +26,7 @@ from .paged_cache import (
     cache_variant,
     check_device,
     check_paging,
+    index_laid_out,
     native_cache,
     native_partials,
     read_pages,
@@ -84,11 +86,9 @@ _paged_attention = Op(
 )
 
 
-def _native_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, *_: Any
-) -> bool:
+def _native_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, *_: Any) -> bool:
     dims_fit = k_cache.shape[3] % 8 == 0 and v_cache.shape[3] % 8 == 0
-    return q.stride(-1) == 1 and dims_fit and native_cache(k_cache, v_cache, block_table)
+    return dims_fit and native_cache(k_cache, v_cache)
 
 
 @_paged_attention.impl(
@@ -108,6 +108,7 @@ def _paged_attention_cpu(
     window_left: int = -1,
     softcap: float = 0.0,
 ) -> Tensor:
+    q, block_table = laid_out("q", q), laid_out("block_table", block_table)
     tokens, heads, _ = q.shape
     value_dim = v_cache.shape[3]
     o = q.new_empty(tokens, heads, value_dim)
@@ -215,10 +216,13 @@ if hasattr(_C, "paged_attention_cuda"):  # the extension was built with CUDA
 
 
 @_paged_attention.impl("triton", "cuda", dtypes=FLOATS, variants=(FLOAT, INT8))
-def _paged_attention_triton(*args: Any) -> Tensor:
+def _paged_attention_triton(q: Tensor, k_cache: Tensor, v_cache: Tensor, *args: Any) -> Tensor:
     from ..kernels import paged_attention as kernel
 
-    return kernel.paged_attention(*args, batch_invariant=batch_invariant())
+    lengths = index_laid_out(*args[:3])
+    return kernel.paged_attention(
+        laid_out("q", q), k_cache, v_cache, *lengths, *args[3:], batch_invariant=batch_invariant()
+    )
 
 
 def paged_attention(
@@ -256,20 +260,31 @@ def paged_attention(
     Returns:
         `[T, H, Dv]`, contiguous, in the dtype of `q`.
 
+    Float32's edge, NaN and infinity are as in `attention`.
+
     Raises:
+        TypeError: naming the argument, on what is no tensor.
         ValueError: on mismatched shapes, dtypes or devices, pages outside the cache, lengths
             outside the table.
     """
     cache = KvCache(k_cache, v_cache, k_scales, v_scales)
-    _check_query(q, cache, sinks)
-    check_paging(cache, block_table, cu_seqlens_q, cache_seqlens, q.shape[0])
+    try:
+        _check_query(q, cache, sinks)
+        check_paging(cache, block_table, cu_seqlens_q, cache_seqlens, q.shape[0])
+    except AttributeError:
+        check_tensors(
+            q=q, k_cache=k_cache, v_cache=v_cache, block_table=block_table,
+            cu_seqlens_q=cu_seqlens_q, cache_seqlens=cache_seqlens, sinks=sinks,
+            k_scales=k_scales, v_scales=v_scales,
+        )  # fmt: skip
+        raise
     if softmax_scale is None:
         softmax_scale = q.shape[2] ** -0.5
     check_softcap(softcap)
     window_left = _checked_window(window_size)
     lengths = (block_table, cu_seqlens_q, cache_seqlens)
     if sinks is not None:
-        sinks = sinks.float()
+        sinks = laid_out("sinks", sinks.float())
     scores = (sinks, float(softmax_scale), window_left, float(softcap))
     return _paged_attention(q, k_cache, v_cache, *lengths, k_scales, v_scales, *scores)
 

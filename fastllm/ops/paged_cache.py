@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .checks import MAX_HEAD_DIM, values_readable
+from .checks import MAX_HEAD_DIM, laid_out, values_readable
 from .pages import lazy_zeros
 from .registry import FLOATS
 
@@ -58,29 +58,43 @@ def new_cache(
     Args:
         num_pages: pages in the pool.
         kv_heads: heads of K and V.
-        page_size: tokens of a page; a multiple of 16 (the kernels want a multiple of 64).
+        page_size: tokens of a page; a multiple of 64 on the CPU, of 16 elsewhere.
         head_dim: dimensions of a K head, even.
         dtype: of both: float32, bfloat16, float16, or int8, which brings scales.
         device: where they live.
         value_dim: dimensions of a V head; default `head_dim`.
 
     Raises:
-        ValueError: on another dtype, or a page size or head dim that the CPU's interleaved order
-            cannot hold.
+        ValueError: naming the argument: on another dtype, on a page size or head dim that the
+            kernels cannot take, on counts that cannot be.
     """
     if dtype not in CACHE_DTYPES:
         raise ValueError(f"dtype must be float32, bfloat16, float16 or int8, got {dtype}")
-    if page_size <= 0 or page_size % CHUNK:
-        raise ValueError(f"page_size must be a positive multiple of {CHUNK}, got {page_size}")
+    check_page_size("page_size", page_size, torch.device(device))
+    value_dim = head_dim if value_dim is None else value_dim
+    if num_pages < 0:
+        raise ValueError(f"num_pages must be 0 or more, got {num_pages}")
+    for name, count in (("kv_heads", kv_heads), ("value_dim", value_dim)):
+        if count <= 0:
+            raise ValueError(f"{name} must be positive, got {count}")
     if head_dim <= 0 or head_dim % 2:
         raise ValueError(f"head_dim must be positive and even, got {head_dim}")
     shape = (num_pages, kv_heads, page_size)
     k = lazy_zeros((*shape, head_dim), dtype, device)
-    v = lazy_zeros((*shape, value_dim or head_dim), dtype, device)
+    v = lazy_zeros((*shape, value_dim), dtype, device)
     if dtype != torch.int8:
         return KvCache(k, v)
     k_scales, v_scales = (lazy_zeros(shape, torch.float32, device) for _ in range(2))
     return KvCache(k, v, k_scales, v_scales)
+
+
+def check_page_size(name: str, page_size: int, device: torch.device) -> None:
+    """Raise ValueError unless kernels take pages of this size (`name` says whose it is)."""
+    unit = TILE if device.type == "cpu" else CHUNK
+    if page_size <= 0 or page_size % unit:
+        raise ValueError(
+            f"{name} must be a positive multiple of {unit} on {device.type}, got {page_size}"
+        )
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,13 +167,19 @@ def cache_variant(k_cache: Tensor) -> str:
     return INT8 if k_cache.dtype == torch.int8 else FLOAT
 
 
-def native_cache(k_cache: Tensor, v_cache: Tensor, block_table: Tensor) -> bool:
+def native_cache(k_cache: Tensor, v_cache: Tensor) -> bool:
     """Whether the native kernels take this cache."""
+    return max(k_cache.shape[3], v_cache.shape[3]) <= MAX_HEAD_DIM
+
+
+def index_laid_out(
+    block_table: Tensor, cu_seqlens_q: Tensor, cache_seqlens: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The three contiguous, as the Triton kernels read them."""
     return (
-        k_cache.shape[2] % TILE == 0
-        and k_cache.shape[3] % 2 == 0
-        and max(k_cache.shape[3], v_cache.shape[3]) <= MAX_HEAD_DIM
-        and block_table.stride(-1) == 1
+        block_table.contiguous(),
+        laid_out("cu_seqlens_q", cu_seqlens_q),
+        laid_out("cache_seqlens", cache_seqlens),
     )
 
 
@@ -252,8 +272,11 @@ def _check_cache(cache: KvCache) -> None:
         raise ValueError(f"k_cache must be float32, bfloat16, float16 or int8, got {k.dtype}")
     if v.dtype != k.dtype:
         raise ValueError(f"v_cache must be {k.dtype} like k_cache, got {v.dtype}")
-    if k.shape[1] == 0 or k.shape[2] == 0:
-        raise ValueError(f"k_cache must have heads and a page size above 0, got {tuple(k.shape)}")
+    _, heads, page_size, dim = k.shape
+    if heads == 0 or page_size == 0 or page_size % TILE or dim % 2:
+        if heads == 0 or dim % 2:
+            raise ValueError(f"k_cache must have heads and an even head_dim, got {tuple(k.shape)}")
+        check_page_size("the page_size of k_cache", page_size, k.device)
     check_device("v_cache", v, k)
     if not (k.is_contiguous() and v.is_contiguous()):
         raise ValueError("k_cache and v_cache must be contiguous")

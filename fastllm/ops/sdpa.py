@@ -43,7 +43,10 @@ def sdpa(
     Returns:
         `[..., H, L, Ev]`.
     """
-    query, key, value = (_autocast(x) for x in (query, key, value))
+    device = query.device.type
+    if device in DEVICES and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = (_lowered(x, dtype) for x in (query, key, value))
     if is_transformed() or not _is_ours(
         query, key, value, attn_mask, dropout_p, is_causal, enable_gqa
     ):
@@ -63,12 +66,9 @@ def sdpa(
     return heads_first.squeeze(1) if query.ndim == 3 else heads_first.unflatten(0, query.shape[:-3])
 
 
-def _autocast(x: Tensor) -> Tensor:
+def _lowered(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x as autocast gives it to torch's function, which is on its list of lower precision."""
-    device = x.device.type
-    if device in DEVICES and torch.is_autocast_enabled(device) and x.is_floating_point():
-        return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device))
-    return x
+    return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
 
 
 def _is_ours(

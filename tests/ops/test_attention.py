@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from fastllm import _C
+from fastllm.graph import capture
 from fastllm.ops import attention
 from fastllm.ops.attention import _attention, _attention_backward
 from fastllm.ops.registry import Op
@@ -217,6 +220,13 @@ BAD: dict[str, tuple[str, dict[str, Any]]] = {
     "window": ("window_size", {**good(), "window_size": (-2, 0)}),
     "softcap": ("softcap", {**good(), "softcap": -1.0}),
     "softcap NaN": ("softcap", {**good(), "softcap": float("nan")}),
+    "softcap None": ("softcap", {**good(), "softcap": None}),
+    "window None": ("window_size", {**good(), "window_size": None}),
+    "window of one": ("window_size", {**good(), "window_size": 3}),
+    "window of fractions": ("window_size", {**good(), "window_size": (1.5, 0)}),
+    "window of None": ("window_size", {**good(), "window_size": (None, 0)}),
+    "window too large": ("window_size", {**good(), "window_size": (2**63, 0)}),
+    "sparse": ("q must be a strided", {**good(), "q": good()["q"].to_sparse()}),
 }
 
 
@@ -225,6 +235,60 @@ def test_bad_arguments_are_named(name: str) -> None:
     argument, kwargs = BAD[name]
     with pytest.raises(ValueError, match=argument):
         attention(**kwargs)
+
+
+@pytest.mark.parametrize("name", ["q", "v", "cu_seqlens_q", "key_mask", "sinks"])
+def test_what_is_no_tensor_is_named(name: str) -> None:
+    arguments = packed_arguments() if name == "cu_seqlens_q" else good()
+    with pytest.raises(TypeError, match=f"{name} must be a tensor, got list"):
+        attention(**{**arguments, name: [0, 5]})
+
+
+def test_any_strides_of_masks_sinks_and_starts_give_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for op in (_attention, _attention_backward):
+        monkeypatch.setattr(op, "ref", None)  # the kernels serve all
+    q, k, v = leaves((2, 5, 4, 16), (2, 5, 2, 16), (2, 5, 2, 16), dtype=torch.float32)
+    masks = torch.rand(5, 2).lt(0.6).t(), torch.tensor([[True], [False]]).expand(2, 5)
+    sinks = torch.arange(8.0)[::2], torch.ones(1).expand(4)
+    starts = int32([0, 9, 2, 9, 5, 9])[::2]
+
+    def results(mask: Tensor, sink: Tensor, cu: Tensor) -> list[Tensor]:
+        dense = attention(q, k, v, key_mask=mask, sinks=sink)
+        packed = attention(q[0], k[0], v[0], cu_seqlens_q=cu, key_mask=mask[0])
+        assert isinstance(dense, Tensor) and isinstance(packed, Tensor)
+        return [dense, packed, *torch.autograd.grad((dense.sum(), packed.sum()), (q, k, v))]
+
+    for mask, sink in zip(masks, sinks, strict=True):
+        tidy = results(mask.contiguous(), sink.contiguous(), starts.contiguous())
+        for a, b in zip(results(mask, sink, starts), tidy, strict=True):
+            assert torch.equal(a, b)
+    with pytest.raises(ValueError, match=r"key_mask must have .* graph capture"), capture():
+        attention(q, k, v, key_mask=masks[0])
+
+
+def test_logits_past_float32_are_as_documented() -> None:
+    q, v = torch.full((1, 1, 1, 16), 1e20), torch.randn(1, 2, 1, 16)
+    up, down = (torch.full((1, 1, 1, 16), x) for x in (1e20, -1e20))
+    native = functools.partial(attention, return_lse=True)
+    o, lse = native(q, torch.cat((up, down), 1), v)
+    assert o.isnan().all()
+    o, lse = native(q, torch.cat((down, down), 1), v)
+    assert not o.any() and (lse == float("-inf")).all()
+    o, lse = native(q, torch.cat((down, up * 0), 1), v)
+    assert torch.equal(o[0, 0], v[0, 1])
+
+
+def test_memory_grows_with_the_length_not_its_square() -> None:
+    forward, backward = [], []
+    for length in (4096, 8192, 16384):
+        q, k = torch.empty(1, length, 8, 64), torch.empty(1, length, 2, 64)
+        forward.append(_C.attention_scratch(q, k, k, None))
+        backward.append(_C.attention_backward_scratch(1, 1, length, 8, 2, 64))
+    for small, large in (*pairwise(forward), *pairwise(backward)):
+        assert 0 < large <= 2 * small
+    assert max(forward + backward) <= 4 * (8 + 2 + 2) * 64 * 16384  # of q, k and v
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

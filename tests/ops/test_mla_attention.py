@@ -11,6 +11,7 @@ from torch import Tensor
 from fastllm import _C
 from fastllm.ops import append_mla, mla_attention, new_mla_cache
 from fastllm.ops.mla_attention import mla_attention_ref
+from fastllm.ops.registry import OPS
 
 DTYPES = (torch.float32, torch.bfloat16)
 ISAS = _C.isas()
@@ -237,13 +238,32 @@ def test_bad_rows_are_named(message: str, latent: Tensor, rope_key: Tensor) -> N
 
 
 def test_a_cache_that_cannot_be_is_refused() -> None:
-    with pytest.raises(ValueError, match="page_size must be a positive multiple of 16"):
-        new_mla_cache(1, 60, 48, torch.float32)
+    with pytest.raises(ValueError, match="page_size must be a positive multiple of 64"):
+        new_mla_cache(1, 16, 48, torch.float32)
+    with pytest.raises(ValueError, match="num_pages"):
+        new_mla_cache(-1, 64, 48, torch.float32)
+    with pytest.raises(ValueError, match="the page_size of cache"):
+        mla_attention(torch.ones(1, 4, 48), torch.ones(2, 16, 48), *ONE, 32, SCALE)
     with pytest.raises(ValueError, match="width must be positive"):
         new_mla_cache(1, 64, 0, torch.float32)
     cache = new_mla_cache(2, 64, 48, torch.float32).transpose(1, 2)
     with pytest.raises(ValueError, match="cache must be contiguous"):
         mla_attention(torch.ones(1, 4, 64), cache, *ONE, 32, SCALE)
+
+
+def test_any_strides_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("mla_attention", "append_mla"):
+        monkeypatch.setattr(OPS[name], "ref", None)  # the kernels serve all
+    table, starts, lengths = int32([3, 1, 5, 0]).view(2, 2), int32([0, 70, 75]), int32([70, 5])
+    rows, q = torch.randn(75, 48), torch.randn(75, 4, 48)
+    runs = []
+    for strided in (False, True):
+        where = table.t().contiguous().t() if strided else table
+        new, asked = (x.mT.contiguous().mT if strided else x for x in (rows, q))
+        cache = new_mla_cache(6, 64, 48, torch.float32)
+        append_mla(*new.split((32, 16), dim=1), cache, where, starts, lengths)
+        runs.append(mla_attention(asked, cache, where, starts, lengths, 32, SCALE))
+    assert torch.equal(*runs)
 
 
 HUGE = 2**31 - 1

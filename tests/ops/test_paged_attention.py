@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from fastllm import _C
+from fastllm.graph import capture
 from fastllm.ops import KvCache, append_kv, new_cache, paged_attention, rope, rope_append_kv
 from fastllm.ops.paged_attention import paged_attention_ref
 from fastllm.ops.paged_cache import pack_page, read_pages, unpack_page
+from fastllm.ops.registry import OPS
 
 DTYPES = (torch.float32, torch.bfloat16)
 ISAS = _C.isas()
@@ -350,10 +352,99 @@ def test_bad_queries_are_named(message: str, q: Tensor, window: int) -> None:
 
 
 def test_a_cache_that_cannot_be_interleaved_is_refused() -> None:
-    with pytest.raises(ValueError, match="page_size"):
-        new_cache(1, 1, 60, 32, torch.float32)
-    with pytest.raises(ValueError, match="head_dim"):
-        new_cache(1, 1, 64, 31, torch.float32)
+    for name, shape, value_dim in (
+        ("page_size", (1, 1, 60, 32), None),
+        ("page_size", (1, 1, 16, 32), None),
+        ("head_dim", (1, 1, 64, 31), None),
+        ("num_pages", (-1, 1, 64, 32), None),
+        ("kv_heads", (1, 0, 64, 32), None),
+        ("value_dim", (1, 1, 64, 32), 0),
+        ("value_dim", (1, 1, 64, 32), -1),
+    ):
+        with pytest.raises(ValueError, match=name):
+            new_cache(*shape, torch.float32, value_dim=value_dim)
+
+
+@pytest.mark.parametrize(
+    ("message", "page_size", "dim"),
+    [("page_size of k_cache", 16, 32), ("page_size of k_cache", 5, 32), ("head_dim", 64, 15)],
+)
+def test_a_cache_made_otherwise_is_refused(message: str, page_size: int, dim: int) -> None:
+    places = (int32([0]).view(1, 1), int32([0, 1]), int32([1]))
+    cache = KvCache(*torch.zeros(2, 2, 1, page_size, dim).bfloat16().unbind())
+    new = torch.ones(1, 1, dim).bfloat16()
+    with pytest.raises(ValueError, match=message):
+        attend(new, cache, places)
+    with pytest.raises(ValueError, match=message):
+        append(new, new, cache, places)
+
+
+@pytest.mark.parametrize("name", ["q", "block_table", "k_cache", "cu_seqlens_q", "sinks", "v"])
+def test_what_is_no_tensor_is_named(name: str) -> None:
+    cache = new_cache(3, 2, 64, 32, torch.float32)
+    index = {"block_table": int32([0]).view(1, 1), "cu_seqlens_q": int32([0, 1])}
+    index["cache_seqlens"] = int32([1])
+    caches = {"k_cache": cache.k, "v_cache": cache.v}
+    rows = torch.ones(1, 2, 32)
+    calls: list[tuple[Any, dict[str, Any]]] = [
+        (paged_attention, {"q": rows, **caches, **index, "sinks": None}),
+        (append_kv, {"k": rows, "v": rows, **caches, **index}),
+    ]
+    for call, arguments in calls:
+        if name in arguments:
+            with pytest.raises(TypeError, match=f"{name} must be a tensor, got list"):
+                call(**{**arguments, name: [[0]]})
+
+
+def test_sparse_queries_are_named() -> None:
+    cache = new_cache(3, 2, 64, 32, torch.float32)
+    with pytest.raises(ValueError, match="q must be a strided tensor"):
+        places = (int32([0]).view(1, 1), int32([0, 1]), int32([1]))
+        attend(torch.ones(1, 4, 32).to_sparse(), cache, places)
+
+
+def strided(x: Tensor) -> Tensor:
+    return x.mT.contiguous().mT
+
+
+@pytest.mark.parametrize("dtype", (*DTYPES, torch.int8), ids=str)
+def test_any_strides_give_the_same_bits(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("paged_attention", "append_kv", "rope_append_kv"):
+        monkeypatch.setattr(OPS[name], "ref", None)  # the kernels serve all
+    g = torch.Generator().manual_seed(3)
+    table, starts, lengths = int32([3, 1, 5, 0]).view(2, 2), int32([0, 70, 75]), int32([70, 5])
+    q, k, v = (
+        torch.randn(75, h, 32, generator=g).to(torch.float32 if dtype == torch.int8 else dtype)
+        for h in (4, 2, 2)
+    )
+    turns = (torch.arange(75).int(), torch.randn(75, 16), torch.randn(75, 16))
+    sinks = torch.randn(8, generator=g)[::2]
+    runs = []
+    for lay in (torch.clone, strided):
+        one, two = (new_cache(6, 2, 64, 32, dtype) for _ in range(2))
+        places = (lay(table), starts, lengths)
+        append(lay(k), lay(v), one, places)
+        scales = () if two.k_scales is None else (two.k_scales, two.v_scales)
+        rotated = rope_append_kv(lay(q), lay(k), lay(v), *turns, two.k, two.v, *places, *scales)
+        o = attend(lay(q), one, places, sinks=sinks if lay is strided else sinks.clone())
+        runs.append([o, rotated, one.k, one.v, two.k, two.v])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_a_recording_names_what_it_would_have_to_copy() -> None:
+    cache = new_cache(6, 2, 64, 32, torch.float32)
+    table, starts, lengths = int32([3, 1, 5, 0]).view(2, 2), int32([0, 1, 2]), int32([70, 5])
+    q, k = torch.ones(2, 4, 32), torch.ones(2, 2, 32)
+    apart, columns = (strided(q), strided(k)), strided(table)
+    for name, call in {
+        "q": lambda: attend(apart[0], cache, (table, starts, lengths)),
+        "block_table": lambda: attend(q, cache, (columns, starts, lengths)),
+        "k": lambda: append(apart[1], k, cache, (table, starts, lengths)),
+    }.items():
+        with pytest.raises(ValueError, match=f"{name} must have .* graph capture"), capture():
+            call()
 
 
 HUGE = 2**31 - 1

