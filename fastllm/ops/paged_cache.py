@@ -273,9 +273,9 @@ def _check_cache(cache: KvCache) -> None:
     if v.dtype != k.dtype:
         raise ValueError(f"v_cache must be {k.dtype} like k_cache, got {v.dtype}")
     _, heads, page_size, dim = k.shape
-    if heads == 0 or page_size == 0 or page_size % TILE or dim % 2:
-        if heads == 0 or dim % 2:
-            raise ValueError(f"k_cache must have heads and an even head_dim, got {tuple(k.shape)}")
+    if heads == 0 or dim % 2:
+        raise ValueError(f"k_cache must have heads and an even head_dim, got {tuple(k.shape)}")
+    if page_size == 0 or page_size % TILE:
         check_page_size("the page_size of k_cache", page_size, k.device)
     check_device("v_cache", v, k)
     if not (k.is_contiguous() and v.is_contiguous()):
