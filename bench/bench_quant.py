@@ -33,7 +33,7 @@ from fastllm.testing.suite import OURS, BenchCase, Row, Settings, Work, benchmar
 from fastllm.testing.timing import ROTATION_BYTES
 
 SUITE = "quant"
-SECONDS = 900
+SECONDS = 3000
 TITLE = "products of packed weights, every format, and whole models beside llama.cpp"
 
 # name -> (N, K): a layer of a model of that size
