@@ -104,26 +104,22 @@ struct NaturalSource {
 
   Tile<E> words(const TileScratch<E>& scratch, const Place& now, const Place& next,
                 bool once) const {
-    Word *k = now.packed, *v = k + key_words();
-    const Word* next_k = next.packed;
     // Rows of f32 are words of V as they lie, unless one of them must not be read. Many rows want
     // them side by side.
     if constexpr (__is_same(E, F32))
       if (once && !now.packed && now.visible == first_bits(now.keys)) {
         pack(now, next, scratch.k, nullptr);
-        return {.k = scratch.k,
-                .v = now.rows.v,
-                .next_k = nullptr,
-                .k_scale = nullptr,
-                .v_scale = nullptr,
-                .visible = now.visible,
-                .v_stride = now.rows.v_stride};
+        return {
+            .k = scratch.k, .v = now.rows.v, .visible = now.visible, .v_stride = now.rows.v_stride};
       }
     if (!now.packed) {
-      k = scratch.k, v = scratch.v, next_k = nullptr;
-      pack(now, next, k, v);
+      pack(now, next, scratch.k, scratch.v);
+      return {scratch.k, scratch.v, now.visible};
     }
-    return {k, v, reinterpret_cast<const char*>(next_k), nullptr, nullptr, now.visible};
+    Word *k = now.packed, *v = k + key_words();
+    if (!next.packed) return {k, v, now.visible};
+    return {k, v, now.visible, reinterpret_cast<const char*>(v),
+            reinterpret_cast<const char*>(next.packed)};
   }
 
   // All threads pack the tiles of the documents that want it, a split of a KV head at a time.

@@ -77,22 +77,19 @@ struct Block {
     }
   }
 
-  // Q K^T over the first `end` positions of a tile; asks for V meanwhile, if `ahead`.
-  void multiply_keys(const typename E::A* q, const Tile<E>& tile, int64_t rows, int64_t end,
-                     bool ahead) const {
-    const auto wanted = [&](const auto* v) {
-      return ahead ? reinterpret_cast<const char*>(v) : nullptr;
-    };
+  // Q K^T over the first `end` positions of a tile; asks for `ahead` meanwhile.
+  void multiply_keys(const typename E::A* q, const Tile<E>& tile, const char* ahead, int64_t rows,
+                     int64_t end) const {
     if constexpr (E::kReadsCodes)
       if (tile.k_codes)
-        return code_kernels(rows).scores(w.scores, q, tile.k_codes, shape.steps, end,
-                                         wanted(tile.v_codes));
-    row_kernels(E{}, rows).scores(w.scores, q, tile.k, shape.steps, end, wanted(tile.v));
+        return code_kernels(rows).scores(w.scores, q, tile.k_codes, shape.steps, end, ahead);
+    row_kernels(E{}, rows).scores(w.scores, q, tile.k, shape.steps, end, ahead);
   }
 
-  // o += P V over positions [begin, end) of a tile. A word of bf16 pairs two positions: where one
-  // of them is hidden from all rows it may hold anything and is cleared in a copy.
-  void add_values(float* o, const Tile<E>& tile, const char* next, int64_t rows, int64_t begin,
+  // o += P V over positions [begin, end) of a tile; asks for `ahead` meanwhile. A word of bf16 pairs
+  // two positions: where one of them is hidden from all rows it may hold anything and is cleared in
+  // a copy.
+  void add_values(float* o, const Tile<E>& tile, const char* ahead, int64_t rows, int64_t begin,
                   int64_t end) const {
     constexpr int64_t kPair = E::kPerWord;
     const int64_t dim = a.value_dim;
@@ -101,7 +98,7 @@ struct Block {
       if (tile.v_codes) {  // whatever code a hidden position has, it times 0 is 0
         const Run<CodePair> run{tile.v_codes + from * dim, to - from};
         return code_kernels(rows).values(o, shape.value_stride, w.alpha, w.p + from, &run, 1, dim,
-                                         dim, next);
+                                         dim, ahead);
       }
     const typename E::A* p = w.p + from * E::kParts;
     Run<Word> runs[3];
@@ -122,11 +119,9 @@ struct Block {
     if (from < to) runs[count++] = {tile.v + from * stride, to - from};
     if (kPair == 2 && end % 2) runs[count++] = {w.edge_values[1], 1};
     row_kernels(E{}, rows).values(o, shape.value_stride, w.alpha, p, runs, count, stride, dim,
-                                  next);
+                                  ahead);
   }
 
-  // Asks for V while it multiplies K, and for the next K while it multiplies V: further ahead, what
-  // is wanted and what is at hand are more than L1 holds (decode 25 GB/s of a core against 31).
   void tile_step(int64_t h, int64_t g, int64_t index, const Tile<E>& tile) const {
     const int64_t unit = h * groups() + g;
     const RowSpan rows = rows_of_group(g);
@@ -136,8 +131,8 @@ struct Block {
     if (begin >= end) return;
     const bool all_visible = tile.visible == ~uint64_t{0} && first_key(a, rows.last) <= first &&
                              end_key(a, doc.keys, rows.first) >= first + kTile;
-    multiply_keys(w.q + unit * shape.steps * E::kParts * kMaxRows, tile, rows.rows, end,
-                  g == 0 && tile.next_k);
+    multiply_keys(w.q + unit * shape.steps * E::kParts * kMaxRows, tile,
+                  g == 0 ? tile.ahead_of_k : nullptr, rows.rows, end);
     if (tile.k_scale) scale_columns(w.scores, rows.rows, tile.k_scale);
     if (a.softcap > 0) cap_scores(w.scores, rows.rows, shape.cap_scale);
     if (!all_visible) mask(rows, index, tile.visible);
@@ -148,7 +143,7 @@ struct Block {
       softmax_rows<E, false>(w.softmax[unit], w.alpha, w.p, w.scores, rows.rows, shape.scale,
                              nullptr);
     add_values(w.o + unit * kMaxRows * shape.value_stride, tile,
-               g + 1 == groups() ? tile.next_k : nullptr, rows.rows, begin, end);
+               g + 1 == groups() ? tile.ahead_of_v : nullptr, rows.rows, begin, end);
   }
 
   // `follow` is the tile that this thread comes to after the split, as far as it is known: a first

@@ -34,9 +34,10 @@ struct RowSpan {
 template <class E>
 struct Tile {
   const typename E::Word *k, *v;
-  const char* next_k;  // of tiles that are read where they lie: K of the next one, else null
-  const float *k_scale, *v_scale;  // of its 64 positions, or null
-  uint64_t visible;                // bit p: position p may be seen
+  uint64_t visible;  // bit p: position p may be seen
+  // Memory that the pass over K and the pass over V ask for meanwhile, or null.
+  const char *ahead_of_k = nullptr, *ahead_of_v = nullptr;
+  const float *k_scale = nullptr, *v_scale = nullptr;  // of its 64 positions, or null
   // Of a tile of codes that is multiplied as it lies; k and v are not made then.
   const CodePair *k_codes = nullptr, *v_codes = nullptr;
   int64_t v_stride = 0;  // words from one step of V to the next, if not value_dim

@@ -32,7 +32,7 @@ struct LatentSource {
   Tile<E> words(const TileScratch<E>& scratch, const Place& now, const Place& next, bool) const {
     pack_tile<E>(scratch.k, scratch.v, now.rows, next.rows, now.visible, kTile, a.rows.dim,
                  a.rows.value_dim);
-    return {scratch.k, scratch.v, nullptr, nullptr, nullptr, now.visible};
+    return {scratch.k, scratch.v, now.visible};
   }
 };
 
