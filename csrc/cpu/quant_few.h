@@ -134,7 +134,7 @@ FASTLLM_INLINE void few_chunks(const QuantKernel& q, const uint8_t* scales, int6
         for (int u = 0; u < UNITS; ++u) {
           prefetch_part<C>(soon, (4 * half + i) * UNITS + u);
           vi w[2];
-          decode_pairs<C>(C::raw(codes + u * unit_codes, 0, i, half), w);
+          decode_pairs<C, MR <= 2>(C::raw(codes + u * unit_codes, 0, i, half), w);
           const char* xu = x + u * unit_x + 2 * i * stride;
 #pragma GCC unroll 2
           for (int s = 0; s < 2; ++s)
@@ -197,6 +197,11 @@ void few_pairs(const QuantKernel& q, const Panel& panel, const char* x, int64_t 
                              width * 4, at, acc);
     }
   }
+  // Two blocks side by side, GB/s of a Zen 4 core, 1 row: in the cache q4_0 19 -> 23, q4_k 17 -> 22,
+  // from memory 18 -> 19, 16 -> 19; four: 19 and 18, q6_k with two 18 -> 16.
+  if constexpr (MR <= 2 && !S::integer_scales)
+    while (at.column + 2 * kBlock <= q.k)
+      few_chunks<F, MR, 2>(q, panel.scales, kBlock, width * 4, at, acc);
   while (at.column < q.k) few_chunks<F, MR, 1>(q, panel.scales, kBlock, width * 4, at, acc);
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) vstore(sums + m * kPanelRows, acc[m]);
