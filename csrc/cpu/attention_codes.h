@@ -9,10 +9,6 @@ namespace fastllm::FASTLLM_ISA {
 namespace {
 
 #if defined(__AVX512BF16__)
-FASTLLM_INLINE bool has_lowest(__m512i seen) {
-  return __builtin_expect(_mm512_movepi8_mask(seen) != 0, false);
-}
-
 FASTLLM_INLINE vf dot(vf sum, uint32_t a, vi b) {
   const __m512i every = _mm512_set1_epi32(static_cast<int>(a));
   return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)every, (__m512bh)b);

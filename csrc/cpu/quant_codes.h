@@ -213,7 +213,8 @@ FASTLLM_INLINE void signed_pairs(__m512i raw, vi* out) {
 
 // The unscaled values of a byte word as two words of bf16 pairs. BYTES: int8 by tables of bytes, 11
 // instructions of which half run beside dots, and not by 16 shifts and conversions. Codes in the
-// cache, GB/s of a Zen 4 core: 1 row 17 -> 24, 2 rows 16 -> 21, 3 and 4 rows 13 and 13, 8 rows 11 -> 10.
+// cache, GB/s of a Zen 4 core: 1 row 17 -> 24, 2 rows 16 -> 21, 3 and 4 rows 13 and 13, 8 rows
+// 11 -> 10.
 template <class C, bool BYTES = false>
 FASTLLM_INLINE void decode_pairs(vi raw, vi* out) {
   if constexpr (__is_same(C, SignedBytes) && BYTES) {

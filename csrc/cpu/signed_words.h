@@ -43,6 +43,9 @@ FASTLLM_INLINE Words signed_words(__m512i codes, __m512i& seen) {
   high = _mm512_ternarylogic_epi32(high, codes, _mm512_set1_epi8(-128), 0xf8);  // a | (b & c)
   return {(vi)_mm512_unpacklo_epi8(low, high), (vi)_mm512_unpackhi_epi8(low, high)};
 }
+FASTLLM_INLINE bool has_lowest(__m512i seen) {
+  return __builtin_expect(_mm512_movepi8_mask(seen) != 0, false);
+}
 #endif
 
 }  // namespace

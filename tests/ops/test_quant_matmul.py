@@ -110,6 +110,24 @@ def test_each_e4m3_keeps_its_value_whatever_stands_beside_it(format: str, others
             assert torch.equal(torch.cat(parts).nan_to_num(7e5), want.nan_to_num(7e5)), isa
 
 
+def test_each_int8_keeps_its_value_for_any_number_of_rows() -> None:
+    """Also -128, which our own quantizer never writes; one and two rows decode by tables."""
+    codes = torch.randint(-128, 128, (256, 64), generator=generator()).to(torch.int8)
+    codes[:, 5] = torch.arange(-128, 128)
+    packed = pack_codes("int8", codes, torch.ones(256, 1))
+    x = torch.eye(64, dtype=torch.bfloat16)
+    for isa in _C.isas():
+        _C.set_isa(isa)
+        for rows in (1, 2, 3, 8, 64):
+            parts = [
+                quant_matmul(
+                    part, packed.data, packed.scales, "int8", 256, None, "bf16", torch.float32
+                )
+                for part in x.split(rows)
+            ]
+            assert torch.equal(torch.cat(parts), codes.float().T), (isa, rows)
+
+
 def test_strides_of_x_and_bias_do_not_matter() -> None:
     g = generator(5)
     data, scales = random_packed(g, "q4_1", 20, 64, 16)
